@@ -1,0 +1,91 @@
+//! Gemma 3, text only: a norm before and after each sublayer, norms on queries and keys, an embedding scaled
+//! by `sqrt(hidden_size)`, five sliding layers to each one that sees everything, with a rope base of their own.
+
+use super::CausalLm;
+use crate::layers::{AttentionParts, Embedding, GatedMlp, OutputHead, RmsNorm, Rope, RopeTables, SelfAttention, name};
+use crate::weights::{Scope, Weights};
+use crate::{Config, config::RopeConfig};
+use candle_core::{Result, Tensor};
+use sparse_attn::{KvCache, RoutedAttention, Step};
+
+/// `x + norm(attention(norm(x)))`, then `x + norm(mlp(norm(x)))`.
+#[derive(Debug)]
+struct SandwichLayer {
+    attention_norm: RmsNorm,
+    attention: SelfAttention,
+    post_attention_norm: RmsNorm,
+    mlp_norm: RmsNorm,
+    mlp: GatedMlp,
+    post_mlp_norm: RmsNorm,
+}
+
+#[derive(Debug)]
+pub(super) struct Gemma3Text {
+    config: Config,
+    embedding: Embedding,
+    rope: Rope,
+    local_rope: Rope,
+    layers: Vec<SandwichLayer>,
+    norm: RmsNorm,
+    head: OutputHead,
+}
+
+pub(super) fn load(weights: &Weights) -> Result<Gemma3Text> {
+    let (config, root) = (weights.config().clone(), weights.root());
+    let rope = |rope: &RopeConfig| Rope::new(rope, config.heads.head_dim());
+    let embedding = Embedding::load(&root, &config)?;
+    Ok(Gemma3Text {
+        rope: rope(&config.rope),
+        local_rope: rope(config.local_rope.as_ref().unwrap_or(&config.rope)),
+        layers: (0..config.num_layers).map(|layer| SandwichLayer::load(layer, &weights.layer(layer), &config)).collect::<Result<_>>()?,
+        norm: RmsNorm::load_plus_one(&root, name("model.norm", "output_norm"), config.hidden_size, config.rms_norm_eps)?,
+        head: OutputHead::load(&root, &config, &embedding)?,
+        embedding,
+        config,
+    })
+}
+
+impl SandwichLayer {
+    fn load(layer: usize, scope: &Scope<'_>, config: &Config) -> Result<Self> {
+        let norm = |name, width| RmsNorm::load_plus_one(scope, name, width, config.rms_norm_eps);
+        let (hidden, head_dim) = (config.hidden_size, config.heads.head_dim());
+        let qk_norm =
+            Some((norm(name("self_attn.q_norm", "attn_q_norm"), head_dim)?, norm(name("self_attn.k_norm", "attn_k_norm"), head_dim)?));
+        let parts = AttentionParts { qk_norm, ..AttentionParts::load(scope, config)? };
+        Ok(Self {
+            attention_norm: norm(name("input_layernorm", "attn_norm"), hidden)?,
+            attention: SelfAttention::new(layer, config, parts),
+            post_attention_norm: norm(name("post_attention_layernorm", "post_attention_norm"), hidden)?,
+            mlp_norm: norm(name("pre_feedforward_layernorm", "ffn_norm"), hidden)?,
+            mlp: GatedMlp::load(scope, config)?,
+            post_mlp_norm: norm(name("post_feedforward_layernorm", "post_ffw_norm"), hidden)?,
+        })
+    }
+
+    fn forward(&self, x: &Tensor, rope: &RopeTables, attention: &RoutedAttention, step: Step, cache: &mut KvCache) -> Result<Tensor> {
+        let attended = self.attention.forward(&self.attention_norm.forward(x)?, rope, attention, step, cache)?;
+        let x = (x + self.post_attention_norm.forward(&attended)?)?;
+        let fed = self.mlp.forward(&self.mlp_norm.forward(&x)?)?;
+        &x + self.post_mlp_norm.forward(&fed)?
+    }
+}
+
+impl CausalLm for Gemma3Text {
+    fn config(&self) -> &Config {
+        &self.config
+    }
+
+    fn hidden(&self, tokens: &Tensor, attention: &RoutedAttention, step: Step, cache: &mut KvCache) -> Result<Tensor> {
+        let mut x = (self.embedding.forward(tokens)? * (self.config.hidden_size as f64).sqrt())?;
+        let (global, local) = (self.rope.tables(step, x.device())?, self.local_rope.tables(step, x.device())?);
+        for (layer, window) in self.layers.iter().zip(&self.config.sliding_window) {
+            let rope = if window.is_some() { &local } else { &global };
+            x = layer.forward(&x, rope, attention, step, cache)?;
+        }
+        self.norm.forward(&x)
+    }
+
+    fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
+        self.head.forward(hidden)
+    }
+}

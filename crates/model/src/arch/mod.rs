@@ -1,0 +1,66 @@
+//! Architectures, one file each, named after `model_type` in `config.json`.
+
+mod gemma3_text;
+mod llama;
+mod mistral;
+mod qwen2;
+mod qwen3;
+
+use crate::{Config, Weights};
+use candle_core::{Result, Tensor, bail};
+use sparse_attn::{KvCache, RoutedAttention, Step};
+use std::sync::Arc;
+
+/// Every architecture that [`load`] knows.
+pub const NAMES: [&str; 5] = ["gemma3_text", "llama", "mistral", "qwen2", "qwen3"];
+
+/// A decoder-only language model. It has no state: the cache is the caller's.
+pub trait CausalLm: std::fmt::Debug + Send + Sync {
+    /// The checkpoint's shape.
+    fn config(&self) -> &Config;
+
+    /// The residual stream after the last norm: tokens `[step.len]` u32 -> `[step.len, hidden_size]` f32.
+    ///
+    /// Writes keys and values of the step; the caller commits it.
+    ///
+    /// # Errors
+    /// If an id is beyond the vocabulary or a shape does not fit the cache.
+    fn hidden(&self, tokens: &Tensor, attention: &RoutedAttention, step: Step, cache: &mut KvCache) -> Result<Tensor>;
+
+    /// Scores of the next token: `[tokens, hidden_size]` -> `[tokens, vocab_size]` f32.
+    ///
+    /// # Errors
+    /// If the width differs.
+    fn logits(&self, hidden: &Tensor) -> Result<Tensor>;
+
+    /// Feeds `tokens` and returns the residual stream `[tokens, hidden_size]`. On an error the cache is as it was.
+    ///
+    /// # Errors
+    /// If `tokens` is empty, an id is beyond the vocabulary, or memory runs out.
+    fn forward(&self, tokens: &[u32], attention: &RoutedAttention, cache: &mut KvCache) -> Result<Tensor> {
+        let vocab_size = self.config().vocab_size;
+        if let Some(id) = tokens.iter().find(|id| **id as usize >= vocab_size) {
+            bail!("token id {id} is beyond the vocabulary of {vocab_size}");
+        }
+        let step = cache.reserve(tokens.len())?;
+        let device = cache.device().clone();
+        let hidden = self.hidden(&Tensor::new(tokens, &device)?, attention, step, cache)?;
+        cache.commit(step)?;
+        Ok(hidden)
+    }
+}
+
+/// Loads the weights of any known architecture.
+///
+/// # Errors
+/// If the architecture is unknown, or a tensor is missing or has another shape.
+pub fn load(weights: &Weights) -> Result<Arc<dyn CausalLm>> {
+    Ok(match weights.config().model_type.as_str() {
+        "gemma3_text" => Arc::new(gemma3_text::load(weights)?),
+        "llama" => Arc::new(llama::load(weights)?),
+        "mistral" => Arc::new(mistral::load(weights)?),
+        "qwen2" => Arc::new(qwen2::load(weights)?),
+        "qwen3" => Arc::new(qwen3::load(weights)?),
+        other => bail!("architecture {other:?} is not supported ({} are)", NAMES.join(", ")),
+    })
+}

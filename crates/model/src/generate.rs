@@ -1,0 +1,234 @@
+//! One sequence: prefill in chunks, then a token at a time.
+
+use crate::CausalLm;
+use crate::sampler::{Sampler, logprobs};
+use candle_core::{DType, Device, Result, Tensor, bail};
+use sparse_attn::{KvCache, RoutedAttention};
+use std::ops::ControlFlow;
+use std::sync::Arc;
+
+/// A sequence of tokens, the cache that holds them, and the model that reads them.
+#[derive(Debug)]
+pub struct Session {
+    model: Arc<dyn CausalLm>,
+    attention: RoutedAttention,
+    cache: KvCache,
+    tokens: Vec<u32>,
+    next_logits: Option<Vec<f32>>,
+}
+
+/// Limits of one generation.
+#[derive(Debug, Clone)]
+pub struct GenerateOptions {
+    /// Stop after this many tokens (`None`: at an end token or a full context).
+    pub max_tokens: Option<usize>,
+    /// Tokens that end the text. They are returned, flagged, and not fed back.
+    pub end_tokens: Vec<u32>,
+    /// Most tokens the sequence may have in all.
+    pub context: usize,
+    /// Alternatives whose log-probabilities are returned with each token (0: none).
+    pub logprobs: usize,
+}
+
+/// One generated token.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Token {
+    /// Its id.
+    pub id: u32,
+    /// Whether it is one of the end tokens.
+    pub is_end: bool,
+    /// Its log-probability, and the likeliest tokens with theirs; where asked for.
+    pub logprobs: Option<(f32, Vec<(u32, f32)>)>,
+}
+
+/// Why a generation ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FinishReason {
+    /// An end token or a stop string.
+    Stop,
+    /// `max_tokens`.
+    Length,
+    /// The user.
+    Interrupt,
+    /// The context is full.
+    Overflow,
+}
+
+impl FinishReason {
+    /// As in JSON.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Stop => "stop",
+            Self::Length => "length",
+            Self::Interrupt => "interrupt",
+            Self::Overflow => "overflow",
+        }
+    }
+}
+
+impl Session {
+    /// An empty sequence with room for `capacity` tokens, keys and values stored as `kv_dtype`.
+    ///
+    /// # Errors
+    /// If the device has no memory for it.
+    pub fn new(model: Arc<dyn CausalLm>, attention: RoutedAttention, kv_dtype: DType, device: &Device, capacity: usize) -> Result<Self> {
+        let cache = KvCache::new(&model.config().layer_specs(), kv_dtype, device, capacity)?;
+        Ok(Self { model, attention, cache, tokens: Vec::new(), next_logits: None })
+    }
+
+    /// The tokens of the sequence. The newest may be not in the cache yet.
+    pub fn tokens(&self) -> &[u32] {
+        &self.tokens
+    }
+
+    /// The model.
+    pub fn model(&self) -> &Arc<dyn CausalLm> {
+        &self.model
+    }
+
+    /// Bytes allocated for keys and values.
+    pub fn kv_bytes(&self) -> usize {
+        self.cache.allocated_bytes()
+    }
+
+    /// Tokens whose keys and values are in the cache.
+    pub fn cached(&self) -> usize {
+        self.cache.len()
+    }
+
+    /// Appends `prompt` and computes it in chunks of `chunk` tokens. `progress` is told how many tokens of
+    /// how many are done, before the first chunk and after each, and may stop it there.
+    ///
+    /// Returns whether all was computed. What was not is no longer part of the sequence.
+    ///
+    /// # Errors
+    /// If nothing is there to compute, an id is beyond the vocabulary, or memory runs out; chunks before
+    /// the failing one stay.
+    pub fn prefill(&mut self, prompt: &[u32], chunk: usize, mut progress: impl FnMut(usize, usize) -> ControlFlow<()>) -> Result<bool> {
+        // A generated token that was not fed back yet goes first.
+        let mut waiting = self.tokens.split_off(self.cache.len());
+        waiting.extend_from_slice(prompt);
+        if waiting.is_empty() {
+            if self.next_logits.is_some() {
+                return Ok(true);
+            }
+            bail!("the prompt is empty: nothing to continue");
+        }
+        let chunk = chunk.max(1);
+        let mut done = 0;
+        while done < waiting.len() {
+            if progress(done, waiting.len()).is_break() {
+                return Ok(false);
+            }
+            let part = &waiting[done..waiting.len().min(done + chunk)];
+            self.next_logits = None;
+            let hidden = self.model.forward(part, &self.attention, &mut self.cache)?;
+            self.tokens.extend_from_slice(part);
+            done += part.len();
+            if done == waiting.len() {
+                self.next_logits = Some(self.last_logits(&hidden)?);
+            }
+        }
+        let _ = progress(done, waiting.len());
+        Ok(true)
+    }
+
+    fn last_logits(&self, hidden: &Tensor) -> Result<Vec<f32>> {
+        let last = hidden.narrow(0, hidden.dim(0)? - 1, 1)?.contiguous()?;
+        self.model.logits(&last)?.flatten_all()?.to_dtype(DType::F32)?.to_vec1()
+    }
+
+    /// Goes back to the first `len` tokens, so that what follows can be computed anew.
+    ///
+    /// Returns how many tokens are left: 0 where the cache cannot go back that far (a sliding layer forgot
+    /// what they see), and the caller has to prefill from the start.
+    ///
+    /// # Errors
+    /// If `len` is beyond the sequence.
+    pub fn rewind(&mut self, len: usize) -> Result<usize> {
+        if len > self.tokens.len() {
+            bail!("cannot rewind to {len} tokens, the sequence has {}", self.tokens.len());
+        }
+        if len == self.tokens.len() {
+            return Ok(len);
+        }
+        let kept = if len >= self.cache.oldest_restorable() { len } else { 0 };
+        self.cache.truncate(kept.min(self.cache.len()))?;
+        self.tokens.truncate(kept);
+        self.next_logits = None;
+        Ok(kept)
+    }
+
+    /// Generates tokens after a [`Session::prefill`]; the iterator ends at an end token or a limit.
+    pub fn generate<'a>(&'a mut self, sampler: &'a mut Sampler, options: GenerateOptions) -> Generation<'a> {
+        Generation { session: self, sampler, options, made: 0, finished: None }
+    }
+
+    fn logits_of_next(&mut self) -> Result<Vec<f32>> {
+        if self.next_logits.is_none() {
+            self.prefill(&[], 1, |_, _| ControlFlow::Continue(()))?;
+        }
+        match &self.next_logits {
+            Some(logits) => Ok(logits.clone()),
+            None => bail!("nothing was prefilled: nothing to continue"),
+        }
+    }
+}
+
+/// An iterator of tokens, each computed when it is asked for.
+#[derive(Debug)]
+pub struct Generation<'a> {
+    session: &'a mut Session,
+    sampler: &'a mut Sampler,
+    options: GenerateOptions,
+    made: usize,
+    finished: Option<FinishReason>,
+}
+
+impl Generation<'_> {
+    /// Why it ended; `None` while it has not.
+    pub fn finish_reason(&self) -> Option<FinishReason> {
+        self.finished
+    }
+
+    /// The sequence so far.
+    pub fn tokens(&self) -> &[u32] {
+        &self.session.tokens
+    }
+
+    fn step(&mut self) -> Result<Token> {
+        let logits = self.session.logits_of_next()?;
+        let id = self.sampler.sample(&logits, &self.session.tokens)?;
+        let is_end = self.options.end_tokens.contains(&id);
+        self.session.tokens.push(id);
+        self.session.next_logits = None;
+        self.made += 1;
+        let logprobs = (self.options.logprobs > 0).then(|| logprobs(&logits, id, self.options.logprobs));
+        Ok(Token { id, is_end, logprobs })
+    }
+}
+
+impl Iterator for Generation<'_> {
+    type Item = Result<Token>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        if self.finished.is_some() {
+            return None;
+        }
+        if self.options.max_tokens.is_some_and(|most| self.made >= most) {
+            self.finished = Some(FinishReason::Length);
+            return None;
+        }
+        if self.session.tokens.len() >= self.options.context {
+            self.finished = Some(FinishReason::Overflow);
+            return None;
+        }
+        let token = self.step();
+        match &token {
+            Ok(token) if token.is_end => self.finished = Some(FinishReason::Stop),
+            Ok(_) => {}
+            Err(_) => self.finished = Some(FinishReason::Interrupt),
+        }
+        Some(token)
+    }
+}

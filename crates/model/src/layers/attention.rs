@@ -1,0 +1,77 @@
+use super::{Linear, RmsNorm, RopeTables, name};
+use crate::config::Config;
+use crate::weights::{Name, Scope};
+use candle_core::{Result, Tensor};
+use sparse_attn::{AttentionInput, HeadShape, KvCache, RoutedAttention, Step};
+
+/// Projections around [`RoutedAttention`].
+#[derive(Debug, Clone)]
+pub struct SelfAttention {
+    layer: usize,
+    shape: HeadShape,
+    scale: f32,
+    parts: AttentionParts,
+}
+
+/// What an architecture's attention is made of.
+#[derive(Debug, Clone)]
+pub struct AttentionParts {
+    /// `hidden_size` -> `q_heads * head_dim`
+    pub q_proj: Linear,
+    /// `hidden_size` -> `kv_heads * head_dim`
+    pub k_proj: Linear,
+    /// `hidden_size` -> `kv_heads * head_dim`
+    pub v_proj: Linear,
+    /// `q_heads * head_dim` -> `hidden_size`
+    pub o_proj: Linear,
+    /// Norms of queries and keys over head_dim, before rope (Qwen 3, Gemma 3).
+    pub qk_norm: Option<(RmsNorm, RmsNorm)>,
+}
+
+impl AttentionParts {
+    /// Loads the four projections, and their biases where the checkpoint has them; no norms.
+    ///
+    /// # Errors
+    /// If a matrix is missing or has another shape.
+    pub fn load(scope: &Scope<'_>, config: &Config) -> Result<Self> {
+        let (hidden, heads) = (config.hidden_size, config.heads);
+        let rotary = |projection: Name<'_>, count: usize| -> Result<Linear> {
+            let full = super::linear::suffixed(projection, "weight");
+            let weight = scope.rotary_matrix(full.name(), count, heads.head_dim(), hidden)?;
+            Ok(Linear::new(weight, Linear::load_bias(scope, projection, count * heads.head_dim())?))
+        };
+        Ok(Self {
+            q_proj: rotary(name("self_attn.q_proj", "attn_q"), heads.q_heads())?,
+            k_proj: rotary(name("self_attn.k_proj", "attn_k"), heads.kv_heads())?,
+            v_proj: Linear::load(scope, name("self_attn.v_proj", "attn_v"), heads.kv_heads() * heads.head_dim(), hidden)?,
+            o_proj: Linear::load(scope, name("self_attn.o_proj", "attn_output"), hidden, heads.q_heads() * heads.head_dim())?,
+            qk_norm: None,
+        })
+    }
+}
+
+impl SelfAttention {
+    /// The attention of decoder layer `layer`.
+    pub fn new(layer: usize, config: &Config, parts: AttentionParts) -> Self {
+        Self { layer, shape: config.heads, scale: config.attn_scale as f32, parts }
+    }
+
+    /// `x` `[tokens, hidden_size]`, after the layer's norm -> the same shape.
+    ///
+    /// # Errors
+    /// If a shape does not fit the cache.
+    pub fn forward(&self, x: &Tensor, rope: &RopeTables, attention: &RoutedAttention, step: Step, cache: &mut KvCache) -> Result<Tensor> {
+        let (q_heads, kv_heads, head_dim) = (self.shape.q_heads(), self.shape.kv_heads(), self.shape.head_dim());
+        let parts = &self.parts;
+        let mut q = parts.q_proj.forward(x)?.reshape((step.len, q_heads, head_dim))?;
+        let mut k = parts.k_proj.forward(x)?.reshape((step.len, kv_heads, head_dim))?;
+        let v = parts.v_proj.forward(x)?.reshape((step.len, kv_heads, head_dim))?;
+        if let Some((q_norm, k_norm)) = &parts.qk_norm {
+            (q, k) = (q_norm.forward(&q)?, k_norm.forward(&k)?);
+        }
+        let (q, k) = (rope.apply(&q)?, rope.apply(&k)?);
+        let input = AttentionInput { hidden: x, q: &q, k: &k, v: &v, scale: self.scale };
+        let out = attention.forward(self.layer, input, step, cache)?;
+        parts.o_proj.forward(&out.reshape((step.len, q_heads * head_dim))?)
+    }
+}

@@ -1,0 +1,61 @@
+use crate::weights::{Matrix, Name, Scope};
+use candle_core::{Result, Tensor};
+
+/// `x W' + b`, where the checkpoint has a bias.
+#[derive(Debug, Clone)]
+pub struct Linear {
+    weight: Matrix,       // [out, in]
+    bias: Option<Tensor>, // [out]
+}
+
+impl Linear {
+    /// A projection from these parts.
+    pub fn new(weight: Matrix, bias: Option<Tensor>) -> Self {
+        Self { weight, bias }
+    }
+
+    /// Loads `<hf>.weight` or `<gguf>.weight`, and the bias where there is one.
+    ///
+    /// # Errors
+    /// If the weight is missing or a shape is not `[width_out, width_in]`.
+    pub fn load(scope: &Scope<'_>, name: Name<'_>, width_out: usize, width_in: usize) -> Result<Self> {
+        let weight = scope.matrix(suffixed(name, "weight").name(), width_out, width_in)?;
+        Ok(Self { weight, bias: Self::load_bias(scope, name, width_out)? })
+    }
+
+    /// Loads `<hf>.bias` or `<gguf>.bias` where there is one.
+    ///
+    /// # Errors
+    /// If it has another shape.
+    pub fn load_bias(scope: &Scope<'_>, name: Name<'_>, width_out: usize) -> Result<Option<Tensor>> {
+        scope.optional_tensor(suffixed(name, "bias").name(), &[width_out])
+    }
+
+    /// `[tokens, in]` -> `[tokens, out]`.
+    ///
+    /// # Errors
+    /// If the widths differ.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let y = self.weight.multiply(x)?;
+        match &self.bias {
+            Some(bias) => y.broadcast_add(bias),
+            None => Ok(y),
+        }
+    }
+}
+
+/// Both names with `.suffix` appended.
+pub(super) struct Suffixed {
+    hf: String,
+    gguf: String,
+}
+
+impl Suffixed {
+    pub(super) fn name(&self) -> Name<'_> {
+        Name { hf: &self.hf, gguf: &self.gguf }
+    }
+}
+
+pub(super) fn suffixed(name: Name<'_>, suffix: &str) -> Suffixed {
+    Suffixed { hf: format!("{}.{suffix}", name.hf), gguf: format!("{}.{suffix}", name.gguf) }
+}

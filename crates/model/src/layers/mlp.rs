@@ -1,0 +1,42 @@
+use super::{Linear, name};
+use crate::config::{Activation, Config};
+use crate::weights::Scope;
+use candle_core::{Result, Tensor};
+
+/// `down(activation(gate(x)) * up(x))`
+#[derive(Debug, Clone)]
+pub struct GatedMlp {
+    gate: Linear,
+    up: Linear,
+    down: Linear,
+    activation: Activation,
+}
+
+impl GatedMlp {
+    /// Loads `mlp.{gate,up,down}_proj` or `ffn_{gate,up,down}`.
+    ///
+    /// # Errors
+    /// If a matrix is missing or has another shape.
+    pub fn load(scope: &Scope<'_>, config: &Config) -> Result<Self> {
+        let (hidden, inner) = (config.hidden_size, config.intermediate_size);
+        Ok(Self {
+            gate: Linear::load(scope, name("mlp.gate_proj", "ffn_gate"), inner, hidden)?,
+            up: Linear::load(scope, name("mlp.up_proj", "ffn_up"), inner, hidden)?,
+            down: Linear::load(scope, name("mlp.down_proj", "ffn_down"), hidden, inner)?,
+            activation: config.activation,
+        })
+    }
+
+    /// `[tokens, hidden_size]` -> the same.
+    ///
+    /// # Errors
+    /// If the widths differ.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let gate = self.gate.forward(x)?;
+        let gate = match self.activation {
+            Activation::Silu => gate.silu()?,
+            Activation::GeluTanh => gate.gelu()?,
+        };
+        self.down.forward(&(gate * self.up.forward(x)?)?)
+    }
+}

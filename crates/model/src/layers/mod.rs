@@ -1,0 +1,24 @@
+//! The parts that decoders are built of. Activations are `[tokens, width]`, f32.
+
+mod attention;
+mod embedding;
+mod linear;
+mod mlp;
+mod norm;
+mod pre_norm;
+mod rope;
+
+pub use attention::{AttentionParts, SelfAttention};
+pub use embedding::{Embedding, OutputHead};
+pub use linear::Linear;
+pub use mlp::GatedMlp;
+pub use norm::RmsNorm;
+pub use pre_norm::{PreNormDecoder, PreNormLayer};
+pub use rope::{Rope, RopeTables};
+
+use crate::weights::Name;
+
+/// A tensor that is called by both names, in Hugging Face checkpoints and in GGUF.
+pub(crate) const fn name<'a>(hf: &'a str, gguf: &'a str) -> Name<'a> {
+    Name { hf, gguf }
+}

@@ -1,0 +1,87 @@
+use super::{AttentionParts, Embedding, GatedMlp, OutputHead, RmsNorm, Rope, RopeTables, SelfAttention, name};
+use crate::arch::CausalLm;
+use crate::config::Config;
+use crate::weights::{Scope, Weights};
+use candle_core::{Result, Tensor};
+use sparse_attn::{KvCache, RoutedAttention, Step};
+
+/// `x + attention(norm(x))`, then `x + mlp(norm(x))`.
+#[derive(Debug, Clone)]
+pub struct PreNormLayer {
+    attention_norm: RmsNorm,
+    attention: SelfAttention,
+    mlp_norm: RmsNorm,
+    mlp: GatedMlp,
+}
+
+impl PreNormLayer {
+    fn load(layer: usize, scope: &Scope<'_>, config: &Config, parts: AttentionParts) -> Result<Self> {
+        let norm = |name| RmsNorm::load(scope, name, config.hidden_size, config.rms_norm_eps);
+        Ok(Self {
+            attention_norm: norm(name("input_layernorm", "attn_norm"))?,
+            attention: SelfAttention::new(layer, config, parts),
+            mlp_norm: norm(name("post_attention_layernorm", "ffn_norm"))?,
+            mlp: GatedMlp::load(scope, config)?,
+        })
+    }
+
+    fn forward(&self, x: &Tensor, rope: &RopeTables, attention: &RoutedAttention, step: Step, cache: &mut KvCache) -> Result<Tensor> {
+        let x = (x + self.attention.forward(&self.attention_norm.forward(x)?, rope, attention, step, cache)?)?;
+        &x + self.mlp.forward(&self.mlp_norm.forward(&x)?)?
+    }
+}
+
+/// The decoder that Llama, Mistral and Qwen share; they differ in the parts of their attention.
+#[derive(Debug, Clone)]
+pub struct PreNormDecoder {
+    config: Config,
+    embedding: Embedding,
+    rope: Rope,
+    layers: Vec<PreNormLayer>,
+    norm: RmsNorm,
+    head: OutputHead,
+}
+
+impl PreNormDecoder {
+    /// Loads a decoder whose attention parts an architecture loads, layer by layer.
+    ///
+    /// # Errors
+    /// If a tensor is missing or has another shape.
+    pub fn load(weights: &Weights, attention_parts: impl Fn(&Scope<'_>, &Config) -> Result<AttentionParts>) -> Result<Self> {
+        let (config, root) = (weights.config().clone(), weights.root());
+        let embedding = Embedding::load(&root, &config)?;
+        let layers = (0..config.num_layers)
+            .map(|layer| {
+                let scope = weights.layer(layer);
+                PreNormLayer::load(layer, &scope, &config, attention_parts(&scope, &config)?)
+            })
+            .collect::<Result<Vec<_>>>()?;
+        Ok(Self {
+            rope: Rope::load(&root, &config.rope, config.heads.head_dim())?,
+            norm: RmsNorm::load(&root, name("model.norm", "output_norm"), config.hidden_size, config.rms_norm_eps)?,
+            head: OutputHead::load(&root, &config, &embedding)?,
+            embedding,
+            layers,
+            config,
+        })
+    }
+}
+
+impl CausalLm for PreNormDecoder {
+    fn config(&self) -> &Config {
+        &self.config
+    }
+
+    fn hidden(&self, tokens: &Tensor, attention: &RoutedAttention, step: Step, cache: &mut KvCache) -> Result<Tensor> {
+        let mut x = self.embedding.forward(tokens)?;
+        let rope = self.rope.tables(step, x.device())?;
+        for layer in &self.layers {
+            x = layer.forward(&x, &rope, attention, step, cache)?;
+        }
+        self.norm.forward(&x)
+    }
+
+    fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
+        self.head.forward(hidden)
+    }
+}

@@ -1,0 +1,21 @@
+//! The transformer: configurations, weights, layers, architectures, sampling and generation.
+//!
+//! ```text
+//! file --> weights::Weights --> arch::load --> CausalLm
+//! ids --> CausalLm::forward (attention goes through sparse_attn::RoutedAttention) --> logits --> Sampler --> id
+//! ```
+//!
+//! Knows token ids, weights and tensors; nothing of text or URLs, nor which backend runs.
+
+pub mod arch;
+pub mod config;
+pub mod generate;
+pub mod layers;
+pub mod sampler;
+pub mod weights;
+
+pub use arch::{CausalLm, load};
+pub use config::Config;
+pub use generate::{FinishReason, GenerateOptions, Session, Token};
+pub use sampler::{Sampler, SamplerOptions};
+pub use weights::Weights;

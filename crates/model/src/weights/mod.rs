@@ -1,0 +1,232 @@
+//! Tensors by name, from safetensors or GGUF, read through a memory map.
+
+pub mod gguf;
+mod matrix;
+pub mod safetensors;
+
+pub use matrix::Matrix;
+
+use crate::Config;
+use candle_core::quantized::{GgmlDType, QTensor};
+use candle_core::{DType, Device, Result, Tensor, bail};
+use gguf::GgufFile;
+use safetensors::SafetensorsFiles;
+use std::path::Path;
+use std::sync::Arc;
+
+/// A tensor's name in either format: architectures write both beside each other.
+#[derive(Debug, Clone, Copy)]
+pub struct Name<'a> {
+    /// Under the layer's prefix in Hugging Face checkpoints, e.g. `self_attn.q_proj.weight`.
+    pub hf: &'a str,
+    /// Under the layer's prefix in GGUF files, e.g. `attn_q.weight`.
+    pub gguf: &'a str,
+}
+
+/// The weights of one checkpoint and the device they go to.
+#[derive(Debug)]
+pub struct Weights {
+    source: Source,
+    config: Config,
+    device: Device,
+    quantize: Option<GgmlDType>,
+}
+
+#[derive(Debug)]
+enum Source {
+    Safetensors(SafetensorsFiles),
+    Gguf(GgufFile),
+}
+
+impl Weights {
+    /// Opens a `.gguf` file, or a directory in Hugging Face layout (`config.json` and one or more
+    /// safetensors files). Reads headers only.
+    ///
+    /// `quantize`: the ggml type that matrices of a safetensors checkpoint are converted to as they load.
+    ///
+    /// # Errors
+    /// If the file or directory is not there, damaged, or not a supported checkpoint.
+    pub fn open(path: &Path, device: &Device, quantize: Option<GgmlDType>) -> Result<Self> {
+        let (source, config) = if path.is_dir() {
+            let config_path = path.join("config.json");
+            let text = std::fs::read_to_string(&config_path)
+                .map_err(|error| candle_core::Error::Msg(format!("{}: {error}", config_path.display())))?;
+            let config = crate::config::from_json(&text)?;
+            (Source::Safetensors(SafetensorsFiles::open(path)?), config)
+        } else {
+            let file = GgufFile::open(path)?;
+            let config = Config::from_gguf(&file)?;
+            (Source::Gguf(file), config)
+        };
+        Ok(Self { source, config, device: device.clone(), quantize })
+    }
+
+    /// The checkpoint's shape.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// The GGUF file, if that is the format: tokenizers and chat templates are in its metadata.
+    pub fn gguf(&self) -> Option<&GgufFile> {
+        match &self.source {
+            Source::Gguf(file) => Some(file),
+            Source::Safetensors(_) => None,
+        }
+    }
+
+    /// Bytes the weights take in memory once loaded.
+    pub fn loaded_bytes(&self) -> u64 {
+        match &self.source {
+            Source::Gguf(file) => file.tensors().map(|t| if t.is_matrix_of_floats() { t.elements() * 4 } else { t.bytes }).sum(),
+            Source::Safetensors(files) => files
+                .tensors()
+                .map(|(shape, _)| {
+                    let elements: u64 = shape.iter().map(|d| *d as u64).product();
+                    match self.quantize {
+                        Some(dtype) if shape.len() == 2 => elements / dtype.block_size() as u64 * dtype.type_size() as u64,
+                        _ => elements * 4,
+                    }
+                })
+                .sum(),
+        }
+    }
+
+    /// How the matrices are stored once loaded: `f32`, or the commonest ggml type.
+    pub fn dtype_name(&self) -> String {
+        match (&self.source, self.quantize) {
+            (Source::Gguf(file), _) => file.commonest_dtype(),
+            (_, Some(dtype)) => format!("{dtype:?}").to_lowercase(),
+            (_, None) => "f32".to_string(),
+        }
+    }
+
+    /// The tensors of decoder layer `layer`.
+    pub fn layer(&self, layer: usize) -> Scope<'_> {
+        Scope { weights: self, hf: format!("model.layers.{layer}."), gguf: format!("blk.{layer}.") }
+    }
+
+    /// The tensors outside the decoder layers.
+    pub fn root(&self) -> Scope<'_> {
+        Scope { weights: self, hf: String::new(), gguf: String::new() }
+    }
+}
+
+/// The tensors under one prefix.
+#[derive(Debug)]
+pub struct Scope<'a> {
+    weights: &'a Weights,
+    hf: String,
+    gguf: String,
+}
+
+impl Scope<'_> {
+    fn full(&self, name: Name<'_>) -> String {
+        match self.weights.source {
+            Source::Safetensors(_) => format!("{}{}", self.hf, name.hf),
+            Source::Gguf(_) => format!("{}{}", self.gguf, name.gguf),
+        }
+    }
+
+    /// The device that tensors are loaded to.
+    pub fn device(&self) -> &Device {
+        &self.weights.device
+    }
+
+    /// Whether the checkpoint has this tensor.
+    pub fn has(&self, name: Name<'_>) -> bool {
+        let name = self.full(name);
+        match &self.weights.source {
+            Source::Safetensors(files) => files.has(&name),
+            Source::Gguf(file) => file.tensor(&name).is_some(),
+        }
+    }
+
+    /// Whether the weights come from GGUF, whose converter folds constants in (Gemma's norms).
+    pub fn is_gguf(&self) -> bool {
+        matches!(self.weights.source, Source::Gguf(_))
+    }
+
+    /// A tensor of exactly this shape, f32.
+    ///
+    /// # Errors
+    /// If it is missing or has another shape.
+    pub fn tensor(&self, name: Name<'_>, shape: &[usize]) -> Result<Tensor> {
+        let name = self.full(name);
+        match &self.weights.source {
+            Source::Safetensors(files) => files.load(&name, shape, &self.weights.device)?.to_dtype(DType::F32),
+            Source::Gguf(file) => file.load(&name, shape, &self.weights.device)?.dequantize(&self.weights.device),
+        }
+    }
+
+    /// A tensor that not every checkpoint has.
+    ///
+    /// # Errors
+    /// If it is there with another shape.
+    pub fn optional_tensor(&self, name: Name<'_>, shape: &[usize]) -> Result<Option<Tensor>> {
+        if self.has(name) { self.tensor(name, shape).map(Some) } else { Ok(None) }
+    }
+
+    /// A matrix `[rows, columns]` to multiply with, in the form it is stored.
+    ///
+    /// # Errors
+    /// If it is missing or has another shape.
+    pub fn matrix(&self, name: Name<'_>, rows: usize, columns: usize) -> Result<Matrix> {
+        let name = self.full(name);
+        match &self.weights.source {
+            Source::Safetensors(files) => {
+                let dense = files.load(&name, &[rows, columns], &self.weights.device)?.to_dtype(DType::F32)?;
+                match self.weights.quantize {
+                    Some(dtype) if columns.is_multiple_of(dtype.block_size()) => {
+                        Ok(Matrix::Quantized(Arc::new(QTensor::quantize(&dense, dtype)?)))
+                    }
+                    // Rows that no block of this type divides stay as they are.
+                    _ => Ok(Matrix::Dense(dense)),
+                }
+            }
+            Source::Gguf(file) => Matrix::from_qtensor(file.load(&name, &[rows, columns], &self.weights.device)?),
+        }
+    }
+
+    /// The matrix of a query or key projection, rows in Hugging Face order: in each head, the first half
+    /// of head_dim holds one member of every rotated pair and the second half the other.
+    ///
+    /// llama.cpp's converter interleaves the pairs of `llama` checkpoints; this undoes it.
+    ///
+    /// # Errors
+    /// If it is missing or has another shape.
+    pub fn rotary_matrix(&self, name: Name<'_>, heads: usize, head_dim: usize, columns: usize) -> Result<Matrix> {
+        match &self.weights.source {
+            Source::Gguf(file) if file.interleaves_rotary_pairs() => {
+                let full = self.full(name);
+                let rows: Vec<usize> = (0..heads * head_dim)
+                    .map(|row| {
+                        let (head, at) = (row / head_dim, row % head_dim);
+                        head * head_dim + 2 * (at % (head_dim / 2)) + at / (head_dim / 2)
+                    })
+                    .collect();
+                Matrix::from_qtensor(file.load_rows(&full, &[heads * head_dim, columns], &rows, &self.weights.device)?)
+            }
+            _ => self.matrix(name, heads * head_dim, columns),
+        }
+    }
+}
+
+/// Parses the `:quant` of a model name as the type that safetensors are converted to.
+///
+/// # Errors
+/// If it is none that can be made at load.
+pub fn quantize_dtype(name: &str) -> Result<GgmlDType> {
+    match name.to_lowercase().as_str() {
+        "q8_0" => Ok(GgmlDType::Q8_0),
+        "q4_0" => Ok(GgmlDType::Q4_0),
+        "q4_1" => Ok(GgmlDType::Q4_1),
+        "q5_0" => Ok(GgmlDType::Q5_0),
+        "q5_1" => Ok(GgmlDType::Q5_1),
+        "q2_k" => Ok(GgmlDType::Q2K),
+        "q3_k" => Ok(GgmlDType::Q3K),
+        "q4_k" | "q4_k_m" => Ok(GgmlDType::Q4K),
+        "q5_k" | "q5_k_m" => Ok(GgmlDType::Q5K),
+        "q6_k" => Ok(GgmlDType::Q6K),
+        other => bail!("quant {other:?} cannot be made at load (q8_0, q6_k, q5_k, q4_k, q3_k, q2_k, q5_1, q5_0, q4_1 and q4_0 can)"),
+    }
+}

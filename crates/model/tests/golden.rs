@@ -1,0 +1,128 @@
+//! Tiny checkpoints of every architecture against logits and greedy continuations made with PyTorch (f32).
+
+use candle_core::{DType, Device, Result, Tensor};
+use model::{CausalLm, GenerateOptions, Sampler, SamplerOptions, Session, Weights};
+use sparse_attn::backend::{AttentionBackend, Cpu, Reference};
+use sparse_attn::{KvCache, RoutedAttention};
+use std::ops::ControlFlow;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+const CHECKPOINTS: [&str; 7] = ["gemma3_text", "llama", "llama3-rope", "mistral", "mistral-swa", "qwen2", "qwen3"];
+
+fn fixture(name: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/tiny").join(name)
+}
+
+struct Golden {
+    input_ids: Vec<u32>,
+    logits: Tensor, // [tokens, vocab_size]
+    greedy: Vec<u32>,
+}
+
+impl Golden {
+    fn open(name: &str) -> Result<Self> {
+        let all = candle_core::safetensors::load(fixture(name).join("golden.safetensors"), &Device::Cpu)?;
+        let ids = |name: &str| all[name].flatten_all()?.to_dtype(DType::U32)?.to_vec1::<u32>();
+        let vocab_size = all["logits"].dims().last().copied().expect("logits have a vocabulary");
+        Ok(Self { input_ids: ids("input_ids")?, logits: all["logits"].reshape(((), vocab_size))?, greedy: ids("greedy_24")? })
+    }
+}
+
+fn load(name: &str) -> Result<Arc<dyn CausalLm>> {
+    model::load(&Weights::open(&fixture(name), &Device::Cpu, None)?)
+}
+
+fn logits_in_chunks(model: &dyn CausalLm, attention: &RoutedAttention, ids: &[u32], chunk: usize) -> Result<Tensor> {
+    let mut cache = KvCache::new(&model.config().layer_specs(), DType::F32, &Device::Cpu, 0)?;
+    let parts = ids.chunks(chunk).map(|part| model.logits(&model.forward(part, attention, &mut cache)?)).collect::<Result<Vec<_>>>()?;
+    Tensor::cat(&parts, 0)
+}
+
+#[test]
+fn logits_equal_pytorch_at_every_position_however_the_prompt_is_cut() -> Result<()> {
+    for name in CHECKPOINTS {
+        let (model, golden) = (load(name)?, Golden::open(name)?);
+        let backends: [Arc<dyn AttentionBackend>; 2] = [Arc::new(Reference), Arc::new(Cpu)];
+        for backend in backends {
+            let attention = RoutedAttention::dense(backend);
+            for chunk in [golden.input_ids.len(), 7, 1] {
+                let logits = logits_in_chunks(model.as_ref(), &attention, &golden.input_ids, chunk)?;
+                assert_eq!(logits.dims(), golden.logits.dims(), "{name}");
+                let worst: f32 = (logits - &golden.logits)?.abs()?.flatten_all()?.max(0)?.to_scalar()?;
+                assert!(worst < 1e-3, "{name}, {} backend, chunks of {chunk}: off by {worst}", attention.backend_name());
+                println!("{name:12} {:9} chunks of {chunk:2}: off by {worst:.1e}", attention.backend_name());
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn greedy_continuations_equal_pytorch() -> Result<()> {
+    for name in CHECKPOINTS {
+        let (model, golden) = (load(name)?, Golden::open(name)?);
+        for chunk in [64, 7, 1] {
+            let mut session = Session::new(model.clone(), RoutedAttention::dense(Arc::new(Cpu)), DType::F32, &Device::Cpu, 0)?;
+            assert!(session.prefill(&golden.input_ids, chunk, |_, _| ControlFlow::Continue(()))?);
+            let mut sampler = Sampler::new(SamplerOptions::greedy())?;
+            let options = GenerateOptions { max_tokens: Some(24), end_tokens: vec![], context: 4096, logprobs: 0 };
+            let ids = session.generate(&mut sampler, options).map(|token| Ok(token?.id)).collect::<Result<Vec<u32>>>()?;
+            let want = &golden.greedy[golden.greedy.len() - 24..];
+            assert_eq!(ids, want, "{name}, chunks of {chunk}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn rewinding_and_generating_again_gives_the_same_tokens() -> Result<()> {
+    for name in CHECKPOINTS {
+        let (model, golden) = (load(name)?, Golden::open(name)?);
+        let mut session = Session::new(model, RoutedAttention::dense(Arc::new(Cpu)), DType::F32, &Device::Cpu, 0)?;
+        let once = |session: &mut Session| -> Result<Vec<u32>> {
+            let mut sampler = Sampler::new(SamplerOptions { seed: 3, ..SamplerOptions::default() })?;
+            let options = GenerateOptions { max_tokens: Some(150), end_tokens: vec![], context: 4096, logprobs: 0 };
+            session.generate(&mut sampler, options).map(|token| Ok(token?.id)).collect()
+        };
+        session.prefill(&golden.input_ids, 64, |_, _| ControlFlow::Continue(()))?;
+        let first = once(&mut session)?;
+        let prompt = golden.input_ids.len();
+        let kept = session.rewind(prompt - 1)?;
+        // Sliding layers may have forgotten: then everything is computed anew.
+        assert!(kept == prompt - 1 || kept == 0, "{name}: {kept}");
+        session.prefill(&golden.input_ids[kept..], 64, |_, _| ControlFlow::Continue(()))?;
+        assert_eq!(once(&mut session)?, first, "{name}");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_failed_step_leaves_the_session_as_it_was() -> Result<()> {
+    let (model, golden) = (load("llama")?, Golden::open("llama")?);
+    let attention = RoutedAttention::dense(Arc::new(Cpu));
+    let mut cache = KvCache::new(&model.config().layer_specs(), DType::F32, &Device::Cpu, 0)?;
+    model.forward(&golden.input_ids[..20], &attention, &mut cache)?;
+    let error = model.forward(&[1, 600_000], &attention, &mut cache).unwrap_err().to_string();
+    assert!(error.contains("600000") && error.contains("512"), "{error}");
+    assert_eq!(cache.len(), 20);
+    let logits = model.logits(&model.forward(&golden.input_ids[20..], &attention, &mut cache)?)?;
+    let want = golden.logits.narrow(0, 20, golden.input_ids.len() - 20)?;
+    let worst: f32 = (logits - want)?.abs()?.flatten_all()?.max(0)?.to_scalar()?;
+    assert!(worst < 1e-3, "off by {worst}");
+    Ok(())
+}
+
+#[test]
+fn a_quantised_checkpoint_stays_close() -> Result<()> {
+    let golden = Golden::open("llama")?;
+    let weights = Weights::open(&fixture("llama"), &Device::Cpu, Some(model::weights::quantize_dtype("q8_0")?))?;
+    let plain = Weights::open(&fixture("llama"), &Device::Cpu, None)?;
+    assert!(weights.loaded_bytes() * 3 < plain.loaded_bytes());
+    let model = model::load(&weights)?;
+    let logits = logits_in_chunks(model.as_ref(), &RoutedAttention::dense(Arc::new(Cpu)), &golden.input_ids, 64)?;
+    let worst: f32 = (logits - &golden.logits)?.abs()?.flatten_all()?.max(0)?.to_scalar()?;
+    let scale: f32 = golden.logits.abs()?.flatten_all()?.max(0)?.to_scalar()?;
+    assert!(worst < 0.05 * scale, "off by {worst}, logits reach {scale}");
+    Ok(())
+}

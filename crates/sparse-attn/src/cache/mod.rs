@@ -1,0 +1,139 @@
+//! Keys and values of past tokens: what every layer stores, and how much of it is committed.
+
+mod layer_store;
+mod page_table;
+
+pub use layer_store::{LayerSpec, LayerStore};
+pub use page_table::{NO_PAGE, PAGE_SIZE, PageTable};
+
+use candle_core::{DType, Device, Result, bail};
+
+/// The tokens of one forward pass: positions `[start, start + len)`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Step {
+    /// Position of the first token.
+    pub start: usize,
+    /// Number of tokens.
+    pub len: usize,
+}
+
+impl Step {
+    /// Position after the last token.
+    pub fn end(&self) -> usize {
+        self.start + self.len
+    }
+}
+
+/// The key/value cache of one sequence, owned by the caller of the model.
+///
+/// A forward pass is `reserve` -> every layer writes -> `commit`. Until `commit`, nothing that was
+/// readable before changes, so a failed pass leaves the cache as it was.
+#[derive(Debug)]
+pub struct KvCache {
+    layers: Vec<LayerStore>,
+    device: Device,
+    len: usize,
+}
+
+impl KvCache {
+    /// An empty cache with room for `capacity` tokens allocated now (it grows beyond when asked to).
+    ///
+    /// `dtype` is how keys and values are stored: f32, f16 or bf16.
+    ///
+    /// # Errors
+    /// If `dtype` is none of these, or the device has no memory for it.
+    pub fn new(specs: &[LayerSpec], dtype: DType, device: &Device, capacity: usize) -> Result<Self> {
+        if !matches!(dtype, DType::F32 | DType::F16 | DType::BF16) {
+            bail!("kv cache: keys and values are stored as f32, f16 or bf16, not {dtype:?}");
+        }
+        let layers = specs.iter().map(|spec| LayerStore::new(*spec, dtype, device, capacity)).collect::<Result<Vec<_>>>()?;
+        Ok(Self { layers, device: device.clone(), len: 0 })
+    }
+
+    /// Bytes that [`KvCache::new`] allocates, without allocating them.
+    pub fn planned_bytes(specs: &[LayerSpec], dtype: DType, capacity: usize) -> usize {
+        specs.iter().map(|spec| LayerStore::planned_bytes(spec, dtype, capacity)).sum()
+    }
+
+    /// Committed tokens; also the position of the next one.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether nothing is committed.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Where keys and values lie.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// One layer's store.
+    pub fn layer(&self, layer: usize) -> &LayerStore {
+        &self.layers[layer]
+    }
+
+    /// One layer's store, to write to.
+    pub fn layer_mut(&mut self, layer: usize) -> &mut LayerStore {
+        &mut self.layers[layer]
+    }
+
+    /// Makes room for `len` more tokens in every layer.
+    ///
+    /// # Errors
+    /// If `len` is zero or the device is out of memory; the cache is then as it was.
+    pub fn reserve(&mut self, len: usize) -> Result<Step> {
+        if len == 0 {
+            bail!("kv cache: a step needs at least one token");
+        }
+        let step = Step { start: self.len, len };
+        for layer in &mut self.layers {
+            layer.reserve(step)?;
+        }
+        Ok(step)
+    }
+
+    /// Makes the tokens of `step` part of the cache.
+    ///
+    /// # Errors
+    /// If `step` is not the one that follows the committed tokens.
+    pub fn commit(&mut self, step: Step) -> Result<()> {
+        if step.start != self.len {
+            bail!("kv cache: the step starts at {}, but {} tokens are committed", step.start, self.len);
+        }
+        self.len = step.end();
+        Ok(())
+    }
+
+    /// The shortest length that [`KvCache::truncate`] can go back to, besides 0: layers with a sliding
+    /// window forget what no later query can see.
+    pub fn oldest_restorable(&self) -> usize {
+        self.layers.iter().map(LayerStore::oldest_restorable).max().unwrap_or(0)
+    }
+
+    /// Forgets every token from position `len` on. `truncate(0)` always works.
+    ///
+    /// # Errors
+    /// If `len` is beyond the committed tokens, or before [`KvCache::oldest_restorable`].
+    pub fn truncate(&mut self, len: usize) -> Result<()> {
+        if len > self.len {
+            bail!("kv cache: cannot truncate to {len} tokens, only {} are there", self.len);
+        }
+        let oldest = self.oldest_restorable();
+        if len != 0 && len < oldest {
+            bail!("kv cache: cannot go back to {len} tokens, sliding layers keep what {oldest} and more need");
+        }
+        for layer in &mut self.layers {
+            layer.truncate(len);
+        }
+        self.len = len;
+        Ok(())
+    }
+
+    /// Bytes allocated for keys, values and page tables, slack included.
+    pub fn allocated_bytes(&self) -> usize {
+        self.layers.iter().map(LayerStore::allocated_bytes).sum()
+    }
+}

@@ -1,0 +1,28 @@
+//! Routed sparse attention over a paged key/value cache.
+//!
+//! The data flow of one layer in one step, which is also the order of the modules:
+//!
+//! ```text
+//! hidden, q, k, v --> TokenRouter::admit --> AttentionBackend::write --> LayerStore (pages)
+//!                                                                           |
+//!                 q --> BlockRouter::score --> select --> AttentionBackend::attend --> out
+//! ```
+//!
+//! A *token router* decides which tokens keep full attention, a *block router* which blocks a query
+//! reads; what is read goes through one exact softmax. [`token_router::All`] with
+//! [`block_router::All`] is dense attention, by the same code.
+//!
+//! Shapes are tokens first, heads next, head_dim last. This crate knows tensors, positions and pages;
+//! it knows nothing of token ids, weights, files or models.
+
+pub mod attention;
+pub mod backend;
+pub mod block_router;
+pub mod cache;
+pub mod select;
+pub mod shape;
+pub mod token_router;
+
+pub use attention::{AttentionInput, RoutedAttention};
+pub use cache::{KvCache, LayerSpec, LayerStore, Step};
+pub use shape::HeadShape;

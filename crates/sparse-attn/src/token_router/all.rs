@@ -1,0 +1,16 @@
+use super::{Admission, RouterInput, TokenRouter};
+use candle_core::Result;
+
+/// Every token keeps full attention: dense memory, nothing lost.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct All;
+
+impl TokenRouter for All {
+    fn name(&self) -> &'static str {
+        "all"
+    }
+
+    fn admit(&self, _layer: usize, _input: RouterInput<'_>) -> Result<Admission> {
+        Ok(Admission::Every)
+    }
+}

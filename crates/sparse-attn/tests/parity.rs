@@ -1,0 +1,208 @@
+//! Every backend equals the plain one, and attention keeps its laws.
+
+use candle_core::{DType, Device, Result, Tensor};
+use sparse_attn::backend::{AttentionBackend, Cpu, Reference};
+use sparse_attn::{AttentionInput, HeadShape, KvCache, LayerSpec, RoutedAttention};
+use std::sync::Arc;
+
+/// `q_heads, kv_heads, head_dim, sliding_window, tokens`
+const CASES: [(usize, usize, usize, Option<usize>, usize); 6] = [
+    (4, 2, 16, None, 97),
+    (9, 3, 64, None, 700),
+    (8, 1, 64, Some(100), 700),
+    (3, 3, 16, Some(8), 75),
+    (4, 1, 256, Some(64), 130),
+    (2, 2, 8, Some(1), 70),
+];
+
+fn backends() -> Vec<Arc<dyn AttentionBackend>> {
+    vec![Arc::new(Cpu)]
+}
+
+struct Case {
+    spec: LayerSpec,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+}
+
+impl Case {
+    fn new((q_heads, kv_heads, head_dim, sliding_window, tokens): (usize, usize, usize, Option<usize>, usize)) -> Result<Self> {
+        let random = |heads| Tensor::randn(0f32, 1.0, (tokens, heads, head_dim), &Device::Cpu);
+        let spec = LayerSpec { shape: HeadShape::new(q_heads, kv_heads, head_dim)?, sliding_window };
+        Ok(Self { spec, q: random(q_heads)?, k: random(kv_heads)?, v: random(kv_heads)? })
+    }
+
+    fn tokens(&self) -> usize {
+        self.q.dims()[0]
+    }
+
+    fn run(&self, backend: &Arc<dyn AttentionBackend>, dtype: DType, chunk: usize) -> Result<Tensor> {
+        let attention = RoutedAttention::dense(backend.clone());
+        let mut cache = KvCache::new(&[self.spec], dtype, &Device::Cpu, 0)?;
+        let mut parts = Vec::new();
+        while cache.len() < self.tokens() {
+            let step = cache.reserve(chunk.min(self.tokens() - cache.len()))?;
+            let part = |x: &Tensor| x.narrow(0, step.start, step.len);
+            let (q, k, v) = (part(&self.q)?, part(&self.k)?, part(&self.v)?);
+            let input = AttentionInput { hidden: &q, q: &q, k: &k, v: &v, scale: 0.3 };
+            parts.push(attention.forward(0, input, step, &mut cache)?);
+            cache.commit(step)?;
+        }
+        Tensor::cat(&parts, 0)
+    }
+}
+
+fn max_difference(a: &Tensor, b: &Tensor) -> Result<f32> {
+    (a - b)?.abs()?.flatten_all()?.max(0)?.to_scalar()
+}
+
+#[test]
+fn every_backend_equals_the_reference_in_every_dtype_and_chunking() -> Result<()> {
+    let reference: Arc<dyn AttentionBackend> = Arc::new(Reference);
+    for case in CASES {
+        let data = Case::new(case)?;
+        for dtype in [DType::F32, DType::F16, DType::BF16] {
+            let want = data.run(&reference, dtype, data.tokens())?;
+            for backend in backends() {
+                for chunk in [data.tokens(), 64, 7, 1] {
+                    let difference = max_difference(&data.run(&backend, dtype, chunk)?, &want)?;
+                    assert!(difference < 2e-5, "{} {case:?} {dtype:?} chunk {chunk}: {difference}", backend.name());
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn the_reference_is_the_textbook_formula() -> Result<()> {
+    let data = Case::new((4, 2, 16, Some(20), 50))?;
+    let got = data.run(&(Arc::new(Reference) as Arc<dyn AttentionBackend>), DType::F32, 50)?.to_vec3::<f32>()?;
+    let (q, k, v) = (data.q.to_vec3::<f32>()?, data.k.to_vec3::<f32>()?, data.v.to_vec3::<f32>()?);
+    for t in 0..50usize {
+        for head in 0..4 {
+            let visible = (t + 1).saturating_sub(20)..=t;
+            let dot = |p: usize| (0..16).map(|i| f64::from(q[t][head][i]) * f64::from(k[p][head / 2][i])).sum::<f64>();
+            let weights: Vec<f64> = visible.clone().map(|p| (0.3 * dot(p)).exp()).collect();
+            let total: f64 = weights.iter().sum();
+            for i in 0..16 {
+                let want: f64 = visible.clone().zip(&weights).map(|(p, w)| w / total * f64::from(v[p][head / 2][i])).sum();
+                assert!((f64::from(got[t][head][i]) - want).abs() < 1e-5, "query {t}, head {head}");
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_key_in_the_future_changes_nothing_even_if_it_is_nan() -> Result<()> {
+    for backend in backends().into_iter().chain([Arc::new(Reference) as _]) {
+        for case in [CASES[0], CASES[2]] {
+            let mut data = Case::new(case)?;
+            let cut = data.tokens() / 2;
+            let before = data.run(&backend, DType::F32, data.tokens())?.narrow(0, 0, cut)?;
+            let poison = |x: &Tensor| -> Result<Tensor> {
+                let future = x.narrow(0, cut, data.tokens() - cut)?;
+                Tensor::cat(&[&x.narrow(0, 0, cut)?, &(future * f64::NAN)?], 0)
+            };
+            (data.k, data.v) = (poison(&data.k)?, poison(&data.v)?);
+            let after = data.run(&backend, DType::F32, data.tokens())?.narrow(0, 0, cut)?;
+            let difference = max_difference(&before, &after)?; // a leaked NaN fails any comparison
+            assert!(difference < 1e-6, "{} {case:?}: {difference}", backend.name());
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_failed_step_leaves_the_cache_as_it_was() -> Result<()> {
+    for backend in backends() {
+        let data = Case::new(CASES[2])?;
+        let attention = RoutedAttention::dense(backend);
+        let run = |fail: bool| -> Result<Tensor> {
+            let mut cache = KvCache::new(&[data.spec], DType::F32, &Device::Cpu, 0)?;
+            let mut last = None;
+            for start in (0..640).step_by(64) {
+                let part = |x: &Tensor, at| x.narrow(0, at, 64);
+                if fail {
+                    // A step that writes other tokens and is never committed, as after an error in a later layer.
+                    let step = cache.reserve(64)?;
+                    let (q, k, v) = (part(&data.q, 5)?, part(&data.k, 6)?, part(&data.v, 7)?);
+                    attention.forward(0, AttentionInput { hidden: &q, q: &q, k: &k, v: &v, scale: 0.3 }, step, &mut cache)?;
+                    assert_eq!(cache.len(), start);
+                }
+                let step = cache.reserve(64)?;
+                let (q, k, v) = (part(&data.q, start)?, part(&data.k, start)?, part(&data.v, start)?);
+                last = Some(attention.forward(0, AttentionInput { hidden: &q, q: &q, k: &k, v: &v, scale: 0.3 }, step, &mut cache)?);
+                cache.commit(step)?;
+            }
+            Ok(last.expect("ten steps"))
+        };
+        assert_eq!(max_difference(&run(false)?, &run(true)?)?, 0.0);
+    }
+    Ok(())
+}
+
+#[test]
+fn truncating_and_writing_again_equals_never_having_written() -> Result<()> {
+    let data = Case::new(CASES[2])?; // sliding window 100
+    let attention = RoutedAttention::dense(Arc::new(Cpu));
+    let feed = |cache: &mut KvCache, from: usize, len: usize, source: usize| -> Result<Tensor> {
+        let step = cache.reserve(len)?;
+        assert_eq!(step.start, from);
+        let part = |x: &Tensor| x.narrow(0, source, len);
+        let (q, k, v) = (part(&data.q)?, part(&data.k)?, part(&data.v)?);
+        let out = attention.forward(0, AttentionInput { hidden: &q, q: &q, k: &k, v: &v, scale: 0.3 }, step, cache)?;
+        cache.commit(step)?;
+        Ok(out)
+    };
+    let mut straight = KvCache::new(&[data.spec], DType::F32, &Device::Cpu, 0)?;
+    feed(&mut straight, 0, 400, 0)?;
+    let want = feed(&mut straight, 400, 50, 400)?;
+
+    let mut detour = KvCache::new(&[data.spec], DType::F32, &Device::Cpu, 0)?;
+    feed(&mut detour, 0, 400, 0)?;
+    feed(&mut detour, 400, 60, 500)?;
+    assert!(detour.oldest_restorable() <= 400);
+    detour.truncate(400)?;
+    assert_eq!(max_difference(&feed(&mut detour, 400, 50, 400)?, &want)?, 0.0);
+
+    feed(&mut detour, 450, 200, 450)?;
+    feed(&mut detour, 650, 1, 650)?;
+    let error = detour.truncate(420).unwrap_err().to_string();
+    assert!(error.contains("420"), "{error}");
+    detour.truncate(0)?;
+    feed(&mut detour, 0, 400, 0)?;
+    assert_eq!(max_difference(&feed(&mut detour, 400, 50, 400)?, &want)?, 0.0);
+    Ok(())
+}
+
+#[test]
+fn reported_bytes_are_allocated_bytes_and_a_window_bounds_them() -> Result<()> {
+    let shape = HeadShape::new(4, 2, 64)?;
+    let full = LayerSpec { shape, sliding_window: None };
+    let cache = KvCache::new(&[full], DType::F16, &Device::Cpu, 1000)?;
+    assert_eq!(cache.allocated_bytes(), 2 * 16 * 64 * 2 * 64 * 2); // k and v, 16 pages of 64, 2 heads of 64, 2 bytes
+    assert_eq!(cache.allocated_bytes(), KvCache::planned_bytes(&[full], DType::F16, 1000));
+    let sliding = LayerSpec { shape, sliding_window: Some(128) };
+    assert_eq!(KvCache::planned_bytes(&[sliding], DType::F16, 100_000), 2 * 4 * 64 * 2 * 64 * 2);
+    Ok(())
+}
+
+#[test]
+fn shapes_that_do_not_fit_are_errors_with_both_shapes() -> Result<()> {
+    for backend in backends().into_iter().chain([Arc::new(Reference) as _]) {
+        let data = Case::new(CASES[0])?;
+        let mut cache = KvCache::new(&[data.spec], DType::F32, &Device::Cpu, 0)?;
+        let step = cache.reserve(5)?;
+        let wrong = Tensor::zeros((5, 3, 16), DType::F32, &Device::Cpu)?;
+        let attention = RoutedAttention::dense(backend);
+        let error = attention
+            .forward(0, AttentionInput { hidden: &wrong, q: &wrong, k: &wrong, v: &wrong, scale: 1.0 }, step, &mut cache)
+            .unwrap_err()
+            .to_string();
+        assert!(error.contains("[5, 3, 16]") && error.contains("[5, 2, 16]"), "{error}");
+    }
+    Ok(())
+}
