@@ -1,0 +1,335 @@
+//! The command line.
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap_complete::Shell;
+use std::path::PathBuf;
+
+/// Version, commit, target and features of this build.
+pub(crate) const VERSION: &str =
+    concat!(env!("CARGO_PKG_VERSION"), " (", env!("FOVEATE_COMMIT"), ", ", env!("FOVEATE_TARGET"), ", backends: cpu)");
+
+/// The model of a first run.
+pub(crate) const DEFAULT_MODEL: &str = "smollm2-135m-instruct";
+
+/// Run published language models on your own machine.
+#[derive(Debug, Parser)]
+#[command(name = "foveate", version = VERSION, propagate_version = true, arg_required_else_help = true)]
+pub(crate) struct Cli {
+    #[command(flatten)]
+    pub(crate) global: Global,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Debug, Clone, Args)]
+pub(crate) struct Global {
+    /// Print nothing but the result and errors
+    #[arg(short, long, global = true)]
+    pub(crate) quiet: bool,
+    /// Log what happens inside (-v: debug, -vv: trace)
+    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    pub(crate) verbose: u8,
+    /// One JSON document on standard output, errors included
+    #[arg(long, global = true)]
+    pub(crate) json: bool,
+    /// Draw no progress bars
+    #[arg(long, global = true)]
+    pub(crate) no_progress: bool,
+    /// Use only what is on this machine (also HF_HUB_OFFLINE=1)
+    #[arg(long, global = true)]
+    pub(crate) offline: bool,
+    /// Where models are kept [default: HF_HUB_CACHE, HF_HOME/hub or ~/.cache/huggingface/hub]
+    #[arg(long, global = true, value_name = "DIR")]
+    pub(crate) cache_dir: Option<PathBuf>,
+    /// File holding the Hub token [default: HF_TOKEN, else HF_TOKEN_PATH, else the file of `hf auth login`]
+    #[arg(long, global = true, value_name = "FILE")]
+    pub(crate) hf_token_file: Option<PathBuf>,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Continue a prompt
+    #[command(visible_alias = "gen")]
+    Generate(Box<Generate>),
+    /// Talk with a model
+    #[command(visible_alias = "run")]
+    Chat(Box<Chat>),
+    /// Models on this machine
+    #[command(subcommand)]
+    Models(Models),
+    /// Fetch a model (models pull)
+    Pull(Pull),
+    /// List models (models ls)
+    Ls,
+    /// Delete a model (models rm)
+    Rm(Remove),
+    /// Describe a model (models show)
+    Show(OneModel),
+    /// Check the machine, this build, the cache and the Hub
+    Doctor,
+    /// Print a completion script
+    Completions {
+        /// The shell to complete in
+        shell: Shell,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Models {
+    /// Fetch a model, or go on where a fetch stopped
+    Pull(Pull),
+    /// List models, those on this machine and those known by name
+    Ls,
+    /// Describe a model
+    Show(OneModel),
+    /// Delete a model from this machine
+    Rm(Remove),
+    /// Compare files with their checksums (exit 10: damaged)
+    Verify(Verify),
+    /// Print where a model's file or directory lies
+    Path(OneModel),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Pull {
+    /// A name of `foveate ls`, or USER/REPO[:QUANT][@REVISION] [default: smollm2-135m-instruct]
+    #[arg(value_name = "MODEL")]
+    pub(crate) model: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct OneModel {
+    /// A name of `foveate ls`, USER/REPO[:QUANT][@REVISION], a directory or a .gguf file
+    #[arg(value_name = "MODEL")]
+    pub(crate) model: String,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Remove {
+    /// A name of `foveate ls`, or USER/REPO[:QUANT]
+    #[arg(value_name = "MODEL")]
+    pub(crate) model: String,
+    /// Do not ask
+    #[arg(short, long)]
+    pub(crate) yes: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Verify {
+    /// A name of `foveate ls`, or USER/REPO
+    #[arg(value_name = "MODEL", required_unless_present = "all")]
+    pub(crate) model: Option<String>,
+    /// Every model on this machine
+    #[arg(long, conflicts_with = "model")]
+    pub(crate) all: bool,
+}
+
+/// Which model, where, and how much memory.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Model")]
+pub(crate) struct ModelArgs {
+    /// A name of `foveate ls`, USER/REPO[:QUANT][@REVISION], a directory or a .gguf file
+    #[arg(short, long, default_value = DEFAULT_MODEL)]
+    pub(crate) model: String,
+    /// The Hub revision (same as @REVISION)
+    #[arg(long)]
+    pub(crate) revision: Option<String>,
+    /// Where to compute
+    #[arg(long, value_enum, default_value_t = DeviceChoice::Auto)]
+    pub(crate) device: DeviceChoice,
+    /// Threads [default: physical cores]
+    #[arg(short, long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub(crate) threads: Option<u16>,
+    /// Most tokens of prompt and answer together [default: what the model was trained on, lowered to fit]
+    #[arg(short, long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1 << 28))]
+    pub(crate) ctx_size: Option<u32>,
+    /// How keys and values are kept
+    #[arg(long, value_enum, default_value_t = CacheType::F16)]
+    pub(crate) cache_type: CacheType,
+    /// Most memory to use, e.g. 10GiB or 80% of what is free
+    #[arg(long, value_name = "SIZE", value_parser = parse_memory)]
+    pub(crate) mem_limit: Option<MemoryLimit>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum DeviceChoice {
+    Auto,
+    Cpu,
+    Cuda,
+    Metal,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum CacheType {
+    F32,
+    F16,
+    Bf16,
+}
+
+/// `--mem-limit`.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) enum MemoryLimit {
+    Bytes(u64),
+    /// Of what is free, 0 to 1.
+    Fraction(f64),
+}
+
+/// How the prompt becomes tokens.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Prompt")]
+pub(crate) struct TemplateArgs {
+    /// The system message
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) system: Option<String>,
+    /// Use this chat template instead of the model's
+    #[arg(long, value_name = "FILE")]
+    pub(crate) chat_template: Option<PathBuf>,
+    /// A value for the chat template, e.g. enable_thinking=false
+    #[arg(long, value_name = "K=V", value_parser = parse_key_value)]
+    pub(crate) template_arg: Vec<(String, String)>,
+    /// Show what the model is given
+    #[arg(long)]
+    pub(crate) show_prompt: bool,
+}
+
+/// How tokens are chosen.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Sampling (defaults: the model's generation_config.json, else those given)")]
+pub(crate) struct SamplingArgs {
+    /// Divides logits; 0 is greedy [default: 0.8]
+    #[arg(long, value_name = "F")]
+    pub(crate) temp: Option<f32>,
+    /// Keep the N likeliest tokens; 0 keeps all [default: 40]
+    #[arg(long, value_name = "N")]
+    pub(crate) top_k: Option<usize>,
+    /// Keep the likeliest tokens that reach this probability together [default: 0.95]
+    #[arg(long, value_name = "P")]
+    pub(crate) top_p: Option<f32>,
+    /// Drop tokens below this fraction of the likeliest one's probability [default: 0.05]
+    #[arg(long, value_name = "P")]
+    pub(crate) min_p: Option<f32>,
+    /// Divides the logits of recent tokens [default: 1]
+    #[arg(long, value_name = "F")]
+    pub(crate) repeat_penalty: Option<f32>,
+    /// Tokens that count as recent [default: 64]
+    #[arg(long, value_name = "N")]
+    pub(crate) repeat_last_n: Option<usize>,
+    /// Subtracted once for a recent token [default: 0]
+    #[arg(long, value_name = "F", allow_negative_numbers = true)]
+    pub(crate) presence_penalty: Option<f32>,
+    /// Subtracted for each time a recent token occurs [default: 0]
+    #[arg(long, value_name = "F", allow_negative_numbers = true)]
+    pub(crate) frequency_penalty: Option<f32>,
+    /// Same seed, same text [default: random, printed]
+    #[arg(short, long, value_name = "N")]
+    pub(crate) seed: Option<u64>,
+    /// Always the likeliest token
+    #[arg(long, conflicts_with_all = ["temp", "top_k", "top_p", "min_p"])]
+    pub(crate) greedy: bool,
+    /// Stop before this text (repeatable)
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) stop: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Generate {
+    /// The prompt
+    #[arg(value_name = "PROMPT", conflicts_with = "prompt")]
+    pub(crate) positional: Option<String>,
+    /// The prompt (same as the argument)
+    #[arg(short, long, value_name = "TEXT", help_heading = "Prompt")]
+    pub(crate) prompt: Option<String>,
+    /// Read the prompt from a file, `-` for standard input; with a prompt too, the file comes first
+    #[arg(short, long, value_name = "PATH", help_heading = "Prompt")]
+    pub(crate) file: Option<PathBuf>,
+    /// The prompt as token ids, e.g. 1,2,3: no template, no start token
+    #[arg(long, value_name = "IDS", value_delimiter = ',', conflicts_with_all = ["positional", "prompt", "file", "system"], help_heading = "Prompt")]
+    pub(crate) prompt_ids: Vec<u32>,
+    /// No chat template: the model continues the text
+    #[arg(long, help_heading = "Prompt")]
+    pub(crate) raw: bool,
+    /// Do not put the model's start token before a raw prompt
+    #[arg(long, help_heading = "Prompt")]
+    pub(crate) no_bos: bool,
+    /// Most tokens to generate [default: 512]
+    #[arg(short = 'n', long, value_name = "N")]
+    pub(crate) max_tokens: Option<usize>,
+    /// Do not stop at the model's end tokens
+    #[arg(long)]
+    pub(crate) ignore_eos: bool,
+    /// Log-probabilities of the N likeliest tokens at each position (to standard error, or in the JSON)
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=20))]
+    pub(crate) logprobs: Option<u8>,
+    #[command(flatten)]
+    pub(crate) template: TemplateArgs,
+    #[command(flatten)]
+    pub(crate) model: ModelArgs,
+    #[command(flatten)]
+    pub(crate) sampling: SamplingArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Chat {
+    /// Most tokens of one answer [default: until the model ends it]
+    #[arg(short = 'n', long, value_name = "N")]
+    pub(crate) max_tokens: Option<usize>,
+    #[command(flatten)]
+    pub(crate) template: TemplateArgs,
+    #[command(flatten)]
+    pub(crate) model: ModelArgs,
+    #[command(flatten)]
+    pub(crate) sampling: SamplingArgs,
+}
+
+fn parse_key_value(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((key, _)) if matches!(key, "messages" | "add_generation_prompt" | "bos_token" | "eos_token") => {
+            Err(format!("{key} is set by foveate"))
+        }
+        Some((key, value)) if !key.is_empty() => Ok((key.to_string(), value.to_string())),
+        _ => Err("expected KEY=VALUE".to_string()),
+    }
+}
+
+fn parse_memory(text: &str) -> Result<MemoryLimit, String> {
+    let wrong = || format!("{text:?} is neither a size (512MiB, 10GiB) nor a part of what is free (80%)");
+    let split = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
+    let number: f64 = text[..split].parse().map_err(|_| wrong())?;
+    let scale = match text[split..].trim().to_lowercase().as_str() {
+        "%" if number > 0.0 && number <= 100.0 => return Ok(MemoryLimit::Fraction(number / 100.0)),
+        "" | "b" => 0,
+        "k" | "kib" | "kb" => 10,
+        "m" | "mib" | "mb" => 20,
+        "g" | "gib" | "gb" => 30,
+        "t" | "tib" | "tb" => 40,
+        _ => return Err(wrong()),
+    };
+    Ok(MemoryLimit::Bytes((number * (1u64 << scale) as f64) as u64))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn memory_limits_are_sizes_or_parts() {
+        assert_eq!(parse_memory("10GiB"), Ok(MemoryLimit::Bytes(10 << 30)));
+        assert_eq!(parse_memory("1.5g"), Ok(MemoryLimit::Bytes(3 << 29)));
+        assert_eq!(parse_memory("80%"), Ok(MemoryLimit::Fraction(0.8)));
+        for wrong in ["", "GiB", "0%", "120%", "5 apples", "-1GiB"] {
+            assert!(parse_memory(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn a_template_argument_cannot_replace_what_we_set() {
+        assert!(parse_key_value("messages=[]").is_err());
+        assert_eq!(parse_key_value("a=b=c"), Ok(("a".into(), "b=c".into())));
+    }
+}

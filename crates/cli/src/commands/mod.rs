@@ -1,0 +1,8 @@
+//! One file per command.
+
+pub(crate) mod chat;
+pub(crate) mod completions;
+pub(crate) mod doctor;
+pub(crate) mod generate;
+pub(crate) mod models;
+mod reply;

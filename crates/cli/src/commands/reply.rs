@@ -1,0 +1,118 @@
+//! Prefill with a progress bar, then tokens as text: what `generate` and `chat` share.
+
+use crate::engine::Engine;
+use crate::failure::{Failure, Kind, message};
+use crate::interrupt::Interrupt;
+use crate::plan::CHUNK;
+use crate::text::TextStream;
+use crate::ui::Ui;
+use anyhow::Result;
+use model::{FinishReason, GenerateOptions, Sampler, Session, Token};
+use std::ops::ControlFlow;
+use std::time::{Duration, Instant};
+
+/// Prompts longer than this get a progress bar.
+const LONG_PROMPT: usize = 2 * CHUNK;
+
+/// A finished reply.
+#[derive(Debug)]
+pub(crate) struct Reply {
+    pub(crate) text: String,
+    pub(crate) tokens: Vec<Token>,
+    pub(crate) finish: FinishReason,
+    pub(crate) prompt_tokens: usize,
+    pub(crate) prefill: Duration,
+    pub(crate) decode: Duration,
+}
+
+impl Reply {
+    /// Prompt tokens per second.
+    pub(crate) fn prompt_rate(&self) -> f64 {
+        self.prompt_tokens as f64 / self.prefill.as_secs_f64().max(1e-9)
+    }
+
+    /// Generated tokens per second; the first came with the prompt.
+    pub(crate) fn decode_rate(&self) -> f64 {
+        self.tokens.len().saturating_sub(1) as f64 / self.decode.as_secs_f64().max(1e-9)
+    }
+}
+
+/// Computes `prompt` after what `session` holds and generates. `print` gets the text as it is certain.
+///
+/// An interrupt ends the reply and keeps what is there; the caller clears it.
+#[expect(clippy::too_many_arguments, reason = "what a reply needs, each a different thing")]
+pub(crate) fn reply(
+    engine: &Engine,
+    session: &mut Session,
+    prompt: &[u32],
+    sampler: &mut Sampler,
+    stops: &[String],
+    options: GenerateOptions,
+    ui: Ui,
+    interrupt: &Interrupt,
+    mut print: impl FnMut(&str, &Token) -> Result<()>,
+) -> Result<Reply> {
+    let compute = |error: candle_core::Error| Failure::new(Kind::Unexpected, message(&error));
+    let started = Instant::now();
+    let bar = (prompt.len() > LONG_PROMPT).then(|| ui.token_bar("prefill", prompt.len() as u64));
+    let whole = session
+        .prefill(prompt, CHUNK, |done, _| {
+            if let Some(bar) = &bar {
+                bar.set_position(done as u64);
+            }
+            if interrupt.is_set() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        })
+        .map_err(compute)?;
+    if let Some(bar) = &bar {
+        bar.finish_and_clear();
+    }
+    let mut reply = Reply {
+        text: String::new(),
+        tokens: Vec::new(),
+        finish: FinishReason::Interrupt,
+        prompt_tokens: prompt.len(),
+        prefill: started.elapsed(),
+        decode: Duration::ZERO,
+    };
+    if !whole {
+        return Ok(reply);
+    }
+    let mut stream = TextStream::new(&engine.checkpoint.tokenizer, stops);
+    let mut generation = session.generate(sampler, options);
+    let mut first = None;
+    loop {
+        if interrupt.is_set() {
+            break;
+        }
+        let Some(token) = generation.next() else {
+            reply.finish = generation.finish_reason().unwrap_or(FinishReason::Stop);
+            break;
+        };
+        let token = token.map_err(compute)?;
+        let began = *first.get_or_insert_with(Instant::now);
+        if token.is_end {
+            reply.tokens.push(token);
+            reply.finish = FinishReason::Stop;
+            reply.decode = began.elapsed();
+            break;
+        }
+        let (text, stopped) = stream.push(token.id)?;
+        reply.decode = began.elapsed();
+        if !text.is_empty() || token.logprobs.is_some() {
+            reply.text.push_str(&text);
+            print(&text, &token)?;
+        }
+        reply.tokens.push(token);
+        if stopped {
+            reply.finish = FinishReason::Stop;
+            return Ok(reply);
+        }
+    }
+    let rest = stream.finish()?;
+    if let (false, Some(last)) = (rest.is_empty(), reply.tokens.last()) {
+        reply.text.push_str(&rest);
+        // Its log-probabilities were printed when it came.
+        print(&rest, &Token { logprobs: None, ..last.clone() })?;
+    }
+    Ok(reply)
+}

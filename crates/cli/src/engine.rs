@@ -1,0 +1,274 @@
+//! A checkpoint opened, checked against the machine, and loaded.
+
+use crate::args::{CacheType, DeviceChoice, ModelArgs, SamplingArgs, TemplateArgs};
+use crate::failure::{Failure, Kind, damaged, message};
+use crate::plan::{self, Plan};
+use crate::source::{self, Hub, Located, ModelReference};
+use crate::text::{ChatTemplate, Message, TextTokenizer};
+use crate::ui::{Ui, bytes};
+use anyhow::{Context, Result};
+use candle_core::{DType, Device};
+use minijinja::Value;
+use minijinja::value::Serde;
+use model::{CausalLm, Config, SamplerOptions, Session, Weights};
+use serde::Deserialize;
+use sparse_attn::RoutedAttention;
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// A checkpoint whose headers, tokenizer and template were read; its weights are still in the file.
+#[derive(Debug)]
+pub(crate) struct Checkpoint {
+    pub(crate) located: Located,
+    pub(crate) weights: Weights,
+    pub(crate) tokenizer: TextTokenizer,
+    pub(crate) template: Option<ChatTemplate>,
+    pub(crate) defaults: GenerationDefaults,
+    pub(crate) device: Device,
+    pub(crate) kv_dtype: DType,
+}
+
+/// A checkpoint with its weights in memory.
+#[derive(Debug)]
+pub(crate) struct Engine {
+    pub(crate) checkpoint: Checkpoint,
+    pub(crate) model: Arc<dyn CausalLm>,
+    pub(crate) attention: RoutedAttention,
+    pub(crate) plan: Plan,
+    pub(crate) load_time: Duration,
+}
+
+/// `generation_config.json`: what the model's authors recommend.
+#[derive(Debug, Default, Deserialize)]
+pub(crate) struct GenerationDefaults {
+    do_sample: Option<bool>,
+    temperature: Option<f32>,
+    top_k: Option<usize>,
+    top_p: Option<f32>,
+    min_p: Option<f32>,
+    repetition_penalty: Option<f32>,
+    eos_token_id: Option<EndTokens>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(untagged)]
+enum EndTokens {
+    One(u32),
+    Several(Vec<u32>),
+}
+
+impl Checkpoint {
+    /// Finds or fetches the model and reads all but its weights.
+    pub(crate) fn open(args: &ModelArgs, template: &TemplateArgs, hub: &Hub) -> Result<Self> {
+        let device = device(args.device)?;
+        let reference = ModelReference::parse(&args.model, args.revision.as_deref())?;
+        let located = source::obtain(&reference, hub)?;
+        let quantize = located
+            .quantize
+            .as_deref()
+            .map(model::weights::quantize_dtype)
+            .transpose()
+            .map_err(|error| Failure::new(Kind::Usage, message(&error)))?;
+        let weights = Weights::open(&located.path, &device, quantize).map_err(damaged)?;
+        if !model::arch::NAMES.contains(&weights.config().model_type.as_str()) {
+            let what = format!("{}: architecture {:?} is not supported", located.id, weights.config().model_type);
+            return Err(Failure::malformed(what).why(format!("supported: {}", model::arch::NAMES.join(", "))).into());
+        }
+        let tokenizer = match weights.gguf() {
+            Some(file) => TextTokenizer::from_gguf(file),
+            None => TextTokenizer::from_file(&located.path.join("tokenizer.json")),
+        };
+        let tokenizer = tokenizer.map_err(as_damage).with_context(|| located.id.clone())?;
+        if tokenizer.vocab_size() > weights.config().vocab_size {
+            let what = format!(
+                "{}: the tokenizer has {} tokens, the model only {}",
+                located.id,
+                tokenizer.vocab_size(),
+                weights.config().vocab_size
+            );
+            return Err(Failure::malformed(what).why("the files belong to different models").into());
+        }
+        let template = chat_template(&located, &weights, &tokenizer, template)?;
+        let defaults = GenerationDefaults::read(&located, &weights)?;
+        let kv_dtype = match args.cache_type {
+            CacheType::F32 => DType::F32,
+            CacheType::F16 => DType::F16,
+            CacheType::Bf16 => DType::BF16,
+        };
+        Ok(Self { located, weights, tokenizer, template, defaults, device, kv_dtype })
+    }
+
+    pub(crate) fn config(&self) -> &Config {
+        self.weights.config()
+    }
+
+    /// Bytes of weights once loaded.
+    pub(crate) fn weights_bytes(&self) -> u64 {
+        self.weights.loaded_bytes()
+    }
+
+    /// The most tokens a sequence may have on this machine.
+    pub(crate) fn context(&self, args: &ModelArgs, ui: Ui) -> Result<usize> {
+        let (asked, trained) = (args.ctx_size.map(|n| n as usize), self.config().context);
+        let free = plan::available(args.mem_limit);
+        let context = plan::choose_context(asked, self.config(), self.weights_bytes(), self.kv_dtype, free)?;
+        if context > trained {
+            ui.warn(format!("-c {context} is beyond the {trained} tokens this model was trained on: expect nonsense there"));
+        } else if asked.is_none() && context < trained {
+            ui.warn(format!("the context is {context} of the {trained} tokens this model was trained on: no more fits in {}", bytes(free)));
+        }
+        Ok(context)
+    }
+
+    /// Tokens at which the model's text ends.
+    pub(crate) fn end_tokens(&self) -> Vec<u32> {
+        let mut ids = self.config().eos.clone();
+        ids.extend(match &self.defaults.eos_token_id {
+            None => Vec::new(),
+            Some(EndTokens::One(id)) => vec![*id],
+            Some(EndTokens::Several(ids)) => ids.clone(),
+        });
+        ids.sort_unstable();
+        ids.dedup();
+        ids
+    }
+
+    /// Flag, else the model's own recommendation, else the built-in default.
+    pub(crate) fn sampler_options(&self, args: &SamplingArgs) -> Result<SamplerOptions> {
+        let (own, built_in) = (&self.defaults, SamplerOptions::default());
+        let greedy = args.greedy || (own.do_sample == Some(false) && args.temp.is_none());
+        let options = SamplerOptions {
+            temperature: if greedy { 0.0 } else { args.temp.or(own.temperature).unwrap_or(built_in.temperature) },
+            top_k: args.top_k.or(own.top_k).unwrap_or(built_in.top_k),
+            top_p: args.top_p.or(own.top_p).unwrap_or(built_in.top_p),
+            min_p: args.min_p.or(own.min_p).unwrap_or(built_in.min_p),
+            repeat_penalty: args.repeat_penalty.or(own.repetition_penalty).unwrap_or(built_in.repeat_penalty),
+            repeat_last_n: args.repeat_last_n.unwrap_or(built_in.repeat_last_n),
+            presence_penalty: args.presence_penalty.unwrap_or(built_in.presence_penalty),
+            frequency_penalty: args.frequency_penalty.unwrap_or(built_in.frequency_penalty),
+            // JSON readers keep 53 bits of a number.
+            seed: args.seed.unwrap_or_else(|| random_seed() & ((1 << 53) - 1)),
+        };
+        options.check().map_err(|error| Failure::new(Kind::Usage, message(&error)))?;
+        Ok(options)
+    }
+
+    /// Loads the weights. `context`: the tokens that memory is planned for.
+    pub(crate) fn load(self, context: usize, args: &ModelArgs) -> Result<Engine> {
+        let plan = Plan::new(self.config(), self.weights_bytes(), self.kv_dtype, context);
+        plan::choose_context(Some(context), self.config(), self.weights_bytes(), self.kv_dtype, plan::available(args.mem_limit))?;
+        let started = Instant::now();
+        let model = model::load(&self.weights).map_err(damaged).with_context(|| self.located.id.clone())?;
+        let backend = sparse_attn::backend::for_device(&self.device).map_err(|error| Failure::new(Kind::Device, message(&error)))?;
+        Ok(Engine { attention: RoutedAttention::dense(backend), model, plan, load_time: started.elapsed(), checkpoint: self })
+    }
+}
+
+impl Engine {
+    /// An empty sequence with room for `capacity` tokens.
+    pub(crate) fn session(&self, capacity: usize) -> Result<Session> {
+        Session::new(self.model.clone(), self.attention.clone(), self.checkpoint.kv_dtype, &self.checkpoint.device, capacity)
+            .map_err(|error| Failure::new(Kind::OutOfMemory, message(&error)).hint("a smaller -c").into())
+    }
+
+    /// One line on what runs and where.
+    pub(crate) fn banner(&self, context: usize) -> String {
+        let per_token = Plan::new(self.checkpoint.config(), 0, self.checkpoint.kv_dtype, 64 * 1024).kv / (64 * 1024);
+        format!(
+            "{} {} · {}, {} threads · weights {} · KV {}/token · ctx {context}",
+            self.checkpoint.located.id,
+            self.checkpoint.weights.dtype_name(),
+            self.attention.backend_name(),
+            candle_core::utils::get_num_threads(),
+            bytes(self.plan.weights),
+            bytes(per_token)
+        )
+    }
+}
+
+impl GenerationDefaults {
+    fn read(located: &Located, weights: &Weights) -> Result<Self> {
+        let path = located.path.join("generation_config.json");
+        if weights.gguf().is_some() || !path.is_file() {
+            return Ok(Self::default());
+        }
+        let text = std::fs::read_to_string(&path).with_context(|| path.display().to_string())?;
+        let defaults: Self = serde_json::from_str(&text).map_err(|error| Failure::malformed(format!("{}: {error}", path.display())))?;
+        Ok(defaults)
+    }
+
+    /// What the model's authors recommend, for people; empty if nothing.
+    pub(crate) fn describe(&self) -> String {
+        let mut parts = Vec::new();
+        let mut add = |name: &str, value: Option<String>| parts.extend(value.map(|value| format!("{name} {value}")));
+        add("temp", self.temperature.map(|value| value.to_string()));
+        add("top-k", self.top_k.map(|value| value.to_string()));
+        add("top-p", self.top_p.map(|value| value.to_string()));
+        add("min-p", self.min_p.map(|value| value.to_string()));
+        add("repeat-penalty", self.repetition_penalty.map(|value| value.to_string()));
+        add("do_sample", self.do_sample.filter(|sample| !sample).map(|value| value.to_string()));
+        parts.join(", ")
+    }
+}
+
+/// The user's template, else the model's; `None` if it has none.
+fn chat_template(located: &Located, weights: &Weights, tokenizer: &TextTokenizer, args: &TemplateArgs) -> Result<Option<ChatTemplate>> {
+    let (own, bos, eos) = match weights.gguf() {
+        Some(file) => {
+            let token = |key: &str| -> Result<String> {
+                Ok(file.optional_id(key).map_err(damaged)?.map_or_else(String::new, |id| tokenizer.token(id)))
+            };
+            let template = file.optional_string("tokenizer.chat_template").map_err(damaged)?.map(str::to_string);
+            (template, token("tokenizer.ggml.bos_token_id")?, token("tokenizer.ggml.eos_token_id")?)
+        }
+        None => ChatTemplate::read_directory(&located.path)?,
+    };
+    let source = match &args.chat_template {
+        Some(path) => {
+            Some(std::fs::read_to_string(path).map_err(|error| Failure::new(Kind::NotFound, format!("{}: {error}", path.display())))?)
+        }
+        None => own,
+    };
+    let value =
+        |text: &str| serde_json::from_str::<serde_json::Value>(text).map_or_else(|_| Value::from(text), |json| Value::from(Serde(json)));
+    let arguments: BTreeMap<String, Value> = args.template_arg.iter().map(|(name, text)| (name.clone(), value(text))).collect();
+    source.map(|source| ChatTemplate::new(source, bos, eos, arguments)).transpose()
+}
+
+/// The prompt of a conversation: its text, and its ids.
+pub(crate) fn chat_prompt(checkpoint: &Checkpoint, template: &ChatTemplate, messages: &[Message]) -> Result<(String, Vec<u32>)> {
+    let rendered = template.render(messages, true)?;
+    let contents: Vec<&str> = messages.iter().map(|message| message.content.as_str()).collect();
+    let ids = checkpoint.tokenizer.encode_chat(&rendered, &contents)?;
+    Ok((rendered, ids))
+}
+
+fn as_damage(error: anyhow::Error) -> anyhow::Error {
+    if error.downcast_ref::<Failure>().is_some() {
+        return error;
+    }
+    match error.downcast::<candle_core::Error>() {
+        Ok(error) => damaged(error).into(),
+        Err(error) => Failure::malformed(format!("{error:#}")).into(),
+    }
+}
+
+fn device(choice: DeviceChoice) -> Result<Device> {
+    match choice {
+        DeviceChoice::Auto | DeviceChoice::Cpu => Ok(Device::Cpu),
+        DeviceChoice::Cuda | DeviceChoice::Metal => {
+            let name = if choice == DeviceChoice::Cuda { "cuda" } else { "metal" };
+            Err(Failure::new(Kind::Device, format!("this build has no {name} backend"))
+                .why("backends: cpu")
+                .hint("--device cpu, or foveate doctor")
+                .into())
+        }
+    }
+}
+
+fn random_seed() -> u64 {
+    use std::hash::{BuildHasher, Hasher};
+    // The standard library seeds each of these from the system's random source.
+    std::collections::hash_map::RandomState::new().build_hasher().finish()
+}

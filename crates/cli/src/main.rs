@@ -1,0 +1,73 @@
+//! `foveate`: text in, text out.
+
+mod args;
+mod commands;
+mod engine;
+mod failure;
+mod interrupt;
+mod plan;
+mod source;
+mod text;
+mod ui;
+
+use anyhow::Result;
+use args::{Cli, Command, Models};
+use clap::Parser;
+use interrupt::Interrupt;
+use source::Hub;
+use std::process::ExitCode;
+use ui::{PipeClosed, Ui};
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    log_to_stderr(cli.global.verbose);
+    set_threads(&cli.command);
+    let json = cli.global.json;
+    match run(cli) {
+        Ok(code) => ExitCode::from(code),
+        Err(error) if error.downcast_ref::<PipeClosed>().is_some() => ExitCode::SUCCESS,
+        Err(error) => ExitCode::from(failure::report(&error, json)),
+    }
+}
+
+fn run(cli: Cli) -> Result<u8> {
+    let ui = Ui::new(cli.global.quiet, cli.global.json, cli.global.no_progress);
+    let interrupt = Interrupt::listen()?;
+    let hub = || Hub::from_environment(&cli.global, ui, interrupt.clone());
+    match cli.command {
+        Command::Generate(args) => commands::generate::run(&args, &hub()?, ui, &interrupt),
+        Command::Chat(args) => commands::chat::run(&args, &hub()?, ui, &interrupt),
+        Command::Models(Models::Pull(args)) | Command::Pull(args) => commands::models::pull(&args, &hub()?, ui),
+        Command::Models(Models::Ls) | Command::Ls => commands::models::ls(&hub()?, ui),
+        Command::Models(Models::Show(args)) | Command::Show(args) => commands::models::show(&args, &hub()?, ui),
+        Command::Models(Models::Rm(args)) | Command::Rm(args) => commands::models::rm(&args, &hub()?, ui),
+        Command::Models(Models::Verify(args)) => commands::models::verify(&args, &hub()?, ui),
+        Command::Models(Models::Path(args)) => commands::models::path(&args, &hub()?, ui),
+        Command::Doctor => commands::doctor::run(&hub()?, ui),
+        Command::Completions { shell } => commands::completions::run(shell),
+    }
+}
+
+fn log_to_stderr(verbose: u8) {
+    let level = match verbose {
+        0 => return,
+        1 => tracing::Level::DEBUG,
+        _ => tracing::Level::TRACE,
+    };
+    tracing_subscriber::fmt().with_max_level(level).with_writer(std::io::stderr).without_time().init();
+}
+
+/// Tells candle's pools, which read the environment when they start, how many threads to have.
+fn set_threads(command: &Command) {
+    let threads = match command {
+        Command::Generate(args) => args.model.threads,
+        Command::Chat(args) => args.model.threads,
+        _ => None,
+    };
+    if let Some(threads) = threads {
+        for name in ["RAYON_NUM_THREADS", "CANDLE_NUM_THREADS"] {
+            // SAFETY: nothing else runs yet: this is the start of main, before any thread.
+            unsafe { std::env::set_var(name, threads.to_string()) };
+        }
+    }
+}

@@ -1,0 +1,145 @@
+//! What a run will take in memory, compared with what is free, before anything is loaded.
+
+use crate::args::MemoryLimit;
+use crate::failure::{Failure, Kind};
+use crate::ui::bytes;
+use anyhow::Result;
+use candle_core::DType;
+use model::Config;
+use sparse_attn::KvCache;
+
+/// Kept for everything else that runs.
+const MARGIN: u64 = 128 << 20;
+/// Below this many tokens, or the trained length if that is shorter, a context is not lowered unasked.
+const LEAST_CONTEXT: usize = 4096;
+/// Tokens computed at once in prefill.
+pub(crate) const CHUNK: usize = 512;
+
+/// Where the memory of a run goes, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Plan {
+    pub(crate) weights: u64,
+    pub(crate) kv: u64,
+    pub(crate) work: u64,
+}
+
+impl Plan {
+    /// For `context` tokens of keys and values stored as `kv_dtype`.
+    pub(crate) fn new(config: &Config, weights: u64, kv_dtype: DType, context: usize) -> Self {
+        let kv = KvCache::planned_bytes(&config.layer_specs(), kv_dtype, context) as u64;
+        let rows = CHUNK.min(context) as u64;
+        // Activations of one layer (a chunk wide, several alive at once) and the logits of one position.
+        let width = (8 * config.hidden_size + 4 * config.intermediate_size) as u64;
+        let work = 4 * (rows * width + 6 * config.vocab_size as u64) + (32 << 20);
+        Self { weights, kv, work }
+    }
+
+    pub(crate) fn total(&self) -> u64 {
+        self.weights + self.kv + self.work
+    }
+}
+
+/// Bytes that a run may use: what is free on the machine or in its container, and no more than `limit`.
+pub(crate) fn available(limit: Option<MemoryLimit>) -> u64 {
+    // A system that does not tell is not held back: what does not fit fails as it is allocated.
+    let (_, free) = machine().unwrap_or((u64::MAX, u64::MAX));
+    let free = free.saturating_sub(MARGIN);
+    match limit {
+        None => free,
+        Some(MemoryLimit::Bytes(limit)) => limit.min(free),
+        Some(MemoryLimit::Fraction(part)) => (free as f64 * part) as u64,
+    }
+}
+
+/// Bytes of memory in all and those free, of the machine or its container, where the system tells.
+pub(crate) fn machine() -> Option<(u64, u64)> {
+    let mut system = sysinfo::System::new().ok()?;
+    system.refresh_memory();
+    let (total, free) = (system.total_memory(), system.available_memory());
+    Some(system.cgroup_limits().map_or((total, free), |container| (total.min(container.total_memory), free.min(container.free_memory))))
+}
+
+/// The context to use: what was asked for, or the trained length lowered to what fits.
+pub(crate) fn choose_context(asked: Option<usize>, config: &Config, weights: u64, kv_dtype: DType, free: u64) -> Result<usize> {
+    let fits = |context: usize| Plan::new(config, weights, kv_dtype, context).total() <= free;
+    let largest = largest(config.context, fits);
+    match asked {
+        Some(context) if fits(context) => Ok(context),
+        Some(context) => Err(too_large(config, weights, kv_dtype, context, free, largest)),
+        None if largest >= LEAST_CONTEXT.min(config.context) => Ok(largest),
+        None => Err(too_large(config, weights, kv_dtype, LEAST_CONTEXT.min(config.context), free, largest)),
+    }
+}
+
+/// The most tokens, up to `most`, that fit.
+fn largest(most: usize, fits: impl Fn(usize) -> bool) -> usize {
+    let (mut low, mut high) = (0, most);
+    while low < high {
+        let middle = (low + high).div_ceil(2);
+        if fits(middle) { low = middle } else { high = middle - 1 }
+    }
+    // Whole pages below the trained length: the same bytes, a rounder number.
+    if low == most { low } else { low / 64 * 64 }
+}
+
+fn too_large(config: &Config, weights: u64, kv_dtype: DType, context: usize, free: u64, largest: usize) -> anyhow::Error {
+    let plan = Plan::new(config, weights, kv_dtype, context);
+    let parts = format!(
+        "weights {} + KV {} for {context} tokens + work {} = {}, and {} may be used",
+        bytes(plan.weights),
+        bytes(plan.kv),
+        bytes(plan.work),
+        bytes(plan.total()),
+        bytes(free)
+    );
+    let narrow = kv_dtype == DType::F32 && Plan::new(config, weights, DType::F16, context).total() <= free;
+    let hint = match largest {
+        _ if narrow => "--cache-type f16".to_string(),
+        0 => "a smaller model or quant, or a larger --mem-limit".to_string(),
+        largest => format!("-c {largest}"),
+    };
+    Failure::new(Kind::OutOfMemory, "the model and this context do not fit in memory").why(parts).hint(hint).into()
+}
+
+/// The most memory this process ever held, where the system tells.
+pub(crate) fn peak_bytes() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    Some(kib << 10)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config() -> Config {
+        let json = r#"{"model_type":"llama","hidden_size":4096,"intermediate_size":14336,"num_hidden_layers":32,"vocab_size":32000,
+            "num_attention_heads":32,"num_key_value_heads":8,"max_position_embeddings":32768}"#;
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("config.json"), json).unwrap();
+        let empty = 2u64.to_le_bytes().into_iter().chain(*b"{}").collect::<Vec<u8>>();
+        std::fs::write(dir.path().join("model.safetensors"), empty).unwrap();
+        model::Weights::open(dir.path(), &candle_core::Device::Cpu, None).unwrap().config().clone()
+    }
+
+    #[test]
+    fn mistral_7b_takes_128_kib_a_token_at_16_bit() {
+        let plan = Plan::new(&config(), 0, DType::F16, 32768);
+        assert_eq!(plan.kv, 32768 * (128 << 10));
+    }
+
+    #[test]
+    fn the_context_is_lowered_to_fit_and_an_asked_one_is_not() {
+        let (config, gib) = (config(), 1u64 << 30);
+        let choose = |asked, free| choose_context(asked, &config, 4 * gib, DType::F16, free);
+        assert_eq!(choose(None, 16 * gib).unwrap(), 32768);
+        let lowered = choose(None, 6 * gib).unwrap();
+        assert!((4096..32768).contains(&lowered) && Plan::new(&config, 4 * gib, DType::F16, lowered).total() <= 6 * gib);
+        let error = choose(Some(32768), 6 * gib).unwrap_err();
+        assert_eq!(error.downcast_ref::<Failure>().unwrap().kind, Kind::OutOfMemory);
+        // What the error proposes does fit.
+        assert!(choose(Some(lowered), 6 * gib).is_ok());
+        assert!(choose(None, 4 * gib).is_err());
+    }
+}
