@@ -1,7 +1,7 @@
 //! A checkpoint opened, checked against the machine, and loaded.
 
 use crate::args::{CacheType, DeviceChoice, ModelArgs, SamplingArgs, TemplateArgs};
-use crate::failure::{Failure, Kind, damaged, message};
+use crate::failure::{Failure, Kind, damaged};
 use crate::plan::{self, Plan};
 use crate::source::{self, Hub, Located, ModelReference};
 use crate::text::{ChatTemplate, Message, TextTokenizer};
@@ -10,6 +10,7 @@ use anyhow::{Context, Result};
 use candle_core::{DType, Device};
 use minijinja::Value;
 use minijinja::value::Serde;
+use model::message;
 use model::{CausalLm, Config, SamplerOptions, Session, Weights};
 use serde::Deserialize;
 use sparse_attn::RoutedAttention;

@@ -1,5 +1,6 @@
 //! Errors as a user meets them: what, why with numbers, what to type, and an exit code.
 
+use model::message;
 use serde_json::json;
 use std::fmt;
 
@@ -80,15 +81,6 @@ impl std::error::Error for Failure {}
 /// Makes a candle error, met while reading a model's files, a [`Kind::Malformed`] one.
 pub(crate) fn damaged(error: candle_core::Error) -> Failure {
     Failure::malformed(message(&error))
-}
-
-/// A candle error without the backtrace that `RUST_BACKTRACE` adds.
-pub(crate) fn message(error: &candle_core::Error) -> String {
-    match error {
-        candle_core::Error::WithBacktrace { inner, .. } => message(inner),
-        candle_core::Error::Context { inner, context } => format!("{context}: {}", message(inner)),
-        other => other.to_string(),
-    }
 }
 
 /// Runs `work` with panic messages off: for code of others whose panics are caught.

@@ -9,6 +9,7 @@
 
 pub mod arch;
 pub mod config;
+mod error;
 pub mod generate;
 pub mod layers;
 pub mod sampler;
@@ -16,6 +17,7 @@ pub mod weights;
 
 pub use arch::{CausalLm, load};
 pub use config::Config;
+pub use error::message;
 pub use generate::{FinishReason, GenerateOptions, Session, Token};
 pub use sampler::{Sampler, SamplerOptions};
 pub use weights::Weights;

@@ -1,12 +1,13 @@
 //! `foveate doctor`: what a user or a maintainer asks first.
 
 use crate::args::VERSION;
-use crate::failure::{Kind, message};
+use crate::failure::Kind;
 use crate::plan;
 use crate::source::Hub;
 use crate::ui::{Ui, bytes, stdout};
 use anyhow::Result;
 use candle_core::{DType, Device, Tensor};
+use model::message;
 use serde_json::json;
 use sparse_attn::backend::{AttentionBackend, Reference, for_device};
 use sparse_attn::{AttentionInput, HeadShape, KvCache, LayerSpec, RoutedAttention};

@@ -3,13 +3,14 @@
 use super::reply::{Reply, reply};
 use crate::args::Generate;
 use crate::engine::{Checkpoint, Engine, chat_prompt};
-use crate::failure::{Failure, Kind, message};
+use crate::failure::{Failure, Kind};
 use crate::interrupt::Interrupt;
 use crate::plan;
 use crate::source::Hub;
 use crate::text::Message;
 use crate::ui::{Ui, bytes, stdout};
 use anyhow::Result;
+use model::message;
 use model::{FinishReason, GenerateOptions, Sampler, SamplerOptions, Session};
 use serde_json::{Value, json};
 use std::io::{IsTerminal, Read};

@@ -1,12 +1,13 @@
 //! Prefill with a progress bar, then tokens as text: what `generate` and `chat` share.
 
 use crate::engine::Engine;
-use crate::failure::{Failure, Kind, message};
+use crate::failure::{Failure, Kind};
 use crate::interrupt::Interrupt;
 use crate::plan::CHUNK;
 use crate::text::TextStream;
 use crate::ui::Ui;
 use anyhow::Result;
+use model::message;
 use model::{FinishReason, GenerateOptions, Sampler, Session, Token};
 use std::ops::ControlFlow;
 use std::time::{Duration, Instant};

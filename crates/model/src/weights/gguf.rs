@@ -91,7 +91,7 @@ impl GgufFile {
     /// If anything in its header does not hold; the message names the field and both values.
     pub fn open(path: &Path) -> Result<Self> {
         let map = map_file(path)?;
-        let parsed = parse(&map).map_err(|error| candle_core::Error::Msg(format!("{}: {error}", path.display())))?;
+        let parsed = parse(&map).map_err(|error| candle_core::Error::Msg(format!("{}: {}", path.display(), crate::message(&error))))?;
         let (metadata, tensors) = parsed;
         Ok(Self { map, metadata, tensors })
     }

@@ -9,10 +9,7 @@ const UNPACK_ROWS: usize = 32;
 /// multiply at 10 to 20 GFLOP/s on two AVX-512 cores, f32 at about 100.
 fn unpacks(weight: &QTensor) -> bool {
     weight.device().is_cpu()
-        && matches!(
-            weight.dtype(),
-            GgmlDType::Q4_0 | GgmlDType::Q4_1 | GgmlDType::Q5_0 | GgmlDType::Q5_1 | GgmlDType::Q2K | GgmlDType::Q3K
-        )
+        && matches!(weight.dtype(), GgmlDType::Q4_0 | GgmlDType::Q4_1 | GgmlDType::Q5_0 | GgmlDType::Q5_1 | GgmlDType::Q2K | GgmlDType::Q3K)
 }
 
 /// A weight matrix `[rows, columns]`, dense or in ggml blocks.
@@ -40,9 +37,7 @@ impl Matrix {
     pub fn multiply(&self, x: &Tensor) -> Result<Tensor> {
         match self {
             Self::Dense(weight) => x.matmul(&weight.t()?),
-            Self::Quantized(weight) if x.dim(0)? >= UNPACK_ROWS && unpacks(weight) => {
-                x.matmul(&weight.dequantize(&weight.device())?.t()?)
-            }
+            Self::Quantized(weight) if x.dim(0)? >= UNPACK_ROWS && unpacks(weight) => x.matmul(&weight.dequantize(&weight.device())?.t()?),
             Self::Quantized(weight) => QMatMul::QTensor(weight.clone()).forward(x),
         }
     }
