@@ -197,19 +197,19 @@ pub(crate) struct TemplateArgs {
 #[command(next_help_heading = "Sampling (defaults: the model's generation_config.json, else those given)")]
 pub(crate) struct SamplingArgs {
     /// Divides logits; 0 is greedy [default: 0.8]
-    #[arg(long, value_name = "F")]
+    #[arg(long, value_name = "F", allow_negative_numbers = true)]
     pub(crate) temp: Option<f32>,
     /// Keep the N likeliest tokens; 0 keeps all [default: 40]
     #[arg(long, value_name = "N")]
     pub(crate) top_k: Option<usize>,
     /// Keep the likeliest tokens that reach this probability together [default: 0.95]
-    #[arg(long, value_name = "P")]
+    #[arg(long, value_name = "P", allow_negative_numbers = true)]
     pub(crate) top_p: Option<f32>,
     /// Drop tokens below this fraction of the likeliest one's probability [default: 0.05]
-    #[arg(long, value_name = "P")]
+    #[arg(long, value_name = "P", allow_negative_numbers = true)]
     pub(crate) min_p: Option<f32>,
     /// Divides the logits of recent tokens [default: 1]
-    #[arg(long, value_name = "F")]
+    #[arg(long, value_name = "F", allow_negative_numbers = true)]
     pub(crate) repeat_penalty: Option<f32>,
     /// Tokens that count as recent [default: 64]
     #[arg(long, value_name = "N")]

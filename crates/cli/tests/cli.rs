@@ -1,0 +1,446 @@
+//! The command line on tiny checkpoints: what goes where, and how each mistake ends.
+
+mod common;
+#[path = "../../model/tests/common/mod.rs"]
+mod gguf;
+
+use common::{foveate, run, stderr, stdout, tiny};
+use serde_json::Value;
+use std::io::Write;
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+
+struct Case {
+    home: tempfile::TempDir,
+}
+
+impl Case {
+    fn new() -> Self {
+        Self { home: tempfile::tempdir().unwrap() }
+    }
+
+    fn path(&self, name: &str) -> String {
+        self.home.path().join(name).display().to_string()
+    }
+
+    fn file(&self, name: &str, bytes: impl AsRef<[u8]>) -> String {
+        std::fs::write(self.home.path().join(name), bytes).unwrap();
+        self.path(name)
+    }
+
+    fn command(&self, args: &[&str]) -> Command {
+        let mut command = foveate(self.home.path());
+        command.args(args).stdin(Stdio::null());
+        command
+    }
+
+    fn llama(&self, args: &[&str]) -> Command {
+        let mut command = self.command(args);
+        command.arg("-m").arg(tiny("llama"));
+        command
+    }
+
+    fn json(&self, args: &[&str]) -> Value {
+        let output = run(self.llama(args).arg("--json"), 0);
+        serde_json::from_str(&stdout(&output)).unwrap()
+    }
+}
+
+fn with_input(mut command: Command, input: &[u8]) -> Output {
+    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    child.stdin.take().unwrap().write_all(input).unwrap();
+    child.wait_with_output().unwrap()
+}
+
+#[test]
+fn generated_text_is_all_that_goes_to_standard_output() {
+    let case = Case::new();
+    let args = ["generate", "--raw", "--greedy", "-n", "8", "hello there"];
+    let (plain, json) = (run(&mut case.llama(&args), 0), case.json(&args));
+    assert_eq!(stdout(&plain).trim_end_matches('\n'), json["text"].as_str().unwrap().trim_end_matches('\n'));
+    assert!(stderr(&plain).contains("8 out"), "{}", stderr(&plain));
+    let quiet = run(case.llama(&args).arg("-q"), 0);
+    assert!(quiet.stderr.is_empty() && quiet.stdout == plain.stdout);
+}
+
+#[test]
+fn the_json_document_has_what_it_promises() {
+    let case = Case::new();
+    let document = case.json(&["generate", "--prompt-ids", "5,6,7", "-n", "4", "-s", "11", "--logprobs", "3", "--ignore-eos"]);
+    assert_eq!(document["schema"], "foveate.generate/1");
+    assert_eq!(document["prompt_token_ids"], serde_json::json!([5, 6, 7]));
+    assert_eq!((document["prompt_tokens"].as_u64(), document["output_tokens"].as_u64()), (Some(3), Some(4)));
+    assert_eq!((document["finish_reason"].as_str(), document["seed"].as_u64()), (Some("length"), Some(11)));
+    assert_eq!(document["token_ids"].as_array().unwrap().len(), 4);
+    assert!(document["memory"]["weights_bytes"].as_u64().unwrap() > 0 && document["memory"]["kv_bytes"].as_u64().unwrap() > 0);
+    assert!(document["timings"]["decode_tps"].as_f64().unwrap() > 0.0);
+    for (row, id) in document["logprobs"].as_array().unwrap().iter().zip(document["token_ids"].as_array().unwrap()) {
+        assert_eq!((&row["id"], row["top"].as_array().unwrap().len()), (id, 3));
+        assert!(row["logprob"].as_f64().unwrap() <= row["top"][0]["logprob"].as_f64().unwrap());
+    }
+}
+
+#[test]
+fn the_same_seed_gives_the_same_text_and_threads_do_not_matter() {
+    let case = Case::new();
+    let text = |seed: &str, threads: &str| {
+        let args = ["generate", "--raw", "once upon", "-n", "24", "--temp", "1.5", "--ignore-eos", "-s", seed, "-t", threads];
+        case.json(&args)["token_ids"].clone()
+    };
+    let first = text("7", "1");
+    assert_eq!(text("7", "1"), first);
+    assert_eq!(text("7", "2"), first);
+    assert_ne!(text("8", "1"), first);
+    let output = run(&mut case.llama(&["generate", "--raw", "once upon", "-n", "2"]), 0);
+    assert!(stderr(&output).contains("seed "), "a random seed is printed: {}", stderr(&output));
+}
+
+#[test]
+fn prompts_come_from_arguments_files_and_pipes() {
+    let case = Case::new();
+    let prompt = |command: &mut Command| -> Value {
+        let output = run(command.args(["--raw", "--json", "--greedy", "-n", "1"]), 0);
+        serde_json::from_str::<Value>(&stdout(&output)).unwrap()["prompt_token_ids"].clone()
+    };
+    let want = prompt(&mut case.llama(&["generate", "hello world"]));
+    assert_eq!(prompt(&mut case.llama(&["generate", "-p", "hello world"])), want);
+    let file = case.file("prompt.txt", "hello world");
+    assert_eq!(prompt(&mut case.llama(&["gen", "-f", &file])), want);
+    let wide: Vec<u8> = [0xff, 0xfe].into_iter().chain("hello world".encode_utf16().flat_map(u16::to_le_bytes)).collect();
+    assert_eq!(prompt(&mut case.llama(&["gen", "-f", &case.file("wide.txt", wide)])), want);
+    let half = case.file("half.txt", "hello");
+    assert_eq!(prompt(&mut case.llama(&["gen", "-f", &half, "-p", "world"])), prompt(&mut case.llama(&["gen", "hello\nworld"])));
+    for args in [&["generate"][..], &["generate", "-"], &["generate", "-f", "-"]] {
+        let mut command = case.llama(args);
+        command.args(["--raw", "--json", "--greedy", "-n", "1"]);
+        let output = with_input(command, b"hello world");
+        assert_eq!(serde_json::from_slice::<Value>(&output.stdout).unwrap()["prompt_token_ids"], want, "{args:?}");
+    }
+}
+
+#[test]
+fn a_stop_string_ends_the_text_before_itself() {
+    let case = Case::new();
+    let args = ["generate", "--raw", "hello", "--greedy", "-n", "40", "--ignore-eos"];
+    let whole = case.json(&args)["text"].as_str().unwrap().to_string();
+    // A string from the middle of it, so that it spans tokens.
+    let boundaries: Vec<usize> = whole.char_indices().map(|(at, _)| at).collect();
+    let (from, to) = (boundaries[boundaries.len() / 2], boundaries[boundaries.len() / 2 + 3]);
+    let stop = &whole[from..to];
+    let stopped = case.json(&[&args[..], &["--stop", stop]].concat());
+    assert_eq!(stopped["text"].as_str().unwrap(), &whole[..whole.find(stop).unwrap()]);
+    assert_eq!(stopped["finish_reason"], "stop");
+}
+
+#[test]
+fn a_full_context_is_announced_and_nothing_is_cut() {
+    let case = Case::new();
+    let ids: Vec<String> = (0..20).map(|i| (5 + i).to_string()).collect();
+    let ids = ids.join(",");
+    let run_with = |context: &str, extra: &[&str], code: i32| {
+        run(case.llama(&["generate", "--greedy", "--ignore-eos", "--json", "--prompt-ids", &ids, "-c", context]).args(extra), code)
+    };
+    // One below, at, and one above what is needed.
+    let output = run_with("24", &["-n", "5"], 7);
+    let error: Value = serde_json::from_str(&stdout(&output)).unwrap();
+    let why = error["error"]["why"].as_str().unwrap();
+    assert!(why.contains("20") && why.contains("24"), "{why}");
+    run_with("25", &["-n", "5"], 0);
+    run_with("20", &[], 7);
+    // No -n: it runs until the context is full, and keeps the text.
+    let full: Value = serde_json::from_str(&stdout(&run_with("26", &[], 7))).unwrap();
+    assert_eq!((full["finish_reason"].as_str(), full["output_tokens"].as_u64()), (Some("overflow"), Some(6)));
+}
+
+#[test]
+fn what_does_not_fit_in_memory_is_refused_with_what_does() {
+    let case = Case::new();
+    let output = run(&mut case.llama(&["generate", "--raw", "hello", "--mem-limit", "1MiB"]), 6);
+    assert!(stderr(&output).contains("weights") && stderr(&output).contains("1.00 MiB"), "{}", stderr(&output));
+    let output = run(&mut case.llama(&["generate", "--raw", "hello", "--mem-limit", "36MiB", "-c", "200000"]), 6);
+    let text = stderr(&output);
+    let proposed: String = text.split("try: -c ").nth(1).expect("a context that fits").chars().take_while(char::is_ascii_digit).collect();
+    run(&mut case.llama(&["generate", "--raw", "hello", "-n", "1", "--mem-limit", "36MiB", "-c", &proposed]), 0);
+}
+
+#[test]
+fn every_mistake_has_its_exit_code_and_one_message() {
+    let case = Case::new();
+    let llama = tiny("llama").display().to_string();
+    let binary = case.file("binary.txt", [0u8, 159, 146, 150]);
+    let empty = case.file("empty.txt", "");
+    let cases: Vec<(Vec<&str>, i32, &str)> = vec![
+        (vec!["generate", "-m", "no-such-model", "hi"], 3, "no-such-model"),
+        (vec!["generate", "-m", "./nowhere.gguf", "hi"], 3, "nowhere.gguf"),
+        (vec!["generate", "-m", "../../etc/x", "hi"], 3, "../../etc/x"),
+        (vec!["generate", "--offline", "hi"], 3, "foveate pull"),
+        (vec!["generate", "-m", &llama, "-f", "/nowhere/prompt.txt"], 3, "/nowhere/prompt.txt"),
+        (vec!["generate", "-m", &llama, "-f", "/"], 3, "directory"),
+        (vec!["generate", "-m", &llama, "-f", &binary], 5, "not UTF-8"),
+        (vec!["generate", "-m", &llama, "-f", &empty], 2, "empty"),
+        (vec!["generate", "-m", &llama], 2, "empty"),
+        (vec!["generate", "-m", &llama, "hi", "--temp", "-1"], 2, "temp is -1"),
+        (vec!["generate", "-m", &llama, "hi", "--temp", "NaN"], 2, "temp"),
+        (vec!["generate", "-m", &llama, "hi", "--top-p", "0"], 2, "top-p"),
+        (vec!["generate", "-m", &llama, "hi", "--min-p", "7"], 2, "min-p"),
+        (vec!["generate", "-m", &llama, "hi", "--threads", "0"], 2, "--threads"),
+        (vec!["generate", "-m", &llama, "hi", "--threads", "1000000"], 2, "--threads"),
+        (vec!["generate", "-m", &llama, "hi", "-c", "0"], 2, "--ctx-size"),
+        (vec!["generate", "-m", &llama, "--prompt-ids", "1,512"], 2, "512"),
+        (vec!["generate", "-m", &llama, "hi", "--device", "cuda"], 8, "cuda"),
+        (vec!["generate", "-m", &llama, "hi", "--chat-template", "/nowhere.jinja"], 3, "/nowhere.jinja"),
+        (vec!["models", "path", "smollm2-135m-instruct"], 3, "foveate pull"),
+        (vec!["rm", &llama, "--yes"], 2, "your own file"),
+    ];
+    for (args, code, word) in cases {
+        let output = run(&mut case.command(&args), code);
+        assert!(stderr(&output).contains(word), "{args:?}: the message lacks {word:?}: {}", stderr(&output));
+        assert!(output.stdout.is_empty(), "{args:?}: an error is no result");
+    }
+    // With --json the error is the document.
+    let output = run(&mut case.command(&["chat", "-m", &llama, "--json"]), 2);
+    assert!(stdout(&output).contains("generate --json") && output.stderr.is_empty(), "{}", stdout(&output));
+}
+
+#[test]
+fn n_0_computes_the_prompt_and_generates_nothing() {
+    let document = Case::new().json(&["generate", "--raw", "hello", "-n", "0"]);
+    assert_eq!((document["output_tokens"].as_u64(), document["finish_reason"].as_str()), (Some(0), Some("length")));
+}
+
+#[test]
+fn a_damaged_gguf_ends_with_5_and_names_the_field() {
+    let case = Case::new();
+    for (what, bytes, word) in gguf::damaged() {
+        let path = case.file("damaged.gguf", bytes);
+        let output = run(&mut case.command(&["generate", "-m", &path, "--raw", "ab"]), 5);
+        assert!(stderr(&output).contains(word), "{what}: {}", stderr(&output));
+        assert!(stderr(&output).lines().count() <= 3, "{what}: {}", stderr(&output));
+    }
+}
+
+#[test]
+fn a_damaged_tokenizer_ends_with_5() {
+    use gguf::Meta;
+    let case = Case::new();
+    let whole = gguf::tiny_llama();
+    run(&mut case.command(&["generate", "-m", &case.file("whole.gguf", whole.bytes()), "--raw", "ab", "-n", "1"]), 0);
+    let strings = |values: &[&str]| Meta::Strs(values.iter().map(|value| value.to_string()).collect());
+    let types = |count: usize| Meta::I32s(vec![1; count]);
+    for (key, value, word) in [
+        ("tokenizer.ggml.model", Meta::Str("wordpiece".into()), "wordpiece"),
+        ("tokenizer.ggml.pre", Meta::Str("unheard-of".into()), "unheard-of"),
+        ("tokenizer.ggml.merges", strings(&["ab"]), "tokenizer.ggml.merges"),
+        ("tokenizer.ggml.merges", strings(&["a x"]), "tokenizer.ggml.merges"),
+        ("tokenizer.ggml.merges", Meta::U32(3), "tokenizer.ggml.merges"),
+        ("tokenizer.ggml.token_type", types(3), "tokenizer.ggml.token_type"),
+        ("tokenizer.ggml.tokens", strings(&["a", "b", "ab", "c", "d"]), "token"),
+        ("tokenizer.chat_template", Meta::Str("{% for x in %}".into()), "chat template"),
+    ] {
+        let path = case.file("damaged.gguf", whole.clone().with(key, value).bytes());
+        let output = run(&mut case.command(&["generate", "-m", &path, "ab"]), 5);
+        assert!(stderr(&output).contains(word), "{key}: {}", stderr(&output));
+    }
+    let copy = case.home.path().join("copy");
+    std::fs::create_dir(&copy).unwrap();
+    for entry in std::fs::read_dir(tiny("qwen3")).unwrap().flatten() {
+        std::fs::copy(entry.path(), copy.join(entry.file_name())).unwrap();
+    }
+    let text = std::fs::read_to_string(copy.join("tokenizer.json")).unwrap();
+    for damaged in [
+        String::new(),
+        text[..text.len() / 2].to_string(),
+        "[]".to_string(),
+        text.replacen("\"merges\": [", "\"merges\": [[\"zz\", \"yy\"],", 1),
+    ] {
+        std::fs::write(copy.join("tokenizer.json"), damaged).unwrap();
+        let output = run(&mut case.command(&["generate", "-m", copy.to_str().unwrap(), "ab"]), 5);
+        assert!(stderr(&output).contains("tokenizer.json"), "{}", stderr(&output));
+    }
+}
+
+#[test]
+fn a_chat_template_is_bounded_and_refuses_politely() {
+    let case = Case::new();
+    let with = |template: &str, code: i32| {
+        let path = case.file("template.jinja", template);
+        run(&mut case.llama(&["generate", "hello", "-n", "1", "--chat-template", &path]), code)
+    };
+    let endless = with("{% for i in range(1000000000) %}{% for j in range(1000000000) %}x{% endfor %}{% endfor %}", 5);
+    assert!(stderr(&endless).contains("chat template"), "{}", stderr(&endless));
+    with("{{ 'x' * 1000000000000 }}", 5);
+    with("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", 5);
+    let refused = with("{{ raise_exception('only two users may talk') }}", 5);
+    assert!(stderr(&refused).contains("only two users may talk"), "{}", stderr(&refused));
+    with(
+        "{% if messages[0].content.startswith('he') %}{{ strftime_now('%d %b %Y') }}{{ undefined_name }}{% generation %}{{ messages|tojson }}{% endgeneration %}{% endif %}",
+        0,
+    );
+    let shown = run(
+        &mut case.llama(&[
+            "generate",
+            "hello",
+            "-n",
+            "1",
+            "--show-prompt",
+            "--system",
+            "be brief",
+            "--template-arg",
+            "mood=calm",
+            "--chat-template",
+            &case.file("t.jinja", "{{ mood }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"),
+        ]),
+        0,
+    );
+    assert!(stderr(&shown).contains("calm<system>be brief<user>hello"), "{}", stderr(&shown));
+    let none = run(&mut case.llama(&["generate", "hello", "-n", "1"]), 0);
+    assert!(stderr(&none).contains("no chat template"), "{}", stderr(&none));
+}
+
+#[test]
+fn control_tokens_in_a_users_text_stay_text() {
+    let case = Case::new();
+    let template = case.file("t.jinja", "{{ bos_token }}{% for m in messages %}{{ m.content }}</s>{% endfor %}");
+    let ids = |text: &str| {
+        case.json(&["generate", text, "-n", "0", "--chat-template", &template])["prompt_token_ids"].as_array().unwrap().clone()
+    };
+    // <s> is 1, </s> is 2; only those of the template count.
+    let count = |ids: &[Value]| ids.iter().filter(|id| id.as_u64().unwrap() <= 2).count();
+    assert_eq!(count(&ids("plain")), 2);
+    assert_eq!(count(&ids("I say </s><s> and go on")), 2);
+}
+
+#[test]
+fn a_reader_that_leaves_early_is_no_error() {
+    let case = Case::new();
+    let mut child = case
+        .llama(&["generate", "--raw", "hello", "-n", "400", "--ignore-eos"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    drop(child.stdout.take());
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+}
+
+#[test]
+#[cfg(unix)]
+fn an_interrupt_keeps_the_text_and_ends_with_130() {
+    let case = Case::new();
+    let mut child = case
+        .llama(&["generate", "--raw", "hello", "-n", "3900", "--ignore-eos"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    // The first text proves that it runs; then Ctrl-C.
+    let mut first = [0u8; 1];
+    std::io::Read::read_exact(child.stdout.as_mut().unwrap(), &mut first).unwrap();
+    Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(130), "{}", stderr(&output));
+    assert!(stderr(&output).contains("[stopped]"), "{}", stderr(&output));
+}
+
+fn chat(case: &Case, extra: &[&str], input: &str) -> Output {
+    let mut command = case.llama(&["chat", "--greedy", "-n", "6"]);
+    command.args(extra);
+    with_input(command, input.as_bytes())
+}
+
+/// How many tokens each turn computed.
+fn new_tokens(output: &Output) -> Vec<usize> {
+    stderr(output).lines().filter_map(|line| line.split_once(" new in")?.0.parse().ok()).collect()
+}
+
+#[test]
+fn chat_keeps_its_history_saves_loads_and_clears() {
+    let case = Case::new();
+    let template = case.file(
+        "t.jinja",
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}",
+    );
+    let extra = ["--chat-template", &template, "--system", "be brief"];
+    let saved = case.path("talk.json");
+    let notes = case.file("notes.md", "whales sing");
+    let input = format!(
+        "one two three\nfour\n/save {saved}\n/clear\nfour\n/load {saved}\n/show prompt\n/read {notes}\nwhat?\n/show prompt\n/bye\n"
+    );
+    let output = chat(&case, &extra, &input);
+    assert!(output.status.success(), "{}", stderr(&output));
+    let (first, second, cleared) = (new_tokens(&output)[0], new_tokens(&output)[1], new_tokens(&output)[2]);
+    assert!(second < first && second < cleared, "the second turn computes only what is new: {:?}", new_tokens(&output));
+    let text = stderr(&output);
+    assert!(text.contains("[user]one two three") && text.contains("whales sing"), "{text}");
+    let file: Value = serde_json::from_slice(&std::fs::read(&saved).unwrap()).unwrap();
+    let roles: Vec<&str> = file["messages"].as_array().unwrap().iter().map(|message| message["role"].as_str().unwrap()).collect();
+    assert_eq!(roles, ["system", "user", "assistant", "user", "assistant"]);
+    assert!(!Path::new(&format!("{saved}.partial")).exists());
+}
+
+#[test]
+fn chat_makes_an_answer_again_from_the_same_place() {
+    let case = Case::new();
+    let output = chat(&case, &[], "one two three\n/regen\n/regen\n/bye\n");
+    let lines: Vec<String> = stdout(&output).lines().map(str::to_string).collect();
+    let third = lines.len() / 3;
+    assert_eq!(lines[..third], lines[third..2 * third], "greedy answers are the same: {lines:?}");
+    assert_eq!(new_tokens(&output)[1..], [1, 1]);
+}
+
+#[test]
+fn chat_survives_mistakes() {
+    let case = Case::new();
+    let damaged = case.file("damaged.json", "{\"schema\": 1}");
+    let input = format!(
+        "/nonsense\n/set temp hot\n/set temp -1\n/set\n/read /nowhere\n/load {damaged}\n/regen\n/show nothing\n/set top-k 5\n/show settings\nhello\n"
+    );
+    let output = chat(&case, &[], &input);
+    assert!(output.status.success(), "{}", stderr(&output));
+    let text = stderr(&output);
+    assert_eq!(text.matches("error:").count(), 8, "{text}");
+    assert!(text.contains("top-k 5") && text.contains("6 out"), "{text}");
+}
+
+#[test]
+fn chat_announces_a_full_context_and_goes_on() {
+    let case = Case::new();
+    let output = chat(
+        &case,
+        &["-c", "48"],
+        "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen\n/clear\nhi\n",
+    );
+    let text = stderr(&output);
+    assert!(output.status.success() && text.contains("does not fit the context") && text.contains("6 out"), "{text}");
+}
+
+#[test]
+fn doctor_completions_version_and_show_answer() {
+    let case = Case::new();
+    let doctor = run(&mut case.command(&["doctor", "--offline"]), 0);
+    assert!(stdout(&doctor).contains("kernels") && stdout(&doctor).contains("0 errors"), "{}", stdout(&doctor));
+    let json: Value = serde_json::from_slice(&run(&mut case.command(&["doctor", "--offline", "--json"]), 0).stdout).unwrap();
+    assert_eq!((json["schema"].as_str(), json["errors"].as_u64()), (Some("foveate.doctor/1"), Some(0)));
+    for shell in ["bash", "elvish", "fish", "powershell", "zsh"] {
+        assert!(stdout(&run(&mut case.command(&["completions", shell]), 0)).contains("foveate"), "{shell}");
+    }
+    assert!(stdout(&run(&mut case.command(&["--version"]), 0)).starts_with("foveate 0.1.0 ("));
+    let shown = run(&mut case.command(&["show", tiny("gemma3_text").to_str().unwrap()]), 0);
+    assert!(stdout(&shown).contains("6 of 7 layers, window 8"), "{}", stdout(&shown));
+    let listed = run(&mut case.command(&["ls"]), 0);
+    assert!(stdout(&listed).contains("smollm2-135m-instruct") && stdout(&listed).contains("not pulled"), "{}", stdout(&listed));
+}
+
+#[test]
+fn a_directory_takes_a_quant() {
+    let case = Case::new();
+    let model = format!("{}:q8_0", tiny("llama").display());
+    let document: Value =
+        serde_json::from_slice(&run(&mut case.command(&["generate", "--raw", "hello", "-n", "2", "--json", "-m", &model]), 0).stdout)
+            .unwrap();
+    assert_eq!(document["model"]["quant"], "q8_0");
+    let wrong = format!("{}:q9_9", tiny("llama").display());
+    let output = run(&mut case.command(&["generate", "--raw", "hello", "-m", &wrong]), 2);
+    assert!(stderr(&output).contains("q9_9") && stderr(&output).contains("q8_0"), "{}", stderr(&output));
+}
