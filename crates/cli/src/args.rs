@@ -1,4 +1,6 @@
-//! The command line.
+//! The command line. Doc comments here are help texts.
+
+#![allow(rustdoc::broken_intra_doc_links, reason = "USER/REPO[:QUANT] is no link")]
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;

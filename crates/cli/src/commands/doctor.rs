@@ -45,7 +45,8 @@ pub(crate) fn run(hub: &Hub, ui: Ui) -> Result<u8> {
         for (name, verdict, text) in &checks {
             stdout(&format!("{:<5} {name:<8} {text}\n", verdict.name()))?;
         }
-        stdout(&format!("{errors} errors, {warnings} warnings\n"))?;
+        let count = |count: usize, what: &str| format!("{count} {what}{}", if count == 1 { "" } else { "s" });
+        stdout(&format!("{}, {}\n", count(errors, "error"), count(warnings, "warning")))?;
     }
     Ok(if errors > 0 { Kind::Gate as u8 } else { 0 })
 }

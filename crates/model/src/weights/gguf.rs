@@ -19,6 +19,12 @@ const MAX_NAME_BYTES: usize = 65_535;
 /// Most dimensions of a tensor (ggml's own limit).
 const MAX_DIMS: usize = 4;
 
+/// llama.cpp's `LLAMA_FTYPE`s, by number; those of types that are not read are left out.
+const FILE_TYPES: [&str; 19] = [
+    "f32", "f16", "q4_0", "q4_1", "", "", "", "q8_0", "q5_0", "q5_1", "q2_k", "q3_k_s", "q3_k_m", "q3_k_l", "q4_k_s", "q4_k_m", "q5_k_s",
+    "q5_k_m", "q6_k",
+];
+
 /// A metadata value. Integers of every width are [`Value::Integer`].
 #[derive(Debug, Clone, PartialEq)]
 pub enum Value {
@@ -52,11 +58,6 @@ impl TensorInfo {
     /// Numbers in it.
     pub fn elements(&self) -> u64 {
         self.dims.iter().map(|d| *d as u64).product()
-    }
-
-    /// Whether it is loaded as f32 although it is stored in two bytes.
-    pub(crate) fn is_matrix_of_floats(&self) -> bool {
-        matches!(self.dtype, GgmlDType::F16 | GgmlDType::BF16)
     }
 }
 
@@ -118,8 +119,15 @@ impl GgufFile {
         self.tensors.values()
     }
 
-    /// The type that most of the bytes have, as llama.cpp spells it.
-    pub fn commonest_dtype(&self) -> String {
+    /// How the file calls its mix of types (`q4_k_m`), or the type that most of its bytes have.
+    pub fn quant_name(&self) -> String {
+        let mix = match self.get("general.file_type") {
+            Some(Value::Integer(id)) => usize::try_from(*id).ok().and_then(|id| FILE_TYPES.get(id)).filter(|name| !name.is_empty()),
+            _ => None,
+        };
+        if let Some(name) = mix {
+            return (*name).to_string();
+        }
         let mut bytes: BTreeMap<String, u64> = BTreeMap::new();
         for tensor in self.tensors.values() {
             *bytes.entry(dtype_name(tensor.dtype)).or_default() += tensor.bytes;

@@ -3,7 +3,7 @@ use candle_core::{Module, Result, Tensor};
 use std::sync::Arc;
 
 /// Rows of activations from which unpacking a matrix once costs less than multiplying its blocks row by row.
-const UNPACK_ROWS: usize = 32;
+const UNPACK_ROWS: usize = 12;
 
 /// Whether many rows are faster through an unpacked copy: types that candle 0.11 has no prefill kernel for
 /// multiply at 10 to 20 GFLOP/s on two AVX-512 cores, f32 at about 100.

@@ -74,16 +74,25 @@ impl Weights {
         }
     }
 
-    /// Bytes the weights take in memory once loaded.
+    /// Bytes the weights take in memory once loaded and used.
     pub fn loaded_bytes(&self) -> u64 {
+        let packed = |dtype: GgmlDType, elements: u64| if self.device.is_cpu() { packed_bytes(dtype, elements) } else { 0 };
         match &self.source {
-            Source::Gguf(file) => file.tensors().map(|t| if t.is_matrix_of_floats() { t.elements() * 4 } else { t.bytes }).sum(),
+            Source::Gguf(file) => file
+                .tensors()
+                .map(|t| match t.dtype {
+                    GgmlDType::F16 | GgmlDType::BF16 => t.elements() * 4, // loaded as f32
+                    dtype => t.bytes + packed(dtype, t.elements()),
+                })
+                .sum(),
             Source::Safetensors(files) => files
                 .tensors()
                 .map(|(shape, _)| {
                     let elements: u64 = shape.iter().map(|d| *d as u64).product();
                     match self.quantize {
-                        Some(dtype) if shape.len() == 2 => elements / dtype.block_size() as u64 * dtype.type_size() as u64,
+                        Some(dtype) if shape.len() == 2 => {
+                            elements / dtype.block_size() as u64 * dtype.type_size() as u64 + packed(dtype, elements)
+                        }
                         _ => elements * 4,
                     }
                 })
@@ -91,10 +100,10 @@ impl Weights {
         }
     }
 
-    /// How the matrices are stored once loaded: `f32`, or the commonest ggml type.
+    /// How the matrices are stored once loaded: `f32`, a ggml type, or the GGUF file's own name for its mix.
     pub fn dtype_name(&self) -> String {
         match (&self.source, self.quantize) {
-            (Source::Gguf(file), _) => file.commonest_dtype(),
+            (Source::Gguf(file), _) => file.quant_name(),
             (_, Some(dtype)) => format!("{dtype:?}").to_lowercase(),
             (_, None) => "f32".to_string(),
         }
@@ -108,6 +117,16 @@ impl Weights {
     /// The tensors outside the decoder layers.
     pub fn root(&self) -> Scope<'_> {
         Scope { weights: self, hf: String::new(), gguf: String::new() }
+    }
+}
+
+/// Bytes of the second copy that candle 0.11 packs for its CPU kernels when a matrix of these types is first used
+/// (candle-core, quantized/repack_x86.rs and repack.rs): 6 bits a weight for Q4_K, about 8.5 for the others.
+fn packed_bytes(dtype: GgmlDType, elements: u64) -> u64 {
+    match dtype {
+        GgmlDType::Q4K => elements * 6 / 8,
+        GgmlDType::Q5K | GgmlDType::Q6K | GgmlDType::Q8_0 => elements * 17 / 16,
+        _ => 0,
     }
 }
 
