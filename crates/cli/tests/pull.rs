@@ -192,6 +192,35 @@ fn every_refusal_is_explained_in_one_line() {
 }
 
 #[test]
+fn without_a_hub_the_mirror_wants_python_and_says_so() {
+    let home = tempfile::tempdir().unwrap();
+    let output = run(foveate(home.path()).env("HF_ENDPOINT", "http://127.0.0.1:9").env("PATH", "/nowhere").args(["pull"]), 4);
+    let text = stderr(&output);
+    assert!(text.contains("no connection to http://127.0.0.1:9") && text.contains("python3 does not start"), "{text}");
+}
+
+#[test]
+fn a_name_that_climbs_out_of_the_snapshot_is_not_fetched() {
+    let (server, _, home) = one_file(1);
+    server.change("../../../../outside-q8_0.gguf", big(1));
+    run(server.foveate(home.path()).args(["pull", "user/tiny:q8_0"]), 3);
+    run(server.foveate(home.path()).args(["pull", "user/tiny"]), 0);
+    assert!(server.transfers("../../../../outside-q8_0.gguf").is_empty());
+}
+
+#[test]
+fn an_architecture_that_cannot_run_is_refused_before_its_weights_are_fetched() {
+    let config =
+        r#"{"model_type":"mamba","hidden_size":8,"intermediate_size":8,"num_hidden_layers":1,"vocab_size":8,"num_attention_heads":1}"#;
+    let files = [("config.json", config.as_bytes()), ("tokenizer.json", b"{}"), ("model.safetensors", b"large")];
+    let server = HubServer::start(files.map(|(name, bytes)| (name.to_string(), bytes.to_vec())).into());
+    let home = tempfile::tempdir().unwrap();
+    let output = run(server.foveate(home.path()).args(["pull", "user/tiny"]), 5);
+    assert!(stderr(&output).contains("mamba") && stderr(&output).contains("qwen3"), "{}", stderr(&output));
+    assert!(server.transfers("model.safetensors").is_empty());
+}
+
+#[test]
 fn a_directory_that_cannot_be_written_is_named() {
     let (server, _, home) = one_file(1);
     let file = home.path().join("a-file");

@@ -7,8 +7,6 @@ use candle_core::{Result, bail};
 use sparse_attn::HeadShape;
 use sparse_attn::cache::LayerSpec;
 
-pub(crate) use from_json::from_json;
-
 /// The activation of the gated MLP.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Activation {
@@ -101,6 +99,14 @@ pub struct Config {
 }
 
 impl Config {
+    /// Reads the text of `config.json`.
+    ///
+    /// # Errors
+    /// If a field is missing, of the wrong type, out of range, or names what is not supported.
+    pub fn from_json(text: &str) -> Result<Self> {
+        from_json::from_json(text)
+    }
+
     /// What the cache must know of every layer.
     pub fn layer_specs(&self) -> Vec<LayerSpec> {
         self.sliding_window.iter().map(|window| LayerSpec { shape: self.heads, sliding_window: *window }).collect()

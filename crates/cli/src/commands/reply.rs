@@ -78,7 +78,7 @@ pub(crate) fn reply(
     if !whole {
         return Ok(reply);
     }
-    let mut stream = TextStream::new(&engine.checkpoint.tokenizer, stops);
+    let mut stream = TextStream::after(session.tokens(), &engine.checkpoint.tokenizer, stops)?;
     let mut generation = session.generate(sampler, options);
     let mut first = None;
     loop {

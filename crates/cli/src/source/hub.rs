@@ -6,13 +6,13 @@
 use super::cache::{self, CachedFile};
 use super::transfer::{self, Download, Transport};
 use super::{Checksum, Located};
-use crate::failure::{Failure, Kind};
+use crate::failure::{Failure, Kind, damaged};
 use crate::interrupt::Interrupt;
 use crate::ui::Ui;
 use anyhow::{Context, Result, bail};
 use hf_hub::api::sync::{Api, ApiBuilder, ApiError, ApiRepo};
 use hf_hub::{Cache, Repo, RepoType};
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 use std::time::Duration;
 
 /// The Hub (or a mirror of its API), this machine's cache of it, and how to reach it.
@@ -144,16 +144,19 @@ impl Hub {
         if Checksum::parse(&info.sha).is_none() {
             bail!(Failure::new(Kind::Network, format!("{}: the Hub names commit {:?}, expected a hash", repo, info.sha)));
         }
-        let names: Vec<String> = info.siblings.into_iter().map(|file| file.rfilename).collect();
+        let names: Vec<String> = info.siblings.into_iter().map(|file| file.rfilename).filter(|name| is_inside(name)).collect();
         let choice = choose(repo, &names, quant)?;
         self.ui.say(format!("Pulling {repo}@{} ({} files)", &info.sha[..10], choice.files.len()));
         let pinned = of(&info.sha);
         let snapshot = cache::repo(&self.cache, repo, &info.sha).pointer_path(&info.sha);
-        let mut files = choice.files.clone();
-        while let Some(file) = files.pop() {
-            let pointer = self.fetch_file(&pinned, repo, &info.sha, &file, None)?;
-            if file.ends_with(".index.json") {
-                files.extend(shards(&pointer)?);
+        for file in &choice.files {
+            let pointer = self.fetch_file(&pinned, repo, &info.sha, file, None)?;
+            if file == "config.json" {
+                check_config(repo, &pointer)?;
+            } else if file.ends_with(".index.json") {
+                for shard in shards(&pointer)? {
+                    self.fetch_file(&pinned, repo, &info.sha, &shard, None)?;
+                }
             }
         }
         // Last, so that a ref never names a snapshot that is not whole.
@@ -234,6 +237,11 @@ fn unreachable_hub(error: &ureq::Error, endpoint: &str) -> Failure {
         .hint("check the network, HF_ENDPOINT and HTTPS_PROXY; --offline uses only what is here")
 }
 
+/// Whether a repository's file stays in the snapshot it is put in.
+fn is_inside(name: &str) -> bool {
+    !name.contains('\\') && Path::new(name).components().all(|part| matches!(part, Component::Normal(_)))
+}
+
 /// Picks the files of a model out of a repository's.
 fn choose(repo: &str, names: &[String], quant: Option<&str>) -> Result<Choice> {
     let ggufs: Vec<&String> =
@@ -271,6 +279,17 @@ fn choose(repo: &str, names: &[String], quant: Option<&str>) -> Result<Choice> {
     let optional = ["generation_config.json", "tokenizer_config.json", "chat_template.jinja"];
     let files = ["config.json", "tokenizer.json", weights].into_iter().chain(optional.into_iter().filter(|name| has(name)));
     Ok(Choice { files: files.map(str::to_string).collect(), gguf: None, quantize: quant.map(str::to_string) })
+}
+
+/// Refuses what cannot run before its weights are fetched.
+fn check_config(repo: &str, path: &Path) -> Result<()> {
+    let text = std::fs::read_to_string(path).map_err(|error| cache::io_failure(error, path))?;
+    let config = model::Config::from_json(&text).map_err(damaged)?;
+    if !model::arch::NAMES.contains(&config.model_type.as_str()) {
+        let what = format!("{repo}: architecture {:?} is not supported", config.model_type);
+        bail!(Failure::malformed(what).why(format!("supported: {}", model::arch::NAMES.join(", "))));
+    }
+    Ok(())
 }
 
 /// Whether `quant` stands in a file's name as a word of its own.

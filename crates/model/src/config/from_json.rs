@@ -53,7 +53,7 @@ fn default_context() -> usize {
 ///
 /// # Errors
 /// If a field is missing, of the wrong type, out of range, or names what is not supported.
-pub(crate) fn from_json(text: &str) -> Result<Config> {
+pub(super) fn from_json(text: &str) -> Result<Config> {
     let raw: Raw = serde_json::from_str(text).map_err(|error| candle_core::Error::Msg(format!("config.json: {error}")))?;
     let gemma = raw.model_type.starts_with("gemma");
     let head_dim = match raw.head_dim {
@@ -97,7 +97,7 @@ fn activation(name: Option<&str>) -> Result<Activation> {
 }
 
 /// A token id, a list of them, or null.
-pub(crate) fn token_ids(field: &str, value: Option<&Value>) -> Result<Vec<u32>> {
+fn token_ids(field: &str, value: Option<&Value>) -> Result<Vec<u32>> {
     let one = |value: &Value| match value.as_u64().and_then(|id| u32::try_from(id).ok()) {
         Some(id) => Ok(id),
         None => bail!("config.json: {field} holds {value}, expected a token id"),

@@ -51,7 +51,8 @@ impl Weights {
             let config_path = path.join("config.json");
             let text = std::fs::read_to_string(&config_path)
                 .map_err(|error| candle_core::Error::Msg(format!("{}: {error}", config_path.display())))?;
-            let config = crate::config::from_json(&text)?;
+            let config = Config::from_json(&text)
+                .map_err(|error| candle_core::Error::Msg(format!("{}: {}", config_path.display(), crate::message(&error))))?;
             (Source::Safetensors(SafetensorsFiles::open(path)?), config)
         } else {
             let file = GgufFile::open(path)?;
