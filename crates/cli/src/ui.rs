@@ -1,6 +1,6 @@
 //! Everything a person reads that is not the result: it goes to standard error.
 
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressState, ProgressStyle};
 use std::io::{IsTerminal, Write};
 use std::time::Duration;
 
@@ -35,18 +35,21 @@ impl Ui {
 
     /// A bar of bytes: how many, how fast, how long still.
     pub(crate) fn byte_bar(&self, name: &str, total: u64) -> ProgressBar {
-        self.bar(name, total, "  {msg}  {bar:24}  {percent:>3} %  {bytes}/{total_bytes}  {bytes_per_sec}  {eta} left")
+        self.bar(name, total, "  {msg} {wide_bar} {percent:>3} %  {bytes}/{total_bytes}  {bytes_per_sec}  {eta} left")
     }
 
     /// A bar of tokens.
     pub(crate) fn token_bar(&self, name: &str, total: u64) -> ProgressBar {
-        self.bar(name, total, "{msg} {bar:24} {human_pos}/{human_len}  {per_sec}  {eta} left")
+        self.bar(name, total, "{msg} {wide_bar} {human_pos}/{human_len}  {rate}  {eta} left")
     }
 
     fn bar(&self, name: &str, total: u64, template: &str) -> ProgressBar {
         let bar = ProgressBar::new(total).with_message(name.to_string());
         bar.set_draw_target(if self.progress { ProgressDrawTarget::stderr_with_hz(10) } else { ProgressDrawTarget::hidden() });
-        bar.set_style(ProgressStyle::with_template(template).expect("a constant").progress_chars("━╸ "));
+        let rate = |state: &ProgressState, out: &mut dyn std::fmt::Write| {
+            let _ = write!(out, "{:.0} t/s", state.per_sec());
+        };
+        bar.set_style(ProgressStyle::with_template(template).expect("a constant").with_key("rate", rate).progress_chars("━╸ "));
         if self.progress {
             bar.enable_steady_tick(Duration::from_millis(200));
         }

@@ -21,6 +21,7 @@ pub(crate) struct Reply {
     pub(crate) text: String,
     pub(crate) tokens: Vec<Token>,
     pub(crate) finish: FinishReason,
+    /// Tokens of the prompt that were computed: all of them, or fewer after an interrupt.
     pub(crate) prompt_tokens: usize,
     pub(crate) prefill: Duration,
     pub(crate) decode: Duration,
@@ -56,8 +57,10 @@ pub(crate) fn reply(
     let compute = |error: candle_core::Error| Failure::new(Kind::Unexpected, message(&error));
     let started = Instant::now();
     let bar = (prompt.len() > LONG_PROMPT).then(|| ui.token_bar("prefill", prompt.len() as u64));
+    let mut computed = 0;
     let whole = session
         .prefill(prompt, CHUNK, |done, _| {
+            computed = done.min(prompt.len());
             if let Some(bar) = &bar {
                 bar.set_position(done as u64);
             }
@@ -71,7 +74,7 @@ pub(crate) fn reply(
         text: String::new(),
         tokens: Vec::new(),
         finish: FinishReason::Interrupt,
-        prompt_tokens: prompt.len(),
+        prompt_tokens: computed,
         prefill: started.elapsed(),
         decode: Duration::ZERO,
     };
