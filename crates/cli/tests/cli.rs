@@ -433,6 +433,37 @@ fn doctor_completions_version_and_show_answer() {
 }
 
 #[test]
+fn a_directory_brings_its_own_template_and_sampling() {
+    let case = Case::new();
+    let copy = case.home.path().join("copy");
+    std::fs::create_dir(&copy).unwrap();
+    for name in ["config.json", "model.safetensors", "tokenizer.json"] {
+        std::fs::copy(tiny("qwen3").join(name), copy.join(name)).unwrap();
+    }
+    let model = copy.to_str().unwrap();
+    let write = |name: &str, text: &str| std::fs::write(copy.join(name), text).unwrap();
+    let shown = || stderr(&run(&mut case.command(&["generate", "hello", "-n", "12", "--show-prompt", "-m", model]), 0));
+    let named =
+        r#"[{"name": "tool_use", "template": "no"}, {"name": "default", "template": "<named>{{ bos_token }}{{ messages[0].content }}"}]"#;
+    write("tokenizer_config.json", &format!(r#"{{"bos_token": {{"content": "<s>"}}, "chat_template": {named}}}"#));
+    assert!(shown().contains("<named><s>hello"), "{}", shown());
+    write("chat_template.jinja", "<file>{{ messages[0].content }}");
+    assert!(shown().contains("<file>hello"), "{}", shown());
+
+    write("generation_config.json", r#"{"temperature": 0.25, "top_k": 7, "do_sample": true}"#);
+    assert!(shown().contains("recommends temp 0.25, top-k 7") && shown().contains("seed "), "{}", shown());
+    write("generation_config.json", r#"{"do_sample": false}"#);
+    assert!(shown().contains("· greedy"), "{}", shown());
+    // Every token ends the text: then the first one does.
+    let every: Vec<String> = (0..512).map(|id| id.to_string()).collect();
+    write("generation_config.json", &format!(r#"{{"eos_token_id": [{}]}}"#, every.join(",")));
+    assert!(shown().contains(" 1 out"), "{}", shown());
+    write("generation_config.json", r#"{"top_k": "many"}"#);
+    let output = run(&mut case.command(&["generate", "hello", "-m", model]), 5);
+    assert!(stderr(&output).contains("generation_config.json"), "{}", stderr(&output));
+}
+
+#[test]
 fn a_directory_takes_a_quant() {
     let case = Case::new();
     let model = format!("{}:q8_0", tiny("llama").display());
