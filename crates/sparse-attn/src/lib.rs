@@ -3,7 +3,7 @@
 //! The data flow of one layer in one step, which is also the order of the modules:
 //!
 //! ```text
-//! hidden, q, k, v --> TokenRouter::admit --> AttentionBackend::write --> LayerStore (pages)
+//! hidden, q, k, v --> TokenRouter::admit --> AttentionBackend::write --> LayerStore (pages, block summaries)
 //!                                                                           |
 //!                 q --> BlockRouter::score --> select --> AttentionBackend::attend --> out
 //! ```
@@ -19,10 +19,11 @@ pub mod attention;
 pub mod backend;
 pub mod block_router;
 pub mod cache;
+mod matrix;
 pub mod select;
 pub mod shape;
 pub mod token_router;
 
-pub use attention::{AttentionInput, RoutedAttention};
+pub use attention::{AttentionInput, RoutedAttention, Routing};
 pub use cache::{KvCache, LayerSpec, LayerStore, Step};
 pub use shape::HeadShape;

@@ -32,7 +32,6 @@ impl AttentionBackend for Reference {
     }
 
     fn attend(&self, q: &Tensor, scale: f32, store: &LayerStore, step: Step, selection: &Selection) -> Result<Tensor> {
-        let Selection::Every = selection;
         store.check_queries(q, step)?;
         let group_size = store.shape().group_size();
         let mut heads = Vec::with_capacity(store.shape().kv_heads());
@@ -41,8 +40,9 @@ impl AttentionBackend for Reference {
             let q = q.narrow(1, kv_head * group_size, group_size)?.to_dtype(DType::F32)?; // [q_len, group_size, head_dim]
             let mut rows = Vec::with_capacity(step.len);
             for t in step.start..step.end() {
-                let from = store.first_visible(t);
-                let (k, v) = (k.narrow(0, from - first, t + 1 - from)?, v.narrow(0, from - first, t + 1 - from)?);
+                let positions: Vec<u32> = visible(store, selection, t, kv_head).map(|position| (position - first) as u32).collect();
+                let positions = Tensor::new(positions, q.device())?;
+                let (k, v) = (k.index_select(&positions, 0)?, v.index_select(&positions, 0)?);
                 let q = q.i(t - step.start)?.contiguous()?;
                 let attn_scores = (q.matmul(&k.t()?)? * f64::from(scale))?; // [group_size, visible]
                 let weights = attn_scores.broadcast_sub(&attn_scores.max_keepdim(D::Minus1)?)?.exp()?;
@@ -53,6 +53,15 @@ impl AttentionBackend for Reference {
         }
         Tensor::cat(&heads, 1) // [q_len, q_heads, head_dim]
     }
+}
+
+/// The positions that the query at `t` reads.
+fn visible(store: &LayerStore, selection: &Selection, t: usize, kv_head: usize) -> impl Iterator<Item = usize> {
+    let ranges = match selection {
+        Selection::Every => vec![store.first_visible(t)..t + 1],
+        Selection::Blocks(blocks) => blocks.ranges(t, kv_head, t + 1),
+    };
+    ranges.into_iter().flatten().filter(move |position| *position <= t)
 }
 
 /// Keys and values of one head at positions `[first, end)`, f32, and `first`.

@@ -1,6 +1,6 @@
 //! The paged keys and values of one layer.
 
-use super::{PAGE_SIZE, PageTable, Step};
+use super::{NO_PAGE, PAGE_SIZE, PageTable, Step, Summaries, Summary};
 use crate::HeadShape;
 use candle_core::{DType, Device, Result, Tensor, bail};
 
@@ -23,6 +23,8 @@ pub struct LayerStore {
     k_pages: Tensor, // [pages, PAGE_SIZE, head_dim]
     v_pages: Tensor, // [pages, PAGE_SIZE, head_dim]
     table: PageTable,
+    written: usize,
+    summaries: Option<Summaries>,
 }
 
 impl LayerStore {
@@ -33,6 +35,8 @@ impl LayerStore {
             k_pages: Tensor::zeros(dims, dtype, device)?,
             v_pages: Tensor::zeros(dims, dtype, device)?,
             table: PageTable::new(spec.shape.kv_heads(), spec.sliding_window),
+            written: 0,
+            summaries: None,
         })
     }
 
@@ -88,7 +92,64 @@ impl LayerStore {
             (self.k_pages, self.v_pages) = (k_pages, v_pages);
         }
         self.table = table;
+        // What a failed step left behind is written again.
+        self.forget(step.start);
         Ok(())
+    }
+
+    /// Positions whose keys are written, those of the running step included once it wrote them.
+    pub fn written(&self) -> usize {
+        self.written
+    }
+
+    /// Notes that the step's keys are written, and summarises the blocks that are complete now.
+    ///
+    /// # Errors
+    /// If the keys cannot be read.
+    pub(crate) fn finish_write(&mut self, step: Step, kind: Summary, block_size: usize) -> Result<()> {
+        self.written = step.end();
+        if kind == Summary::None || self.spec.sliding_window.is_some() {
+            return Ok(());
+        }
+        let kept = self.summaries.take().filter(|summaries| summaries.is_of(kind, block_size));
+        let mut summaries = kept.unwrap_or_else(|| Summaries::new(kind, block_size, self.spec.shape.kv_heads()));
+        summaries.extend(&self.k_pages, &self.table, self.written)?;
+        self.summaries = Some(summaries);
+        Ok(())
+    }
+
+    /// The summaries of complete blocks.
+    ///
+    /// # Errors
+    /// If the running router asked for none.
+    pub fn summaries(&self) -> Result<&Summaries> {
+        match &self.summaries {
+            Some(summaries) => Ok(summaries),
+            None => bail!("block router: this layer keeps no block summaries"),
+        }
+    }
+
+    /// Keys of `head` at positions `0..len`, f32, `[len, head_dim]`, row after row.
+    ///
+    /// # Errors
+    /// If a sliding layer recycled some of them.
+    pub fn keys(&self, head: usize, len: usize) -> Result<Vec<f32>> {
+        let pages = &self.table.head(head)[..len.div_ceil(PAGE_SIZE)];
+        if pages.contains(&NO_PAGE) {
+            bail!("keys: a sliding layer keeps only its window");
+        }
+        if len == 0 {
+            return Ok(Vec::new());
+        }
+        let ids = Tensor::new(pages, self.k_pages.device())?;
+        self.k_pages.index_select(&ids, 0)?.flatten_to(1)?.narrow(0, 0, len)?.to_dtype(DType::F32)?.flatten_all()?.to_vec1()
+    }
+
+    fn forget(&mut self, len: usize) {
+        self.written = self.written.min(len);
+        if let Some(summaries) = &mut self.summaries {
+            summaries.truncate(len, self.spec.shape.head_dim());
+        }
     }
 
     pub(super) fn oldest_restorable(&self) -> usize {
@@ -106,11 +167,13 @@ impl LayerStore {
         } else {
             self.table.truncate(len);
         }
+        self.forget(len);
     }
 
     pub(super) fn allocated_bytes(&self) -> usize {
         let elements = self.k_pages.elem_count() + self.v_pages.elem_count();
-        elements * self.k_pages.dtype().size_in_bytes() + self.table.bytes()
+        let summaries = self.summaries.as_ref().map_or(0, Summaries::bytes);
+        elements * self.k_pages.dtype().size_in_bytes() + self.table.bytes() + summaries
     }
 
     /// Checks the keys and values of a step before a backend writes them.

@@ -2,9 +2,11 @@
 
 mod layer_store;
 mod page_table;
+mod summary;
 
 pub use layer_store::{LayerSpec, LayerStore};
 pub use page_table::{NO_PAGE, PAGE_SIZE, PageTable};
+pub use summary::{Rows, Summaries, Summary};
 
 use candle_core::{DType, Device, Result, bail};
 
@@ -33,6 +35,18 @@ pub struct KvCache {
     layers: Vec<LayerStore>,
     device: Device,
     len: usize,
+    read: ReadCount,
+}
+
+/// Keys that a step read, over all its queries, layers and heads.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct ReadCount {
+    /// Keys that were read.
+    pub read: u64,
+    /// Keys that dense attention would have read.
+    pub visible: u64,
+    /// Bytes of those that were read, keys and values.
+    pub bytes: u64,
 }
 
 impl KvCache {
@@ -47,7 +61,7 @@ impl KvCache {
             bail!("kv cache: keys and values are stored as f32, f16 or bf16, not {dtype:?}");
         }
         let layers = specs.iter().map(|spec| LayerStore::new(*spec, dtype, device, capacity)).collect::<Result<Vec<_>>>()?;
-        Ok(Self { layers, device: device.clone(), len: 0 })
+        Ok(Self { layers, device: device.clone(), len: 0, read: ReadCount::default() })
     }
 
     /// Bytes that [`KvCache::new`] allocates, without allocating them.
@@ -92,7 +106,19 @@ impl KvCache {
         for layer in &mut self.layers {
             layer.reserve(step)?;
         }
+        self.read = ReadCount::default();
         Ok(step)
+    }
+
+    /// What the newest step read.
+    pub fn read_count(&self) -> ReadCount {
+        self.read
+    }
+
+    pub(crate) fn count_read(&mut self, read: u64, visible: u64, bytes_per_key: usize) {
+        self.read.read += read;
+        self.read.visible += visible;
+        self.read.bytes += read * bytes_per_key as u64;
     }
 
     /// Makes the tokens of `step` part of the cache.
@@ -132,7 +158,7 @@ impl KvCache {
         Ok(())
     }
 
-    /// Bytes allocated for keys, values and page tables, slack included.
+    /// Bytes allocated for keys, values, page tables and block summaries, slack included.
     pub fn allocated_bytes(&self) -> usize {
         self.layers.iter().map(LayerStore::allocated_bytes).sum()
     }

@@ -43,7 +43,6 @@ impl AttentionBackend for Cpu {
     }
 
     fn attend(&self, q: &Tensor, scale: f32, store: &LayerStore, step: Step, selection: &Selection) -> Result<Tensor> {
-        let Selection::Every = selection;
         store.check_queries(q, step)?;
         let q = q.to_dtype(DType::F32)?.contiguous()?;
         let (q_storage, q_layout) = q.storage_and_layout();
@@ -54,9 +53,9 @@ impl AttentionBackend for Cpu {
         };
         let q_values = &q_storage.as_slice::<f32>()?[q_layout.start_offset()..][..q.elem_count()];
         let out = match (k, v) {
-            (CpuStorage::F32(k), CpuStorage::F32(v)) => attend(q_values, scale, k, v, store, step),
-            (CpuStorage::F16(k), CpuStorage::F16(v)) => attend(q_values, scale, k, v, store, step),
-            (CpuStorage::BF16(k), CpuStorage::BF16(v)) => attend(q_values, scale, k, v, store, step),
+            (CpuStorage::F32(k), CpuStorage::F32(v)) => attend(q_values, scale, k, v, store, step, selection),
+            (CpuStorage::F16(k), CpuStorage::F16(v)) => attend(q_values, scale, k, v, store, step, selection),
+            (CpuStorage::BF16(k), CpuStorage::BF16(v)) => attend(q_values, scale, k, v, store, step, selection),
             _ => bail!("attend: keys and values stored as {:?} have no cpu kernel", store.k_pages().dtype()),
         };
         Tensor::from_vec(out, q.shape(), &Device::Cpu)
@@ -64,10 +63,18 @@ impl AttentionBackend for Cpu {
 }
 
 /// `q` and the result: `[q_len, q_heads, head_dim]`.
-fn attend<T: Element>(q: &[f32], scale: f32, k_pages: &[T], v_pages: &[T], store: &LayerStore, step: Step) -> Vec<f32> {
+fn attend<T: Element>(
+    q: &[f32],
+    scale: f32,
+    k_pages: &[T],
+    v_pages: &[T],
+    store: &LayerStore,
+    step: Step,
+    selection: &Selection,
+) -> Vec<f32> {
     let shape = store.shape();
     let mut out = vec![0f32; q.len()];
-    let items = work_items(store, step);
+    let items = work_items(store, step, selection);
     let mut partials: Vec<Partial> =
         items.iter().map(|work| Partial::new(work.queries.len() * shape.group_size(), shape.head_dim())).collect();
     {
@@ -98,23 +105,18 @@ fn attend<T: Element>(q: &[f32], scale: f32, k_pages: &[T], v_pages: &[T], store
 }
 
 /// All items of a step, splits of the same queries next to each other.
-fn work_items(store: &LayerStore, step: Step) -> Vec<Work> {
+fn work_items(store: &LayerStore, step: Step, selection: &Selection) -> Vec<Work> {
     let mut items = Vec::new();
     for kv_head in 0..store.shape().kv_heads() {
         let mut t = step.start;
         while t < step.end() {
             let queries = t..step.end().min((t / QUERY_TILE + 1) * QUERY_TILE);
-            let (first_key, last_key) = (store.first_visible(t), queries.end);
-            if step.len <= MAX_SPLIT_QUERIES {
-                let mut key = first_key;
-                while key < last_key {
-                    let end = last_key.min((key / SPLIT_KEYS + 1) * SPLIT_KEYS);
-                    items.push(Work { kv_head, queries: queries.clone(), keys: key..end });
-                    key = end;
-                }
-            } else {
-                items.push(Work { kv_head, queries: queries.clone(), keys: first_key..last_key });
-            }
+            let ranges = match selection {
+                Selection::Every => vec![store.first_visible(t)..queries.end],
+                Selection::Blocks(blocks) => blocks.ranges(t, kv_head, queries.end),
+            };
+            let splits = if step.len <= MAX_SPLIT_QUERIES { tile::cut(&ranges, SPLIT_KEYS) } else { vec![ranges] };
+            items.extend(splits.into_iter().map(|keys| Work { kv_head, queries: queries.clone(), keys }));
             t = queries.end;
         }
     }

@@ -4,7 +4,7 @@ use super::element::Element;
 use super::softmax::exp_sum;
 use crate::HeadShape;
 use crate::cache::{LayerStore, PAGE_SIZE, Step};
-use gemm::Parallelism;
+use crate::matrix::{Matrix, multiply};
 use std::ops::Range;
 
 /// Keys that are widened to f32 and multiplied at a time: a few pages, small enough for the L2 cache.
@@ -15,7 +15,8 @@ const KEY_TILE: usize = 4 * PAGE_SIZE;
 pub(super) struct Work {
     pub(super) kv_head: usize,
     pub(super) queries: Range<usize>,
-    pub(super) keys: Range<usize>,
+    /// Ascending, apart from each other.
+    pub(super) keys: Vec<Range<usize>>,
 }
 
 /// Buffers that a thread keeps from item to item.
@@ -72,6 +73,29 @@ impl Partial {
     }
 }
 
+/// Cuts `ranges` into groups of up to `most` keys: ranges are cut at multiples of `most`, then put together as they
+/// fit. So what one long range is cut into depends on its positions alone.
+pub(super) fn cut(ranges: &[Range<usize>], most: usize) -> Vec<Vec<Range<usize>>> {
+    let mut groups: Vec<Vec<Range<usize>>> = Vec::new();
+    let mut keys = most; // of the last group: full, so the first piece opens one
+    for range in ranges {
+        let mut start = range.start;
+        while start < range.end {
+            let end = range.end.min((start / most + 1) * most);
+            if keys + (end - start) > most {
+                groups.push(Vec::new());
+                keys = 0;
+            }
+            keys += end - start;
+            if let Some(group) = groups.last_mut() {
+                group.push(start..end);
+            }
+            start = end;
+        }
+    }
+    groups
+}
+
 /// Computes one item into `partial`.
 ///
 /// - `q`: `[q_len, q_heads, head_dim]`
@@ -101,21 +125,19 @@ pub(super) fn attend<T: Element>(
     scratch.scores.resize(rows * KEY_TILE, 0.0);
 
     let pages = store.table().head(work.kv_head);
-    let mut first = work.keys.start;
-    while first < work.keys.end {
-        let last = work.keys.end.min((first / KEY_TILE + 1) * KEY_TILE);
-        let keys = last - first;
-        gather(k_pages, pages, first..last, head_dim, &mut scratch.k);
-        gather(v_pages, pages, first..last, head_dim, &mut scratch.v);
+    for group in cut(&work.keys, KEY_TILE) {
+        let keys: usize = group.iter().map(ExactSizeIterator::len).sum();
+        let mut at = 0;
+        for range in &group {
+            gather(k_pages, pages, range.clone(), head_dim, &mut scratch.k[at * head_dim..]);
+            gather(v_pages, pages, range.clone(), head_dim, &mut scratch.v[at * head_dim..]);
+            at += range.len();
+        }
         let scores = &mut scratch.scores[..rows * keys];
         // scores[rows, keys] = q[rows, head_dim] . k[keys, head_dim]'
-        multiply(Matrix::rows(&scratch.q, head_dim), Matrix::columns(&scratch.k, head_dim), [rows, keys, head_dim], scores, false);
+        multiply(1.0, Matrix::rows(&scratch.q, head_dim), Matrix::columns(&scratch.k, head_dim), [rows, keys, head_dim], scores, false);
         for (row, scores) in scores.chunks_exact_mut(keys).enumerate() {
-            let t = work.queries.start + row / group_size;
-            let hidden_before = store.first_visible(t).saturating_sub(first).min(keys);
-            let hidden_from = (t + 1).saturating_sub(first).min(keys).max(hidden_before);
-            scores[..hidden_before].fill(f32::NEG_INFINITY);
-            scores[hidden_from..].fill(f32::NEG_INFINITY);
+            hide(scores, &group, work.queries.start + row / group_size, store);
             let tile_max = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
             let max = partial.max[row].max(tile_max);
             if max == f32::NEG_INFINITY {
@@ -132,7 +154,7 @@ pub(super) fn attend<T: Element>(
         let values = &scratch.v[..keys * head_dim];
         if values.iter().all(|x| x.is_finite()) {
             // out[rows, head_dim] += scores[rows, keys] . v[keys, head_dim]
-            multiply(Matrix::rows(scores, keys), Matrix::rows(values, head_dim), [rows, head_dim, keys], &mut partial.out, true);
+            multiply(1.0, Matrix::rows(scores, keys), Matrix::rows(values, head_dim), [rows, head_dim, keys], &mut partial.out, true);
         } else {
             // A weight of 0 must hide what it weighs, and 0 * NaN does not.
             for (weights, out) in scores.chunks_exact(keys).zip(partial.out.chunks_exact_mut(head_dim)) {
@@ -141,7 +163,19 @@ pub(super) fn attend<T: Element>(
                 }
             }
         }
-        first = last;
+    }
+}
+
+/// Hides from the query at `t` the keys of its future, and those that its layer's sliding window has left.
+fn hide(scores: &mut [f32], ranges: &[Range<usize>], t: usize, store: &LayerStore) {
+    let mut rest = scores;
+    for range in ranges {
+        let (here, others) = rest.split_at_mut(range.len());
+        let before = store.first_visible(t).saturating_sub(range.start).min(here.len());
+        let from = (t + 1).saturating_sub(range.start).min(here.len()).max(before);
+        here[..before].fill(f32::NEG_INFINITY);
+        here[from..].fill(f32::NEG_INFINITY);
+        rest = others;
     }
 }
 
@@ -155,55 +189,5 @@ fn gather<T: Element>(pool: &[T], pages: &[u32], positions: Range<usize>, head_d
         let to = (position - positions.start) * head_dim;
         T::widen(&pool[from..from + count * head_dim], &mut out[to..to + count * head_dim]);
         position += count;
-    }
-}
-
-/// A matrix in a slice, with the distance between neighbours along either axis.
-#[derive(Clone, Copy)]
-struct Matrix<'a> {
-    values: &'a [f32],
-    row_stride: isize,
-    column_stride: isize,
-}
-
-impl<'a> Matrix<'a> {
-    /// Rows of `width` values, one after the other.
-    fn rows(values: &'a [f32], width: usize) -> Self {
-        Self { values, row_stride: width as isize, column_stride: 1 }
-    }
-
-    /// The transpose of [`Matrix::rows`].
-    fn columns(values: &'a [f32], width: usize) -> Self {
-        Self { values, row_stride: 1, column_stride: width as isize }
-    }
-}
-
-/// `out[m, n] = a[m, k] . b[k, n]`, or `+=`.
-fn multiply(a: Matrix<'_>, b: Matrix<'_>, [m, n, k]: [usize; 3], out: &mut [f32], add: bool) {
-    assert!(a.values.len() >= m * k && b.values.len() >= k * n && out.len() >= m * n, "multiply: a slice is too short");
-    // SAFETY: every index that gemm reaches is below m*k, k*n or m*n, as asserted; `out` is borrowed
-    // mutably, so it overlaps neither `a` nor `b`.
-    unsafe {
-        gemm::gemm(
-            m,
-            n,
-            k,
-            out.as_mut_ptr(),
-            1,
-            n as isize,
-            add,
-            a.values.as_ptr(),
-            a.column_stride,
-            a.row_stride,
-            b.values.as_ptr(),
-            b.column_stride,
-            b.row_stride,
-            1.0,
-            1.0,
-            false,
-            false,
-            false,
-            Parallelism::None,
-        );
     }
 }

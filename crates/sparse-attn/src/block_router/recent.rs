@@ -1,0 +1,17 @@
+use super::{BlockRouter, BlockScores};
+use crate::LayerStore;
+use candle_core::{Result, Tensor};
+
+/// The first block and the window only: StreamingLLM, arXiv:2309.17453. A baseline; what lies between is lost.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Recent;
+
+impl BlockRouter for Recent {
+    fn name(&self) -> &'static str {
+        "recent"
+    }
+
+    fn score(&self, _q: &Tensor, _store: &LayerStore, _block_size: usize) -> Result<BlockScores> {
+        Ok(BlockScores::Forced)
+    }
+}

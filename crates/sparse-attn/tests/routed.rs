@@ -1,0 +1,319 @@
+//! Block routing against golden cases of the numpy definition, and its laws.
+
+use candle_core::{DType, Device, IndexOp, Result, Tensor};
+use sparse_attn::backend::{AttentionBackend, Cpu, Reference};
+use sparse_attn::block_router::{self, BlockScores};
+use sparse_attn::select::{Limits, Selection, select};
+use sparse_attn::{AttentionInput, HeadShape, KvCache, LayerSpec, RoutedAttention, Routing, Step, token_router};
+use std::path::PathBuf;
+use std::sync::Arc;
+
+fn backends() -> [Arc<dyn AttentionBackend>; 2] {
+    [Arc::new(Reference), Arc::new(Cpu)]
+}
+
+fn routed(router: &str, limits: Limits, backend: Arc<dyn AttentionBackend>) -> Result<RoutedAttention> {
+    let block_router = block_router::by_name(router).expect("a listed router");
+    RoutedAttention::new(Routing { block_router, limits, ..Routing::dense() }, backend)
+}
+
+/// One layer's tensors, `[tokens, heads, head_dim]`.
+#[derive(Clone)]
+struct Data {
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+}
+
+impl Data {
+    /// About normal numbers, the same every time.
+    fn new(tokens: usize, q_heads: usize, kv_heads: usize, head_dim: usize) -> Result<Self> {
+        let mut state = 42u64;
+        let mut tensor = |heads: usize| {
+            let mut uniform = || {
+                state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                (state >> 40) as f32 / (1u64 << 24) as f32
+            };
+            let values: Vec<f32> = (0..tokens * heads * head_dim).map(|_| (0..12).map(|_| uniform()).sum::<f32>() - 6.0).collect();
+            Tensor::from_vec(values, (tokens, heads, head_dim), &Device::Cpu)
+        };
+        Ok(Self { q: tensor(q_heads)?, k: tensor(kv_heads)?, v: tensor(kv_heads)? })
+    }
+
+    fn tokens(&self) -> usize {
+        self.q.dims()[0]
+    }
+
+    fn cache(&self) -> Result<KvCache> {
+        let shape = HeadShape::new(self.q.dim(1)?, self.k.dim(1)?, self.q.dim(2)?)?;
+        KvCache::new(&[LayerSpec { shape, sliding_window: None }], DType::F32, &Device::Cpu, 0)
+    }
+
+    /// Attends in chunks; `look` sees each step's queries and the cache right after it.
+    fn run_with(&self, attention: &RoutedAttention, chunk: usize, mut look: impl FnMut(Step, &Tensor, &KvCache)) -> Result<Tensor> {
+        let scale = (self.q.dim(2)? as f32).powf(-0.5);
+        let mut cache = self.cache()?;
+        let mut parts = Vec::new();
+        while cache.len() < self.tokens() {
+            let step = cache.reserve(chunk.min(self.tokens() - cache.len()))?;
+            let part = |x: &Tensor| x.narrow(0, step.start, step.len);
+            let (q, k, v) = (part(&self.q)?, part(&self.k)?, part(&self.v)?);
+            parts.push(attention.forward(0, AttentionInput { hidden: &q, q: &q, k: &k, v: &v, scale }, step, &mut cache)?);
+            look(step, &q, &cache);
+            cache.commit(step)?;
+        }
+        Tensor::cat(&parts, 0)
+    }
+
+    fn run(&self, attention: &RoutedAttention, chunk: usize) -> Result<Tensor> {
+        self.run_with(attention, chunk, |_, _, _| {})
+    }
+
+    /// The selected blocks of every query and head; `None`: it reads everything.
+    fn selections(&self, router: &str, limits: Limits, chunk: usize) -> Result<Vec<Vec<Option<Vec<usize>>>>> {
+        let attention = routed(router, limits, Arc::new(Cpu))?;
+        let mut all = Vec::new();
+        self.run_with(&attention, chunk, |step, q, cache| {
+            let store = cache.layer(0);
+            let scores = attention.routing().block_router.score(q, store, limits.block_size).unwrap();
+            let selection = select(&scores, &limits, step, store.shape().kv_heads());
+            for t in step.start..step.end() {
+                let of_head = |head| match &selection {
+                    Selection::Every => None,
+                    Selection::Blocks(blocks) => blocks.blocks(t, head),
+                };
+                all.push((0..store.shape().kv_heads()).map(of_head).collect());
+            }
+        })?;
+        Ok(all)
+    }
+}
+
+fn max_difference(a: &Tensor, b: &Tensor) -> Result<f32> {
+    (a - b)?.abs()?.flatten_all()?.max(0)?.to_scalar()
+}
+
+const LIMITS: Limits = Limits { window: 40, block_size: 16, budget: Some(96), dense_len: 0 };
+
+#[test]
+fn every_golden_case_gives_its_selection_and_its_output() -> Result<()> {
+    let dir = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/attention");
+    let mut files: Vec<PathBuf> = std::fs::read_dir(dir)?.map(|entry| entry.map(|entry| entry.path())).collect::<std::io::Result<_>>()?;
+    files.sort();
+    assert_eq!(files.len(), 20);
+    for file in files {
+        let name = file.file_name().unwrap().to_string_lossy().into_owned();
+        let bytes = std::fs::read(&file)?;
+        let (_, header) = safetensors::SafeTensors::read_metadata(&bytes).expect("a fixture");
+        let meta = header.metadata().clone().expect("a fixture has its settings");
+        let number = |key: &str| meta[key].parse::<usize>().expect("a count");
+        let limits = Limits { window: number("window"), block_size: number("block"), budget: Some(number("budget")), dense_len: 0 };
+        let tensors = candle_core::safetensors::load(&file, &Device::Cpu)?;
+        let data = Data { q: tensors["q"].clone(), k: tensors["k"].clone(), v: tensors["v"].clone() };
+        // A selection per query is what token by token gives; a shared one, chunks of whole tiles.
+        let chunks = if number("tile") == 1 { vec![1] } else { vec![data.tokens(), 64, 128] };
+        for chunk in chunks {
+            for backend in backends() {
+                let out = data.run(&routed(&meta["router"], limits, backend.clone())?, chunk)?;
+                let difference = max_difference(&out, &tensors["out"])?;
+                assert!(difference < 2e-5, "{name}, {} backend, chunks of {chunk}: off by {difference}", backend.name());
+            }
+            if meta["router"] == "all" {
+                continue; // it selects nothing: it reads everything
+            }
+            let table = tensors["selected_blocks"].to_dtype(DType::F32)?.to_vec3::<f32>()?;
+            for (t, heads) in data.selections(&meta["router"], limits, chunk)?.into_iter().enumerate() {
+                for (head, got) in heads.into_iter().enumerate() {
+                    let want: Vec<usize> = table[t][head].iter().filter(|block| **block >= 0.0).map(|block| *block as usize).collect();
+                    assert_eq!(got.expect("dense_len is 0"), want, "{name}, chunks of {chunk}, query {t}, head {head}");
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn every_router_runs_on_every_backend_in_parity() -> Result<()> {
+    let data = Data::new(700, 6, 2, 32)?;
+    for token_router in token_router::all() {
+        for block_router in block_router::all() {
+            let outs = backends().map(|backend| {
+                let routing =
+                    Routing { token_router: token_router.clone(), block_router: block_router.clone(), limits: LIMITS, dense_layers: 0 };
+                let attention = RoutedAttention::new(routing, backend)?;
+                Ok::<_, candle_core::Error>([data.run(&attention, 64)?, data.run(&attention, 1)?])
+            });
+            let [reference, cpu] = outs;
+            for (a, b) in reference?.iter().zip(&cpu?) {
+                let difference = max_difference(a, b)?;
+                assert!(difference < 2e-5, "{}: {difference}", block_router.name());
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn what_fits_is_dense_bit_for_bit() -> Result<()> {
+    let data = Data::new(700, 6, 2, 32)?;
+    for chunk in [700, 64, 1] {
+        let dense = data.run(&RoutedAttention::dense(Arc::new(Cpu)), chunk)?;
+        for router in ["mean", "bound", "oracle"] {
+            for limits in [Limits { budget: None, ..LIMITS }, Limits { budget: Some(700), ..LIMITS }, Limits { dense_len: 700, ..LIMITS }] {
+                let out = data.run(&routed(router, limits, Arc::new(Cpu))?, chunk)?;
+                assert_eq!(max_difference(&out, &dense)?, 0.0, "{router} {limits:?} chunks of {chunk}");
+            }
+            let out = data.run(&routed(router, LIMITS, Arc::new(Cpu))?, chunk)?;
+            assert!(max_difference(&out, &dense)? > 1e-3, "{router} with a small budget is not dense");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn below_dense_len_the_same_queries_are_dense_however_the_prompt_is_cut() -> Result<()> {
+    let data = Data::new(700, 6, 2, 32)?;
+    let limits = Limits { dense_len: 256, ..LIMITS };
+    let dense = data.run(&RoutedAttention::dense(Arc::new(Cpu)), 64)?;
+    let mut outs = Vec::new();
+    for chunk in [700, 128, 64] {
+        let out = data.run(&routed("bound", limits, Arc::new(Cpu))?, chunk)?;
+        assert!(max_difference(&out.narrow(0, 0, 256)?, &dense.narrow(0, 0, 256)?)? < 1e-6);
+        assert!(max_difference(&out.narrow(0, 256, 444)?, &dense.narrow(0, 256, 444)?)? > 1e-3);
+        outs.push(out);
+    }
+    for out in &outs[1..] {
+        assert!(max_difference(out, &outs[0])? < 1e-5, "chunks of whole tiles change nothing");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_larger_budget_selects_a_superset_and_the_budget_holds() -> Result<()> {
+    let data = Data::new(500, 4, 2, 16)?;
+    for chunk in [64, 1] {
+        let mut smaller: Option<Vec<Vec<Option<Vec<usize>>>>> = None;
+        for budget in [64, 96, 160, 320] {
+            let now = data.selections("bound", Limits { budget: Some(budget), ..LIMITS }, chunk)?;
+            for (t, heads) in now.iter().enumerate() {
+                for (head, blocks) in heads.iter().enumerate() {
+                    let blocks = blocks.as_ref().expect("dense_len is 0");
+                    // A tile's forced blocks, 0 and up to five edges, may be more than a small budget.
+                    assert!(blocks.len() * 16 <= budget.max(6 * 16), "query {t}: {blocks:?} of {budget}");
+                    if let Some(smaller) = &smaller {
+                        let before = smaller[t][head].as_ref().expect("dense_len is 0");
+                        assert!(before.iter().all(|block| blocks.contains(block)), "query {t}: {before:?} then {blocks:?}");
+                    }
+                }
+            }
+            smaller = Some(now);
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn the_bound_is_never_below_a_true_score() -> Result<()> {
+    let data = Data::new(200, 4, 2, 16)?;
+    data.run_with(&routed("bound", LIMITS, Arc::new(Cpu))?, 200, |_, q, cache| {
+        let store = cache.layer(0);
+        let score = |name: &str| match block_router::by_name(name).unwrap().score(q, store, 16).unwrap() {
+            BlockScores::PerQuery(scores) => scores,
+            other => panic!("{name} gives {other:?}"),
+        };
+        let (bound, exact) = (score("bound"), score("oracle"));
+        for query in 0..200 {
+            for head in 0..2 {
+                for block in 0..200 / 16 {
+                    let (bound, exact) = (bound.get(query, head, block), exact.get(query, head, block));
+                    assert!(bound >= exact - 1e-4, "query {query}, head {head}, block {block}: {bound} < {exact}");
+                }
+            }
+        }
+    })?;
+    Ok(())
+}
+
+#[test]
+fn ties_go_to_the_later_block() -> Result<()> {
+    let mut data = Data::new(400, 2, 1, 16)?;
+    data.k = data.k.zeros_like()?; // every block scores 0
+    let last = data.selections("mean", Limits { budget: Some(80), ..LIMITS }, 1)?.pop().unwrap();
+    // The edge of query 399 is block 22; block 0 is forced; three more fit.
+    assert_eq!(last[0].as_deref(), Some(&[0, 19, 20, 21, 22][..]));
+    Ok(())
+}
+
+#[test]
+fn a_planted_key_is_found() -> Result<()> {
+    let data = Data::new(600, 4, 2, 32)?;
+    // Key 200 of head 1 is ten times the last query of its group.
+    let planted = (data.q.i((599, 2))? * 10.0)?;
+    let mut keys = data.k.to_vec3::<f32>()?;
+    keys[200][1] = planted.to_vec1()?;
+    let data = Data { k: Tensor::new(keys, &Device::Cpu)?, ..data };
+    for router in ["mean", "bound", "oracle"] {
+        let last = data.selections(router, LIMITS, 1)?.pop().unwrap();
+        assert!(last[1].as_ref().unwrap().contains(&(200 / 16)), "{router}: {last:?}");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_block_that_is_not_selected_changes_nothing_even_full_of_nan() -> Result<()> {
+    let data = Data::new(600, 4, 2, 32)?;
+    for backend in backends() {
+        let attention = routed("recent", LIMITS, backend.clone())?;
+        let clean = data.run(&attention, 1)?.i(599)?;
+        let poison = |x: &Tensor| -> Result<Tensor> {
+            // Blocks 5 to 20: outside block 0, the edge and the window of query 599.
+            let poisoned = (x.narrow(0, 80, 256)? * f64::NAN)?;
+            Tensor::cat(&[&x.narrow(0, 0, 80)?, &poisoned, &x.narrow(0, 336, 264)?], 0)
+        };
+        let poisoned = Data { q: data.q.clone(), k: poison(&data.k)?, v: poison(&data.v)? };
+        let dirty = poisoned.run(&attention, 1)?.i(599)?;
+        assert_eq!(max_difference(&clean, &dirty)?, 0.0, "{}", backend.name());
+    }
+    Ok(())
+}
+
+#[test]
+fn after_a_rewind_or_a_failed_step_summaries_are_those_of_the_tokens_that_are_there() -> Result<()> {
+    let data = Data::new(600, 4, 2, 32)?;
+    let attention = routed("bound", LIMITS, Arc::new(Cpu))?;
+    let feed = |cache: &mut KvCache, source: usize, len: usize, commit: bool| -> Result<Tensor> {
+        let step = cache.reserve(len)?;
+        let part = |x: &Tensor| x.narrow(0, source, len);
+        let (q, k, v) = (part(&data.q)?, part(&data.k)?, part(&data.v)?);
+        let out = attention.forward(0, AttentionInput { hidden: &q, q: &q, k: &k, v: &v, scale: 0.2 }, step, cache)?;
+        if commit {
+            cache.commit(step)?;
+        }
+        Ok(out)
+    };
+    let mut straight = data.cache()?;
+    feed(&mut straight, 0, 320, true)?;
+    let want = feed(&mut straight, 320, 64, true)?;
+
+    let mut detour = data.cache()?;
+    feed(&mut detour, 0, 320, true)?;
+    feed(&mut detour, 400, 200, true)?;
+    detour.truncate(320)?;
+    feed(&mut detour, 450, 128, false)?; // a step that failed in a later layer
+    assert_eq!(max_difference(&feed(&mut detour, 320, 64, true)?, &want)?, 0.0);
+    Ok(())
+}
+
+#[test]
+fn the_count_of_keys_read_is_that_of_the_selection() -> Result<()> {
+    let data = Data::new(600, 4, 2, 32)?;
+    let mut last = None;
+    data.run_with(&routed("bound", LIMITS, Arc::new(Cpu))?, 1, |_, _, cache| last = Some(cache.read_count()))?;
+    let count = last.unwrap();
+    assert_eq!(count.visible, 2 * 600);
+    // Six blocks of 16, of which the edge, block 34, reaches from 544 to 559 and its end into the window from 560 on.
+    assert_eq!(count.read, 2 * (6 * 16 + 40));
+    assert_eq!(count.bytes, count.read * 2 * 32 * 4);
+    Ok(())
+}
