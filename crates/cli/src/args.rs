@@ -67,6 +67,9 @@ pub(crate) enum Command {
     Rm(Remove),
     /// Describe a model (models show)
     Show(OneModel),
+    /// What routed attention costs in quality
+    #[command(subcommand)]
+    Eval(Eval),
     /// Check the machine, this build, the cache and the Hub
     Doctor,
     /// Print a completion script
@@ -176,6 +179,36 @@ pub(crate) enum MemoryLimit {
     Fraction(f64),
 }
 
+/// Which blocks of its past a token reads.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Routed attention")]
+pub(crate) struct AttentionArgs {
+    /// dense reads everything; routed reads the blocks that matter, faster on long contexts and not quite the same text
+    #[arg(long, value_enum, default_value_t = AttentionChoice::Dense)]
+    pub(crate) attn: AttentionChoice,
+    /// Tokens a query may read beyond its window
+    #[arg(long, value_name = "N", default_value_t = 2048, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) budget: u32,
+    /// Positions per routing block
+    #[arg(long, value_name = "N", default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..=1024))]
+    pub(crate) block: u32,
+    /// Newest tokens, always read
+    #[arg(long, value_name = "N", default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) window: u32,
+    /// Below this many tokens attention is dense
+    #[arg(long, value_name = "N", default_value_t = 4096)]
+    pub(crate) min_ctx: u32,
+    /// How blocks are scored
+    #[arg(long, value_name = "NAME", default_value = "bound", value_parser = clap::builder::PossibleValuesParser::new(["all", "recent", "mean", "bound", "oracle"]))]
+    pub(crate) block_router: String,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum AttentionChoice {
+    Dense,
+    Routed,
+}
+
 /// How the prompt becomes tokens.
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Prompt")]
@@ -267,7 +300,34 @@ pub(crate) struct Generate {
     #[command(flatten)]
     pub(crate) model: ModelArgs,
     #[command(flatten)]
+    pub(crate) attention: AttentionArgs,
+    #[command(flatten)]
     pub(crate) sampling: SamplingArgs,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Eval {
+    /// Perplexity of a text, dense and routed, and how far the predictions differ
+    Ppl(Box<EvalPpl>),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct EvalPpl {
+    /// The text
+    #[arg(short, long, value_name = "PATH")]
+    pub(crate) file: PathBuf,
+    /// Score predictions after this position [default: the larger of --min-ctx and --window, and 1024 more]
+    #[arg(long, value_name = "N")]
+    pub(crate) from: Option<usize>,
+    /// Exit with 10 if the mean KL divergence from dense, in nats, is above this
+    #[arg(long, value_name = "F")]
+    pub(crate) max_kld: Option<f64>,
+    #[command(flatten)]
+    pub(crate) template: TemplateArgs,
+    #[command(flatten)]
+    pub(crate) model: ModelArgs,
+    #[command(flatten)]
+    pub(crate) attention: AttentionArgs,
 }
 
 #[derive(Debug, Args)]
@@ -279,6 +339,8 @@ pub(crate) struct Chat {
     pub(crate) template: TemplateArgs,
     #[command(flatten)]
     pub(crate) model: ModelArgs,
+    #[command(flatten)]
+    pub(crate) attention: AttentionArgs,
     #[command(flatten)]
     pub(crate) sampling: SamplingArgs,
 }

@@ -1,6 +1,6 @@
 //! A checkpoint opened, checked against the machine, and loaded.
 
-use crate::args::{CacheType, DeviceChoice, ModelArgs, SamplingArgs, TemplateArgs};
+use crate::args::{AttentionArgs, AttentionChoice, CacheType, DeviceChoice, ModelArgs, SamplingArgs, TemplateArgs};
 use crate::failure::{Failure, Kind, damaged};
 use crate::plan::{self, Plan};
 use crate::source::{self, Hub, Located, ModelReference};
@@ -13,10 +13,15 @@ use minijinja::value::Serde;
 use model::message;
 use model::{CausalLm, Config, SamplerOptions, Session, Weights};
 use serde::Deserialize;
-use sparse_attn::RoutedAttention;
+use sparse_attn::block_router;
+use sparse_attn::select::Limits;
+use sparse_attn::{RoutedAttention, Routing};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+
+/// The first layers, which attend diffusely, read everything (Quest, arXiv:2406.10774).
+const DENSE_LAYERS: usize = 2;
 
 /// A checkpoint whose headers, tokenizer and template were read; its weights are still in the file.
 #[derive(Debug)]
@@ -156,13 +161,14 @@ impl Checkpoint {
     }
 
     /// Loads the weights. `context`: the tokens that memory is planned for.
-    pub(crate) fn load(self, context: usize, args: &ModelArgs) -> Result<Engine> {
+    pub(crate) fn load(self, context: usize, args: &ModelArgs, attention: &AttentionArgs) -> Result<Engine> {
         let plan = Plan::new(self.config(), self.weights_bytes(), self.kv_dtype, context);
         plan::choose_context(Some(context), self.config(), self.weights_bytes(), self.kv_dtype, plan::available(args.mem_limit))?;
         let started = Instant::now();
         let model = model::load(&self.weights).map_err(damaged).with_context(|| self.located.id.clone())?;
         let backend = sparse_attn::backend::for_device(&self.device).map_err(|error| Failure::new(Kind::Device, message(&error)))?;
-        Ok(Engine { attention: RoutedAttention::dense(backend), model, plan, load_time: started.elapsed(), checkpoint: self })
+        let attention = RoutedAttention::new(routing(attention), backend).map_err(|error| Failure::new(Kind::Usage, message(&error)))?;
+        Ok(Engine { attention, model, plan, load_time: started.elapsed(), checkpoint: self })
     }
 }
 
@@ -173,17 +179,23 @@ impl Engine {
             .map_err(|error| Failure::new(Kind::OutOfMemory, message(&error)).hint("a smaller -c").into())
     }
 
+    /// Whether some queries may read less than everything.
+    pub(crate) fn is_routed(&self) -> bool {
+        self.attention.routing().limits.dense_len < usize::MAX
+    }
+
     /// One line on what runs and where.
     pub(crate) fn banner(&self, context: usize) -> String {
         let per_token = Plan::new(self.checkpoint.config(), 0, self.checkpoint.kv_dtype, 64 * 1024).kv / (64 * 1024);
         format!(
-            "{} {} · {}, {} threads · weights {} · KV {}/token · ctx {context}",
+            "{} {} · {}, {} threads · weights {} · KV {}/token · ctx {context}{}",
             self.checkpoint.located.id,
             self.checkpoint.weights.dtype_name(),
             self.attention.backend_name(),
             candle_core::utils::get_num_threads(),
             bytes(self.plan.weights),
-            bytes(per_token)
+            bytes(per_token),
+            if self.is_routed() { format!(" (routed above {})", self.attention.routing().limits.dense_len) } else { String::new() }
         )
     }
 }
@@ -253,6 +265,20 @@ fn as_damage(error: anyhow::Error) -> anyhow::Error {
         Ok(error) => damaged(error).into(),
         Err(error) => Failure::malformed(format!("{error:#}")).into(),
     }
+}
+
+/// What the flags ask for.
+fn routing(args: &AttentionArgs) -> Routing {
+    let (AttentionChoice::Routed, Some(block_router)) = (args.attn, block_router::by_name(&args.block_router)) else {
+        return Routing::dense();
+    };
+    let limits = Limits {
+        window: args.window as usize,
+        block_size: args.block as usize,
+        budget: Some(args.budget as usize),
+        dense_len: args.min_ctx as usize,
+    };
+    Routing { block_router, limits, dense_layers: DENSE_LAYERS, ..Routing::dense() }
 }
 
 fn device(choice: DeviceChoice) -> Result<Device> {

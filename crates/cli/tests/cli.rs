@@ -119,6 +119,58 @@ fn prompts_come_from_arguments_files_and_pipes() {
 }
 
 #[test]
+fn routed_attention_reads_less_and_is_dense_while_all_fits() {
+    let case = Case::new();
+    let ids: Vec<String> = (0..700).map(|i| (5 + i * 31 % 500).to_string()).collect();
+    let ids = ids.join(",");
+    let args = ["generate", "--greedy", "--ignore-eos", "-n", "6", "--prompt-ids", &ids];
+    let routed = |extra: &[&str]| case.json(&[&args[..], &["--attn", "routed", "--window", "64", "--block", "16"], extra].concat());
+    let dense = case.json(&args);
+    assert_eq!((dense["attn"]["mode"].as_str(), dense["density"].as_f64()), (Some("dense"), Some(1.0)));
+    // Below --min-ctx, and where the budget holds everything, it is the dense text.
+    for fits in [&["--min-ctx", "4096"][..], &["--min-ctx", "0", "--budget", "4096"]] {
+        let document = routed(fits);
+        assert_eq!((&document["token_ids"], document["density"].as_f64()), (&dense["token_ids"], Some(1.0)), "{fits:?}");
+    }
+    let sparse = routed(&["--min-ctx", "0", "--budget", "128"]);
+    assert_eq!(sparse["attn"]["block_router"], "bound");
+    // Two of three layers are dense; the third reads 128 + 64 of 705, and what the edge reaches into the window.
+    let density = sparse["density"].as_f64().unwrap();
+    assert!((0.75..0.78).contains(&density), "{density}");
+    assert!(sparse["kv_read_bytes_per_token"].as_u64() < dense["kv_read_bytes_per_token"].as_u64());
+    for router in ["recent", "mean", "oracle"] {
+        assert_eq!(routed(&["--min-ctx", "0", "--budget", "128", "--block-router", router])["attn"]["block_router"], router);
+    }
+    run(&mut case.llama(&["generate", "hi", "--attn", "routed", "--block-router", "magic"]), 2);
+    run(&mut case.llama(&["generate", "hi", "--attn", "routed", "--block", "0"]), 2);
+}
+
+#[test]
+fn eval_measures_what_routing_costs() {
+    let case = Case::new();
+    let text: String = (0..700).map(|i| format!("word{} ", i * 7919 % 97)).collect();
+    let file = case.file("text.txt", text);
+    let eval = |extra: &[&str], code: i32| {
+        run(case.llama(&["eval", "ppl", "-f", &file, "-c", "900", "--window", "64", "--block", "16"]).args(extra), code)
+    };
+    let routed = |extra: &[&str]| -> Value {
+        let args = [&["--json", "--min-ctx", "0", "--from", "300"][..], extra].concat();
+        serde_json::from_slice::<Value>(&eval(&args, 0).stdout).unwrap()["routed"].clone()
+    };
+    let (all, some, none) = (routed(&["--budget", "4096"]), routed(&["--budget", "256"]), routed(&["--block-router", "recent"]));
+    // Everything fits: the same numbers. The less is read, the farther off.
+    assert_eq!((all["kl_mean"].as_f64(), all["same_top1"].as_f64(), all["ppl_change"].as_f64()), (Some(0.0), Some(1.0), Some(0.0)));
+    let kl = |row: &Value| row["kl_mean"].as_f64().unwrap();
+    assert!(0.0 < kl(&some) && kl(&some) < kl(&none), "{some} {none}");
+    let output = eval(&["--min-ctx", "0", "--from", "300"], 0);
+    assert!(stdout(&output).contains("900 tokens, the last 599 scored"), "{}", stdout(&output));
+    let gate = eval(&["--min-ctx", "0", "--from", "300", "--block-router", "recent", "--max-kld", "0"], 10);
+    assert!(stderr(&gate).contains("--max-kld"), "{}", stderr(&gate));
+    let short = eval(&[], 2);
+    assert!(stderr(&short).contains("too short"), "{}", stderr(&short));
+}
+
+#[test]
 fn a_stop_string_ends_the_text_before_itself() {
     let case = Case::new();
     let args = ["generate", "--raw", "hello", "--greedy", "-n", "40", "--ignore-eos"];

@@ -3,6 +3,7 @@
 use crate::CausalLm;
 use crate::sampler::{Sampler, logprobs};
 use candle_core::{DType, Device, Result, Tensor, bail};
+use sparse_attn::cache::ReadCount;
 use sparse_attn::{KvCache, RoutedAttention};
 use std::ops::ControlFlow;
 use std::sync::Arc;
@@ -89,6 +90,11 @@ impl Session {
     /// Bytes allocated for keys and values.
     pub fn kv_bytes(&self) -> usize {
         self.cache.allocated_bytes()
+    }
+
+    /// Keys that the newest step read, over all layers and heads.
+    pub fn read_count(&self) -> ReadCount {
+        self.cache.read_count()
     }
 
     /// Tokens whose keys and values are in the cache.

@@ -13,6 +13,7 @@ mod error;
 pub mod generate;
 pub mod layers;
 pub mod sampler;
+pub mod score;
 pub mod weights;
 
 pub use arch::{CausalLm, load};

@@ -1,7 +1,7 @@
 //! `foveate chat`: a conversation whose history stays in the key/value cache.
 
 use super::generate::read_file;
-use super::reply::{Reply, reply};
+use super::reply::{Reply, kv_use, reply};
 use crate::args::Chat;
 use crate::engine::{Checkpoint, Engine, chat_prompt};
 use crate::failure::{Failure, Kind};
@@ -39,7 +39,7 @@ pub(crate) fn run(args: &Chat, hub: &Hub, ui: Ui, interrupt: &Interrupt) -> Resu
     if checkpoint.template.is_none() {
         ui.say("this model has no chat template: it continues your text as it stands (a base model, perhaps)");
     }
-    let engine = checkpoint.load(context, &args.model)?;
+    let engine = checkpoint.load(context, &args.model, &args.attention)?;
     ui.say(format!("{} · seed {}", engine.banner(context), options.seed));
     let session = engine.session(FIRST_CAPACITY.min(context))?;
     let mut chat = Conversation {
@@ -365,11 +365,11 @@ impl Conversation<'_> {
                 self.ui.say(text);
             }
             "stats" => self.ui.say(format!(
-                "context {} / {} · {} in the cache · KV {} resident · weights {}",
+                "context {} / {} · {} in the cache · KV {} · weights {}",
                 self.session.tokens().len(),
                 self.context,
                 self.session.cached(),
-                bytes(self.session.kv_bytes() as u64),
+                kv_use(&self.session),
                 bytes(self.engine.plan.weights)
             )),
             "" | "settings" => {

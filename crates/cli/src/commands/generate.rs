@@ -1,6 +1,6 @@
 //! `foveate generate`: one prompt, one text.
 
-use super::reply::{Reply, reply};
+use super::reply::{Reply, density, kv_use, reply};
 use crate::args::Generate;
 use crate::engine::{Checkpoint, Engine, chat_prompt};
 use crate::failure::{Failure, Kind};
@@ -30,7 +30,7 @@ pub(crate) fn run(args: &Generate, hub: &Hub, ui: Ui, interrupt: &Interrupt) -> 
     let max_tokens = args.max_tokens.unwrap_or(DEFAULT_MAX_TOKENS);
     check_context(prompt.len(), args.max_tokens, context, &checkpoint)?;
     let room = context.min(prompt.len() + max_tokens);
-    let engine = checkpoint.load(room, &args.model)?;
+    let engine = checkpoint.load(room, &args.model, &args.attention)?;
     ui.say(engine.banner(context));
     let recommended = engine.checkpoint.defaults.describe();
     if !recommended.is_empty() {
@@ -195,14 +195,31 @@ fn announce(reply: &Reply, session: &Session, options: &SamplerOptions, args: &G
     }
     let seed = if options.temperature == 0.0 { "greedy".to_string() } else { format!("seed {}", options.seed) };
     ui.say(format!(
-        "{} in · {} out · ttft {:.2} s ({:.0} t/s) · {:.1} t/s · KV {} resident · {seed}",
+        "{} in · {} out · ttft {:.2} s ({:.0} t/s) · {:.1} t/s · KV {} · {seed}",
         reply.prompt_tokens,
         reply.tokens.len(),
         reply.prefill.as_secs_f64(),
         reply.prompt_rate(),
         reply.decode_rate(),
-        bytes(session.kv_bytes() as u64)
+        kv_use(session)
     ));
+}
+
+/// How attention was routed.
+fn attention(engine: &Engine) -> Value {
+    let routing = engine.attention.routing();
+    if !engine.is_routed() {
+        return json!({"mode": "dense"});
+    }
+    json!({
+        "mode": "routed",
+        "block_router": routing.block_router.name(),
+        "budget": routing.limits.budget,
+        "block": routing.limits.block_size,
+        "window": routing.limits.window,
+        "min_ctx": routing.limits.dense_len,
+        "dense_layers": routing.dense_layers,
+    })
 }
 
 fn document(engine: &Engine, reply: &Reply, session: &Session, prompt: &[u32], options: &SamplerOptions) -> Value {
@@ -216,7 +233,7 @@ fn document(engine: &Engine, reply: &Reply, session: &Session, prompt: &[u32], o
             "quant": engine.checkpoint.weights.dtype_name(),
         },
         "device": engine.attention.backend_name(),
-        "attn": {"mode": "dense"},
+        "attn": attention(engine),
         "prompt_tokens": prompt.len(),
         "output_tokens": reply.tokens.len(),
         "prompt_token_ids": prompt,
@@ -230,6 +247,8 @@ fn document(engine: &Engine, reply: &Reply, session: &Session, prompt: &[u32], o
             "prompt_tps": reply.prompt_rate(),
             "decode_tps": reply.decode_rate(),
         },
+        "kv_read_bytes_per_token": session.read_count().bytes,
+        "density": density(session),
         "memory": {"weights_bytes": engine.plan.weights, "kv_bytes": session.kv_bytes(), "peak_bytes": plan::peak_bytes()},
     });
     if reply.tokens.iter().any(|token| token.logprobs.is_some()) {

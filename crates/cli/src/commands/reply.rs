@@ -5,7 +5,7 @@ use crate::failure::{Failure, Kind};
 use crate::interrupt::Interrupt;
 use crate::plan::CHUNK;
 use crate::text::TextStream;
-use crate::ui::Ui;
+use crate::ui::{Ui, bytes};
 use anyhow::Result;
 use model::message;
 use model::{FinishReason, GenerateOptions, Sampler, Session, Token};
@@ -37,6 +37,18 @@ impl Reply {
     pub(crate) fn decode_rate(&self) -> f64 {
         self.tokens.len().saturating_sub(1) as f64 / self.decode.as_secs_f64().max(1e-9)
     }
+}
+
+/// Of the keys that the newest token could have read, the part that it read.
+pub(crate) fn density(session: &Session) -> f64 {
+    let count = session.read_count();
+    count.read as f64 / count.visible.max(1) as f64
+}
+
+/// Both savings by name: what is resident, and what the newest token read of it.
+pub(crate) fn kv_use(session: &Session) -> String {
+    let (resident, read) = (bytes(session.kv_bytes() as u64), bytes(session.read_count().bytes));
+    format!("{resident} resident, {read} read/token ({:.1} %)", 100.0 * density(session))
 }
 
 /// Computes `prompt` after what `session` holds and generates. `print` gets the text as it is certain.

@@ -1,0 +1,105 @@
+//! What a setting costs: two attentions over the same tokens, position by position.
+
+use crate::CausalLm;
+use candle_core::{DType, Device, Result, bail};
+use sparse_attn::{KvCache, RoutedAttention};
+use std::ops::ControlFlow;
+
+/// Rows of logits that are alive at once.
+const ROWS: usize = 64;
+
+/// The two next-token distributions at one position.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct PositionScore {
+    /// `-ln p(next token)`, of the reference and of the other setting.
+    pub nll: [f64; 2],
+    /// `KL(reference || other)`, in nats.
+    pub kl: f64,
+    /// Whether both find the same token likeliest.
+    pub same_top: bool,
+}
+
+/// Compares two rows of logits before the token `next`.
+pub fn score_position(reference: &[f32], other: &[f32], next: u32) -> PositionScore {
+    let (a, b) = (log_total(reference), log_total(other));
+    let log = |logits: &[f32], total: f64, id: usize| f64::from(logits[id]) - total;
+    let kl = (0..reference.len())
+        .map(|id| {
+            let (p, q) = (log(reference, a, id), log(other, b, id));
+            p.exp() * (p - q)
+        })
+        .sum::<f64>();
+    let top = |logits: &[f32]| (0..logits.len()).fold(0, |best, id| if logits[id] > logits[best] { id } else { best });
+    let next = next as usize;
+    // Rounding can leave a divergence of equal distributions just below 0.
+    PositionScore { nll: [-log(reference, a, next), -log(other, b, next)], kl: kl.max(0.0), same_top: top(reference) == top(other) }
+}
+
+/// `ln sum exp(logits)`
+fn log_total(logits: &[f32]) -> f64 {
+    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    f64::from(max) + logits.iter().map(|logit| f64::from(logit - max).exp()).sum::<f64>().ln()
+}
+
+/// Runs `tokens` through both attentions, `[reference, other]`, in chunks, and scores the prediction of every token from
+/// position `from + 1` on. `progress` is told how many tokens are done, and may stop it there.
+///
+/// # Errors
+/// If there is nothing to score, an id is beyond the vocabulary, or memory runs out.
+pub fn compare(
+    model: &dyn CausalLm,
+    attentions: [&RoutedAttention; 2],
+    tokens: &[u32],
+    from: usize,
+    kv_dtype: DType,
+    chunk: usize,
+    mut progress: impl FnMut(usize) -> ControlFlow<()>,
+) -> Result<Vec<PositionScore>> {
+    if tokens.len() < from + 2 {
+        bail!("{} tokens leave nothing to score after position {from}", tokens.len());
+    }
+    let new_cache = || KvCache::new(&model.config().layer_specs(), kv_dtype, &Device::Cpu, tokens.len());
+    let mut caches = [new_cache()?, new_cache()?];
+    let mut scores = Vec::with_capacity(tokens.len() - from - 1);
+    for (index, part) in tokens.chunks(chunk.max(1)).enumerate() {
+        let start = index * chunk.max(1);
+        if progress(start).is_break() {
+            break;
+        }
+        let mut hidden = Vec::with_capacity(2);
+        for (attention, cache) in attentions.iter().zip(&mut caches) {
+            hidden.push(model.forward(part, attention, cache)?);
+        }
+        // The last token has no successor to predict.
+        let scored = from.max(start)..(start + part.len()).min(tokens.len() - 1);
+        let mut at = scored.start;
+        while at < scored.end {
+            let rows = ROWS.min(scored.end - at);
+            let logits = |of: usize| model.logits(&hidden[of].narrow(0, at - start, rows)?.contiguous()?)?.to_vec2::<f32>();
+            let (reference, other) = (logits(0)?, logits(1)?);
+            scores.extend((0..rows).map(|row| score_position(&reference[row], &other[row], tokens[at + row + 1])));
+            at += rows;
+        }
+    }
+    Ok(scores)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn scores_are_the_textbook_ones() {
+        // p = (1/2, 1/4, 1/4), q = (1/4, 1/2, 1/4)
+        let (p, q) = ([0.5f32, 0.25, 0.25].map(f32::ln), [0.25f32, 0.5, 0.25].map(f32::ln));
+        let score = score_position(&p, &q, 0);
+        assert!((score.nll[0] - 2f64.ln()).abs() < 1e-6 && (score.nll[1] - 4f64.ln()).abs() < 1e-6);
+        // 1/2 ln 2 - 1/4 ln 2
+        assert!((score.kl - 0.25 * 2f64.ln()).abs() < 1e-6 && !score.same_top);
+        // A shift of all logits changes nothing.
+        let shifted = q.map(|logit| logit + 100.0);
+        assert!((score_position(&p, &shifted, 0).kl - score.kl).abs() < 1e-5);
+        let same = score_position(&p, &p, 2);
+        assert!(same.kl == 0.0 && same.same_top);
+    }
+}
