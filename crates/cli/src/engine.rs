@@ -162,8 +162,12 @@ impl Checkpoint {
 
     /// Loads the weights. `context`: the tokens that memory is planned for.
     pub(crate) fn load(self, context: usize, args: &ModelArgs, attention: &AttentionArgs) -> Result<Engine> {
-        let plan = Plan::new(self.config(), self.weights_bytes(), self.kv_dtype, context);
-        plan::choose_context(Some(context), self.config(), self.weights_bytes(), self.kv_dtype, plan::available(args.mem_limit))?;
+        let mut plan = Plan::new(self.config(), self.weights_bytes(), self.kv_dtype, context);
+        // Block summaries: two numbers of 4 bytes a dimension for 32 keys and values of 2 bytes, and room to grow.
+        let summaries = if attention.attn == AttentionChoice::Routed { plan.kv / 8 } else { 0 };
+        let fixed = self.weights_bytes() + summaries;
+        plan::choose_context(Some(context), self.config(), fixed, self.kv_dtype, plan::available(args.mem_limit))?;
+        plan.kv += summaries;
         let started = Instant::now();
         let model = model::load(&self.weights).map_err(damaged).with_context(|| self.located.id.clone())?;
         let backend = sparse_attn::backend::for_device(&self.device).map_err(|error| Failure::new(Kind::Device, message(&error)))?;

@@ -231,6 +231,8 @@ fn every_mistake_has_its_exit_code_and_one_message() {
         (vec!["generate", "-m", &llama, "-f", &binary], 5, "not UTF-8"),
         (vec!["generate", "-m", &llama, "-f", &empty], 2, "empty"),
         (vec!["generate", "-m", &llama], 2, "empty"),
+        (vec!["generate", "-m", &llama, "-f", "/dev/zero"], 2, "256.00 MiB"),
+        (vec!["generate", "-m", "/dev/zero", "hi"], 5, "not a regular file"),
         (vec!["generate", "-m", &llama, "hi", "--temp", "-1"], 2, "temp is -1"),
         (vec!["generate", "-m", &llama, "hi", "--temp", "NaN"], 2, "temp"),
         (vec!["generate", "-m", &llama, "hi", "--top-p", "0"], 2, "top-p"),
@@ -276,7 +278,11 @@ fn a_damaged_tokenizer_ends_with_5() {
     use gguf::Meta;
     let case = Case::new();
     let whole = gguf::tiny_llama();
-    run(&mut case.command(&["generate", "-m", &case.file("whole.gguf", whole.bytes()), "--raw", "ab", "-n", "1"]), 0);
+    let path = case.file("whole.gguf", whole.bytes());
+    // The file, or the directory that holds only it.
+    for model in [path.as_str(), case.home.path().to_str().unwrap()] {
+        run(&mut case.command(&["generate", "-m", model, "--raw", "ab", "-n", "1"]), 0);
+    }
     let strings = |values: &[&str]| Meta::Strs(values.iter().map(|value| value.to_string()).collect());
     let types = |count: usize| Meta::I32s(vec![1; count]);
     for (key, value, word) in [

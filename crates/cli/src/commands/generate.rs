@@ -19,6 +19,9 @@ use std::path::Path;
 /// Base models never stop by themselves.
 const DEFAULT_MAX_TOKENS: usize = 512;
 
+/// Longest prompt that is read: some 50 million tokens.
+const MAX_PROMPT_BYTES: u64 = 256 << 20;
+
 pub(crate) fn run(args: &Generate, hub: &Hub, ui: Ui, interrupt: &Interrupt) -> Result<u8> {
     let text = if args.prompt_ids.is_empty() { Some(prompt_text(args)?) } else { None };
     let checkpoint = Checkpoint::open(&args.model, &args.template, hub)?;
@@ -99,9 +102,21 @@ fn prompt_text(args: &Generate) -> Result<String> {
 }
 
 fn read_stdin() -> Result<String> {
+    read_text(std::io::stdin(), "standard input")
+}
+
+/// All of `source`, unless it does not end.
+fn read_text(source: impl Read, name: &str) -> Result<String> {
     let mut bytes = Vec::new();
-    std::io::stdin().read_to_end(&mut bytes)?;
-    decode(bytes, "standard input")
+    source.take(MAX_PROMPT_BYTES + 1).read_to_end(&mut bytes).map_err(|error| Failure::new(Kind::NotFound, format!("{name}: {error}")))?;
+    if bytes.len() as u64 > MAX_PROMPT_BYTES {
+        return Err(Failure::new(
+            Kind::Usage,
+            format!("{name} holds more than {}, too much for any context", crate::ui::bytes(MAX_PROMPT_BYTES)),
+        )
+        .into());
+    }
+    decode(bytes, name)
 }
 
 /// A text file of the user's, UTF-8 or UTF-16 with a byte order mark.
@@ -110,7 +125,7 @@ pub(super) fn read_file(path: &Path) -> Result<String> {
     if path.is_dir() {
         return Err(Failure::new(Kind::NotFound, format!("{name} is a directory, expected a text file")).into());
     }
-    decode(std::fs::read(path).map_err(|error| Failure::new(Kind::NotFound, format!("{name}: {error}")))?, &name)
+    read_text(std::fs::File::open(path).map_err(|error| Failure::new(Kind::NotFound, format!("{name}: {error}")))?, &name)
 }
 
 fn decode(bytes: Vec<u8>, name: &str) -> Result<String> {

@@ -55,7 +55,8 @@ fn local(text: &str) -> Result<Option<ModelReference>> {
         let file = path.extension().is_some_and(|extension| extension == "safetensors");
         // A safetensors file stands for the directory that also holds its config and tokenizer.
         let path = if file { path.parent().unwrap_or(Path::new(".")) } else { path };
-        return Ok(Some(ModelReference::Local { path: path.to_path_buf(), quant: None }));
+        let path = only_gguf(path).unwrap_or_else(|| path.to_path_buf());
+        return Ok(Some(ModelReference::Local { path, quant: None }));
     }
     if let Some((dir, quant)) = text.rsplit_once(':')
         && Path::new(dir).is_dir()
@@ -67,6 +68,16 @@ fn local(text: &str) -> Result<Option<ModelReference>> {
         return Err(Failure::new(Kind::NotFound, format!("{text}: no such file or directory")).hint("foveate ls").into());
     }
     Ok(None)
+}
+
+/// The GGUF file of a directory that holds one and no checkpoint in Hugging Face layout.
+fn only_gguf(dir: &Path) -> Option<PathBuf> {
+    if !dir.is_dir() || dir.join("config.json").exists() {
+        return None;
+    }
+    let paths = std::fs::read_dir(dir).ok()?.flatten().map(|entry| entry.path());
+    let mut ggufs = paths.filter(|path| path.extension().is_some_and(|extension| extension == "gguf"));
+    ggufs.next().filter(|_| ggufs.next().is_none())
 }
 
 impl fmt::Display for ModelReference {

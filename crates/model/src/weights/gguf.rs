@@ -14,6 +14,8 @@ use std::path::Path;
 
 /// Arrays of arrays may be this deep.
 const MAX_DEPTH: usize = 4;
+/// Longest array: vocabularies have less than a million members, and each takes more memory than in the file.
+const MAX_MEMBERS: usize = 1 << 22;
 /// Longest tensor name and metadata key, in bytes (the format's own limit for keys is 65535).
 const MAX_NAME_BYTES: usize = 65_535;
 /// Most dimensions of a tensor (ggml's own limit).
@@ -353,6 +355,15 @@ impl<'a> Reader<'a> {
         Ok(count as usize)
     }
 
+    /// The count of an array's members.
+    fn members(&mut self, key: &str, least_bytes: usize) -> Result<usize> {
+        let count = self.count(key, least_bytes)?;
+        if count > MAX_MEMBERS {
+            bail!("metadata key {key} has {count} members, expected at most {MAX_MEMBERS}");
+        }
+        Ok(count)
+    }
+
     fn string(&mut self, what: &str) -> Result<&'a str> {
         let len = self.count(what, 1)?;
         std::str::from_utf8(self.take(len, what)?).map_err(|error| candle_core::Error::Msg(format!("{what} is not UTF-8: {error}")))
@@ -387,7 +398,7 @@ impl<'a> Reader<'a> {
                 }
                 let member_type = self.u32(key)?;
                 if member_type == 8 {
-                    let count = self.count(key, 8)?;
+                    let count = self.members(key, 8)?;
                     return Ok(Value::Strings((0..count).map(|_| self.string(key).map(str::to_string)).collect::<Result<_>>()?));
                 }
                 let least = match member_type {
@@ -398,7 +409,7 @@ impl<'a> Reader<'a> {
                     9 => 12,
                     other => bail!("metadata key {key} is an array of type {other}, expected 0 to 12"),
                 };
-                let count = self.count(key, least)?;
+                let count = self.members(key, least)?;
                 Value::Array((0..count).map(|_| self.value(member_type, key, depth + 1)).collect::<Result<_>>()?)
             }
             10 => Value::Integer(self.u64(key)?.into()),

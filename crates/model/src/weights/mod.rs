@@ -49,8 +49,7 @@ impl Weights {
     pub fn open(path: &Path, device: &Device, quantize: Option<GgmlDType>) -> Result<Self> {
         let (source, config) = if path.is_dir() {
             let config_path = path.join("config.json");
-            let text = std::fs::read_to_string(&config_path)
-                .map_err(|error| candle_core::Error::Msg(format!("{}: {error}", config_path.display())))?;
+            let text = read_config(&config_path)?;
             let config = Config::from_json(&text)
                 .map_err(|error| candle_core::Error::Msg(format!("{}: {}", config_path.display(), crate::message(&error))))?;
             (Source::Safetensors(SafetensorsFiles::open(path)?), config)
@@ -119,6 +118,17 @@ impl Weights {
     pub fn root(&self) -> Scope<'_> {
         Scope { weights: self, hf: String::new(), gguf: String::new() }
     }
+}
+
+/// A small text file, and no other.
+fn read_config(path: &Path) -> Result<String> {
+    const MAX_BYTES: u64 = 16 << 20;
+    let fail = |what: String| candle_core::Error::Msg(format!("{}: {what}", path.display()));
+    let metadata = std::fs::metadata(path).map_err(|error| fail(error.to_string()))?;
+    if !metadata.is_file() || metadata.len() > MAX_BYTES {
+        return Err(fail(format!("{} bytes, expected a file of at most {MAX_BYTES}", metadata.len())));
+    }
+    std::fs::read_to_string(path).map_err(|error| fail(error.to_string()))
 }
 
 /// Bytes of the second copy that candle 0.11 packs for its CPU kernels when a matrix of these types is first used
