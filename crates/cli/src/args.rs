@@ -67,6 +67,8 @@ pub(crate) enum Command {
     Rm(Remove),
     /// Describe a model (models show)
     Show(OneModel),
+    /// Prefill and decode rates at depths; with --attn routed, dense and routed side by side
+    Bench(Box<Bench>),
     /// What routed attention costs in quality
     #[command(subcommand)]
     Eval(Eval),
@@ -303,6 +305,38 @@ pub(crate) struct Generate {
     pub(crate) attention: AttentionArgs,
     #[command(flatten)]
     pub(crate) sampling: SamplingArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Bench {
+    /// Tokens of the prefill test (0: none)
+    #[arg(short, long, value_name = "N", default_value_t = 512)]
+    pub(crate) prompt: u32,
+    /// Tokens of the decode test (0: none)
+    #[arg(short = 'n', long, value_name = "N", default_value_t = 128)]
+    pub(crate) generate: u32,
+    /// Tokens that are there before the test, e.g. 0,4096
+    #[arg(short, long, value_name = "N", value_delimiter = ',', default_value = "0")]
+    pub(crate) depth: Vec<u32>,
+    /// Repetitions
+    #[arg(short, long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub(crate) repeat: u32,
+    /// How results are printed
+    #[arg(short, long, value_enum, default_value_t = OutputFormat::Md)]
+    pub(crate) output: OutputFormat,
+    #[command(flatten)]
+    pub(crate) template: TemplateArgs,
+    #[command(flatten)]
+    pub(crate) model: ModelArgs,
+    #[command(flatten)]
+    pub(crate) attention: AttentionArgs,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum OutputFormat {
+    Md,
+    Csv,
+    Json,
 }
 
 #[derive(Debug, Subcommand)]

@@ -179,7 +179,12 @@ impl Checkpoint {
 impl Engine {
     /// An empty sequence with room for `capacity` tokens.
     pub(crate) fn session(&self, capacity: usize) -> Result<Session> {
-        Session::new(self.model.clone(), self.attention.clone(), self.checkpoint.kv_dtype, &self.checkpoint.device, capacity)
+        self.session_with(self.attention.clone(), capacity)
+    }
+
+    /// [`Engine::session`], with another attention than the flags ask for.
+    pub(crate) fn session_with(&self, attention: RoutedAttention, capacity: usize) -> Result<Session> {
+        Session::new(self.model.clone(), attention, self.checkpoint.kv_dtype, &self.checkpoint.device, capacity)
             .map_err(|error| Failure::new(Kind::OutOfMemory, message(&error)).hint("a smaller -c").into())
     }
 

@@ -43,6 +43,7 @@ fn run(cli: Cli) -> Result<u8> {
         Command::Models(Models::Rm(args)) | Command::Rm(args) => commands::models::rm(&args, &hub()?, ui),
         Command::Models(Models::Verify(args)) => commands::models::verify(&args, &hub()?, ui),
         Command::Models(Models::Path(args)) => commands::models::path(&args, &hub()?, ui),
+        Command::Bench(args) => commands::bench::run(&args, &hub()?, ui, &interrupt),
         Command::Eval(Eval::Ppl(args)) => commands::eval::ppl(&args, &hub()?, ui, &interrupt),
         Command::Doctor => commands::doctor::run(&hub()?, ui),
         Command::Completions { shell } => commands::completions::run(shell),
@@ -63,6 +64,7 @@ fn set_threads(command: &Command) {
     let threads = match command {
         Command::Generate(args) => args.model.threads,
         Command::Chat(args) => args.model.threads,
+        Command::Bench(args) => args.model.threads,
         Command::Eval(Eval::Ppl(args)) => args.model.threads,
         _ => None,
     };

@@ -171,6 +171,38 @@ fn eval_measures_what_routing_costs() {
 }
 
 #[test]
+fn bench_names_its_tests_as_llama_bench_does() {
+    let case = Case::new();
+    let args = ["bench", "-p", "64", "-n", "8", "-d", "0,512", "-r", "2", "--attn", "routed", "--min-ctx", "256", "--budget", "64"];
+    let rows: Vec<Value> = serde_json::from_slice(&run(case.llama(&args).arg("--json"), 0).stdout).unwrap();
+    let names: Vec<String> = rows
+        .iter()
+        .map(|row| format!("{} {} {} {}", row["attn"].as_str().unwrap(), row["n_prompt"], row["n_gen"], row["n_depth"]))
+        .collect();
+    let want = [
+        "dense 64 0 0",
+        "dense 0 8 0",
+        "routed 64 0 0",
+        "routed 0 8 0",
+        "dense 64 0 512",
+        "dense 0 8 512",
+        "routed 64 0 512",
+        "routed 0 8 512",
+    ];
+    assert_eq!(names, want);
+    assert!(rows.iter().all(|row| row["samples_ts"].as_array().unwrap().len() == 2 && row["avg_ts"].as_f64().unwrap() > 0.0));
+    let read = |row: usize| rows[row]["kv_read_bytes_per_token"].as_u64().unwrap();
+    assert!(read(1) == read(3) && read(7) < read(5), "routed reads less where it routes: {rows:?}");
+    let table = stdout(&run(&mut case.llama(&args), 0));
+    assert!(table.contains("pp64 @ d512") && table.contains("tg8 ") && table.lines().count() == 10, "{table}");
+    let csv = stdout(&run(case.llama(&args).args(["-o", "csv"]), 0));
+    assert!(csv.starts_with("model,device,attn,n_prompt") && csv.lines().count() == 9, "{csv}");
+    // A window that forgets: the depth is computed again.
+    run(case.command(&["bench", "-p", "16", "-n", "4", "-d", "300", "-r", "2", "-m"]).arg(tiny("mistral-swa")), 0);
+    run(&mut case.llama(&["bench", "-d", "5000"]), 7);
+}
+
+#[test]
 fn a_stop_string_ends_the_text_before_itself() {
     let case = Case::new();
     let args = ["generate", "--raw", "hello", "--greedy", "-n", "40", "--ignore-eos"];

@@ -1,0 +1,213 @@
+//! `foveate bench`: prefill and decode rates at depths, in llama-bench's words.
+
+use crate::args::{AttentionChoice, Bench, OutputFormat};
+use crate::engine::{Checkpoint, Engine};
+use crate::failure::{Failure, Kind};
+use crate::interrupt::Interrupt;
+use crate::plan::CHUNK;
+use crate::source::Hub;
+use crate::ui::{Ui, bytes, stdout};
+use anyhow::Result;
+use comfy_table::{Table, presets};
+use model::{GenerateOptions, Sampler, SamplerOptions, Session, message};
+use serde_json::{Value, json};
+use sparse_attn::RoutedAttention;
+use std::ops::ControlFlow;
+use std::time::Instant;
+
+/// One test: a rate per repetition.
+struct Row {
+    attn: &'static str,
+    prompt: usize,
+    generated: usize,
+    depth: usize,
+    rates: Vec<f64>,
+    kv_resident: u64,
+    kv_read: u64,
+}
+
+impl Row {
+    fn name(&self) -> String {
+        let test = if self.generated == 0 { format!("pp{}", self.prompt) } else { format!("tg{}", self.generated) };
+        if self.depth == 0 { test } else { format!("{test} @ d{}", self.depth) }
+    }
+
+    fn mean(&self) -> f64 {
+        self.rates.iter().sum::<f64>() / self.rates.len() as f64
+    }
+
+    fn deviation(&self) -> f64 {
+        let (mean, count) = (self.mean(), self.rates.len() as f64);
+        (self.rates.iter().map(|rate| (rate - mean).powi(2)).sum::<f64>() / (count - 1.0).max(1.0)).sqrt()
+    }
+}
+
+pub(crate) fn run(args: &Bench, hub: &Hub, ui: Ui, interrupt: &Interrupt) -> Result<u8> {
+    let checkpoint = Checkpoint::open(&args.model, &args.template, hub)?;
+    let context = checkpoint.context(&args.model, ui)?;
+    let deepest = args.depth.iter().copied().max().unwrap_or(0) as usize;
+    let longest = deepest + args.prompt.max(args.generate) as usize + 1;
+    if longest > context {
+        let why = format!("depth {deepest} and what is measured there take {longest} tokens, ctx is {context}");
+        return Err(Failure::new(Kind::ContextOverflow, "the deepest test does not fit the context").why(why).hint("smaller -d").into());
+    }
+    let engine = checkpoint.load(longest, &args.model, &args.attention)?;
+    ui.say(engine.banner(context));
+    let backend =
+        sparse_attn::backend::for_device(&engine.checkpoint.device).map_err(|error| Failure::new(Kind::Device, message(&error)))?;
+    let mut attentions = vec![("dense", RoutedAttention::dense(backend))];
+    if args.attention.attn == AttentionChoice::Routed {
+        attentions.push(("routed", engine.attention.clone()));
+    }
+    let mut rows = Vec::new();
+    for depth in &args.depth {
+        for (attn, attention) in &attentions {
+            rows.extend(measure(args, &engine, attn, attention, *depth as usize, longest, ui, interrupt)?);
+        }
+    }
+    print(args, &engine, &rows, ui)?;
+    Ok(0)
+}
+
+/// Both tests of one attention at one depth.
+#[expect(clippy::too_many_arguments, reason = "what a measurement needs, each a different thing")]
+fn measure(
+    args: &Bench,
+    engine: &Engine,
+    attn: &'static str,
+    attention: &RoutedAttention,
+    depth: usize,
+    capacity: usize,
+    ui: Ui,
+    interrupt: &Interrupt,
+) -> Result<Vec<Row>> {
+    let vocab_size = engine.checkpoint.config().vocab_size as u64;
+    // Fixed pseudo-random ids, as whole texts have them: not one token again and again.
+    let ids: Vec<u32> = (0..capacity as u64).map(|i| ((1000 + i * 7919) % vocab_size) as u32).collect();
+    let (prompt, generated) = (args.prompt as usize, args.generate as usize);
+    let bar = ui.token_bar(&format!("{attn} @ d{depth}"), (depth + (prompt + generated) * args.repeat as usize) as u64);
+    let stopped = || -> Result<()> { if interrupt.is_set() { Err(Failure::new(Kind::Interrupted, "stopped").into()) } else { Ok(()) } };
+    let mut session = engine.session_with(attention.clone(), capacity)?;
+    let feed = |session: &mut Session, part: &[u32]| -> Result<()> {
+        let go_on = |done: usize, _: usize| {
+            bar.tick();
+            if interrupt.is_set() && done < part.len() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        };
+        if !part.is_empty() {
+            session.prefill(part, CHUNK, go_on).map_err(|error| Failure::new(Kind::Unexpected, message(&error)))?;
+        }
+        bar.inc(part.len() as u64);
+        stopped()
+    };
+    // Back to the depth; where a sliding layer forgot, everything is computed again, untimed.
+    let back = |session: &mut Session| -> Result<()> {
+        let kept = session.rewind(depth.min(session.tokens().len())).map_err(|error| Failure::new(Kind::Unexpected, message(&error)))?;
+        feed(session, &ids[kept..depth])
+    };
+    let (mut prefill, mut decode) = (Vec::new(), Vec::new());
+    let mut kv_read = [0, 0];
+    for _ in 0..args.repeat {
+        if prompt > 0 {
+            back(&mut session)?;
+            let started = Instant::now();
+            feed(&mut session, &ids[depth..depth + prompt])?;
+            prefill.push(prompt as f64 / started.elapsed().as_secs_f64());
+            // Of the last chunk, per token.
+            kv_read[0] = session.read_count().bytes / ((prompt - 1) % CHUNK + 1) as u64;
+        }
+        if generated > 0 {
+            back(&mut session)?;
+            // One token more than the depth, so that there is something to continue.
+            feed(&mut session, &ids[depth..=depth])?;
+            let mut sampler = Sampler::new(SamplerOptions::greedy()).map_err(|error| Failure::new(Kind::Unexpected, message(&error)))?;
+            let options = GenerateOptions { max_tokens: Some(generated), end_tokens: Vec::new(), context: usize::MAX, logprobs: 0 };
+            let started = Instant::now();
+            for token in session.generate(&mut sampler, options) {
+                token.map_err(|error| Failure::new(Kind::Unexpected, message(&error)))?;
+                stopped()?;
+            }
+            decode.push(generated as f64 / started.elapsed().as_secs_f64());
+            kv_read[1] = session.read_count().bytes;
+            bar.inc(generated as u64);
+        }
+    }
+    bar.finish_and_clear();
+    let kv_resident = session.kv_bytes() as u64;
+    let row = |prompt, generated, rates, kv_read| Row { attn, prompt, generated, depth, rates, kv_resident, kv_read };
+    let rows = [row(prompt, 0, prefill, kv_read[0]), row(0, generated, decode, kv_read[1])];
+    Ok(rows.into_iter().filter(|row| !row.rates.is_empty()).collect())
+}
+
+fn print(args: &Bench, engine: &Engine, rows: &[Row], ui: Ui) -> Result<()> {
+    let model = format!("{} {}", engine.checkpoint.located.id, engine.checkpoint.weights.dtype_name());
+    let device = format!("{} x{}", engine.attention.backend_name(), candle_core::utils::get_num_threads());
+    let format = if ui.json { OutputFormat::Json } else { args.output };
+    match format {
+        OutputFormat::Md => {
+            let mut table = Table::new();
+            table.load_style(presets::ASCII_MARKDOWN).set_header([
+                "model",
+                "size",
+                "device",
+                "attn",
+                "test",
+                "t/s",
+                "KV res",
+                "KV read/tok",
+            ]);
+            for row in rows {
+                table.add_row([
+                    model.clone(),
+                    bytes(engine.plan.weights),
+                    device.clone(),
+                    row.attn.to_string(),
+                    row.name(),
+                    format!("{:.2} ± {:.2}", row.mean(), row.deviation()),
+                    bytes(row.kv_resident),
+                    bytes(row.kv_read),
+                ]);
+            }
+            stdout(&format!("{table}\n"))
+        }
+        OutputFormat::Csv => {
+            let mut text =
+                String::from("model,device,attn,n_prompt,n_gen,n_depth,avg_ts,stddev_ts,kv_resident_bytes,kv_read_bytes_per_token\n");
+            for row in rows {
+                text.push_str(&format!(
+                    "\"{model}\",\"{device}\",{},{},{},{},{:.4},{:.4},{},{}\n",
+                    row.attn,
+                    row.prompt,
+                    row.generated,
+                    row.depth,
+                    row.mean(),
+                    row.deviation(),
+                    row.kv_resident,
+                    row.kv_read
+                ));
+            }
+            stdout(&text)
+        }
+        OutputFormat::Json => {
+            let document: Vec<Value> = rows
+                .iter()
+                .map(|row| {
+                    json!({
+                        "schema": "foveate.bench/1",
+                        "model": model,
+                        "device": device,
+                        "attn": row.attn,
+                        "n_prompt": row.prompt,
+                        "n_gen": row.generated,
+                        "n_depth": row.depth,
+                        "avg_ts": row.mean(),
+                        "stddev_ts": row.deviation(),
+                        "samples_ts": row.rates,
+                        "kv_resident_bytes": row.kv_resident,
+                        "kv_read_bytes_per_token": row.kv_read,
+                    })
+                })
+                .collect();
+            stdout(&format!("{}\n", Value::Array(document)))
+        }
+    }
+}
