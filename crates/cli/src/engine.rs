@@ -77,10 +77,7 @@ impl Checkpoint {
             .transpose()
             .map_err(|error| Failure::new(Kind::Usage, message(&error)))?;
         let weights = Weights::open(&located.path, &device, quantize).map_err(damaged)?;
-        if !model::arch::NAMES.contains(&weights.config().model_type.as_str()) {
-            let what = format!("{}: architecture {:?} is not supported", located.id, weights.config().model_type);
-            return Err(Failure::malformed(what).why(format!("supported: {}", model::arch::NAMES.join(", "))).into());
-        }
+        source::check_architecture(&located.id, weights.config())?;
         let tokenizer = match weights.gguf() {
             Some(file) => TextTokenizer::from_gguf(file),
             None => TextTokenizer::from_file(&located.path.join("tokenizer.json")),

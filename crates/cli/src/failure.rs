@@ -83,6 +83,11 @@ pub(crate) fn damaged(error: candle_core::Error) -> Failure {
     Failure::malformed(message(&error))
 }
 
+/// Makes a candle error, met while computing, a [`Kind::Unexpected`] one.
+pub(crate) fn unexpected(error: candle_core::Error) -> Failure {
+    Failure::new(Kind::Unexpected, message(&error))
+}
+
 /// Runs `work` with panic messages off: for code of others whose panics are caught.
 pub(crate) fn quietly<T>(work: impl FnOnce() -> T) -> T {
     let hook = std::panic::take_hook();

@@ -72,6 +72,11 @@ impl RoutedAttention {
         Self { routing: Routing::dense(), backend }
     }
 
+    /// Dense attention on the same backend.
+    pub fn to_dense(&self) -> Self {
+        Self::dense(self.backend.clone())
+    }
+
     /// What is routed.
     pub fn routing(&self) -> &Routing {
         &self.routing

@@ -1,15 +1,16 @@
 //! `foveate bench`: prefill and decode rates at depths, in llama-bench's words.
 
+use super::statistics::mean_and_deviation;
 use crate::args::{AttentionChoice, Bench, OutputFormat};
 use crate::engine::{Checkpoint, Engine};
-use crate::failure::{Failure, Kind};
+use crate::failure::{Failure, Kind, unexpected};
 use crate::interrupt::Interrupt;
 use crate::plan::CHUNK;
 use crate::source::Hub;
 use crate::ui::{Ui, bytes, stdout};
 use anyhow::Result;
 use comfy_table::{Table, presets};
-use model::{GenerateOptions, Sampler, SamplerOptions, Session, message};
+use model::{GenerateOptions, Sampler, SamplerOptions, Session};
 use serde_json::{Value, json};
 use sparse_attn::RoutedAttention;
 use std::ops::ControlFlow;
@@ -27,18 +28,14 @@ struct Row {
 }
 
 impl Row {
+    /// Mean and deviation.
+    fn rate(&self) -> (f64, f64) {
+        mean_and_deviation(&self.rates)
+    }
+
     fn name(&self) -> String {
         let test = if self.generated == 0 { format!("pp{}", self.prompt) } else { format!("tg{}", self.generated) };
         if self.depth == 0 { test } else { format!("{test} @ d{}", self.depth) }
-    }
-
-    fn mean(&self) -> f64 {
-        self.rates.iter().sum::<f64>() / self.rates.len() as f64
-    }
-
-    fn deviation(&self) -> f64 {
-        let (mean, count) = (self.mean(), self.rates.len() as f64);
-        (self.rates.iter().map(|rate| (rate - mean).powi(2)).sum::<f64>() / (count - 1.0).max(1.0)).sqrt()
     }
 }
 
@@ -53,9 +50,7 @@ pub(crate) fn run(args: &Bench, hub: &Hub, ui: Ui, interrupt: &Interrupt) -> Res
     }
     let engine = checkpoint.load(longest, &args.model, &args.attention)?;
     ui.say(engine.banner(context));
-    let backend =
-        sparse_attn::backend::for_device(&engine.checkpoint.device).map_err(|error| Failure::new(Kind::Device, message(&error)))?;
-    let mut attentions = vec![("dense", RoutedAttention::dense(backend))];
+    let mut attentions = vec![("dense", engine.attention.to_dense())];
     if args.attention.attn == AttentionChoice::Routed {
         attentions.push(("routed", engine.attention.clone()));
     }
@@ -94,14 +89,14 @@ fn measure(
             if interrupt.is_set() && done < part.len() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
         };
         if !part.is_empty() {
-            session.prefill(part, CHUNK, go_on).map_err(|error| Failure::new(Kind::Unexpected, message(&error)))?;
+            session.prefill(part, CHUNK, go_on).map_err(unexpected)?;
         }
         bar.inc(part.len() as u64);
         stopped()
     };
     // Back to the depth; where a sliding layer forgot, everything is computed again, untimed.
     let back = |session: &mut Session| -> Result<()> {
-        let kept = session.rewind(depth.min(session.tokens().len())).map_err(|error| Failure::new(Kind::Unexpected, message(&error)))?;
+        let kept = session.rewind(depth.min(session.tokens().len())).map_err(unexpected)?;
         feed(session, &ids[kept..depth])
     };
     let (mut prefill, mut decode) = (Vec::new(), Vec::new());
@@ -119,11 +114,11 @@ fn measure(
             back(&mut session)?;
             // One token more than the depth, so that there is something to continue.
             feed(&mut session, &ids[depth..=depth])?;
-            let mut sampler = Sampler::new(SamplerOptions::greedy()).map_err(|error| Failure::new(Kind::Unexpected, message(&error)))?;
+            let mut sampler = Sampler::new(SamplerOptions::greedy()).map_err(unexpected)?;
             let options = GenerateOptions { max_tokens: Some(generated), end_tokens: Vec::new(), context: usize::MAX, logprobs: 0 };
             let started = Instant::now();
             for token in session.generate(&mut sampler, options) {
-                token.map_err(|error| Failure::new(Kind::Unexpected, message(&error)))?;
+                token.map_err(unexpected)?;
                 stopped()?;
             }
             decode.push(generated as f64 / started.elapsed().as_secs_f64());
@@ -162,7 +157,7 @@ fn print(args: &Bench, engine: &Engine, rows: &[Row], ui: Ui) -> Result<()> {
                     device.clone(),
                     row.attn.to_string(),
                     row.name(),
-                    format!("{:.2} ± {:.2}", row.mean(), row.deviation()),
+                    format!("{:.2} ± {:.2}", row.rate().0, row.rate().1),
                     bytes(row.kv_resident),
                     bytes(row.kv_read),
                 ]);
@@ -179,8 +174,8 @@ fn print(args: &Bench, engine: &Engine, rows: &[Row], ui: Ui) -> Result<()> {
                     row.prompt,
                     row.generated,
                     row.depth,
-                    row.mean(),
-                    row.deviation(),
+                    row.rate().0,
+                    row.rate().1,
                     row.kv_resident,
                     row.kv_read
                 ));
@@ -199,8 +194,8 @@ fn print(args: &Bench, engine: &Engine, rows: &[Row], ui: Ui) -> Result<()> {
                         "n_prompt": row.prompt,
                         "n_gen": row.generated,
                         "n_depth": row.depth,
-                        "avg_ts": row.mean(),
-                        "stddev_ts": row.deviation(),
+                        "avg_ts": row.rate().0,
+                        "stddev_ts": row.rate().1,
                         "samples_ts": row.rates,
                         "kv_resident_bytes": row.kv_resident,
                         "kv_read_bytes_per_token": row.kv_read,

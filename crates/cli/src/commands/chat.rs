@@ -1,10 +1,10 @@
 //! `foveate chat`: a conversation whose history stays in the key/value cache.
 
-use super::generate::read_file;
+use super::input::read_file;
 use super::reply::{Reply, kv_use, reply};
 use crate::args::Chat;
 use crate::engine::{Checkpoint, Engine, chat_prompt};
-use crate::failure::{Failure, Kind};
+use crate::failure::{Failure, Kind, unexpected};
 use crate::interrupt::Interrupt;
 use crate::source::Hub;
 use crate::text::{ChatTemplate, Message};
@@ -77,12 +77,6 @@ pub(crate) fn run(args: &Chat, hub: &Hub, ui: Ui, interrupt: &Interrupt) -> Resu
     Ok(0)
 }
 
-/// What the session's tokens say, as text: as long as the next prompt begins with it, only the rest is computed.
-#[derive(Debug, Clone)]
-struct Known {
-    text: String,
-}
-
 /// Where the last answer began.
 #[derive(Debug, Clone)]
 struct Turn {
@@ -101,7 +95,8 @@ struct Conversation<'a> {
     messages: Vec<Message>,
     /// Files that go before the next message.
     attached: String,
-    known: Option<Known>,
+    /// What the session's tokens say, as text: while the next prompt begins with it, only the rest is computed.
+    known: Option<String>,
     turn: Option<Turn>,
     show_prompt: bool,
     ui: Ui,
@@ -172,7 +167,7 @@ impl Conversation<'_> {
         let Some(template) = &checkpoint.template else { return self.next_raw_prompt() };
         if let Some(known) = &self.known {
             let text = template.render(&self.messages, true)?;
-            if let Some(new) = text.strip_prefix(&known.text) {
+            if let Some(new) = text.strip_prefix(known.as_str()) {
                 let last = self.messages.last().map_or("", |message| message.content.as_str());
                 let ids = checkpoint.tokenizer.encode_chat(new, &[last])?;
                 return Ok((text, ids));
@@ -189,7 +184,7 @@ impl Conversation<'_> {
     fn next_raw_prompt(&mut self) -> Result<(String, Vec<u32>)> {
         let tokenizer = &self.engine.checkpoint.tokenizer;
         let text: String = self.messages.iter().map(|message| message.content.as_str()).collect();
-        if let Some(new) = self.known.as_ref().and_then(|known| text.strip_prefix(&known.text)) {
+        if let Some(new) = self.known.as_ref().and_then(|known| text.strip_prefix(known.as_str())) {
             let ids = tokenizer.encode(new, false)?;
             return Ok((text, ids));
         }
@@ -227,7 +222,7 @@ impl Conversation<'_> {
         let whole = answer.finish != FinishReason::Interrupt || !answer.tokens.is_empty();
         if let (Some(turn), false, true) = (&self.turn, stopped_by_string, whole) {
             let end = ended.map_or_else(String::new, |token| self.engine.checkpoint.tokenizer.token(token.id));
-            self.known = Some(Known { text: format!("{}{}{end}", turn.prompt_text, answer.text) });
+            self.known = Some(format!("{}{}{end}", turn.prompt_text, answer.text));
         }
     }
 
@@ -398,10 +393,6 @@ struct Saved {
 
 fn usage(what: String, hint: &str) -> anyhow::Error {
     Failure::new(Kind::Usage, what).hint(hint).into()
-}
-
-fn unexpected(error: candle_core::Error) -> Failure {
-    Failure::new(Kind::Unexpected, message(&error))
 }
 
 fn number<T: std::str::FromStr>(name: &str, value: &str) -> Result<T> {

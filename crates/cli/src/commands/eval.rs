@@ -1,24 +1,24 @@
 //! `foveate eval`: what routing costs in quality.
 
+use super::input::read_file;
+use super::statistics::mean_and_deviation;
 use crate::args::{AttentionArgs, AttentionChoice, EvalPpl};
 use crate::engine::Checkpoint;
-use crate::failure::{Failure, Kind};
+use crate::failure::{Failure, Kind, unexpected};
 use crate::interrupt::Interrupt;
 use crate::plan::CHUNK;
 use crate::source::Hub;
 use crate::ui::{Ui, stdout};
 use anyhow::Result;
-use model::message;
 use model::score::{PositionScore, compare};
 use serde_json::json;
-use sparse_attn::RoutedAttention;
 use std::ops::ControlFlow;
 
 /// Positions after the first routed one that are not scored, so that short contexts do not flatter.
 const SETTLING: usize = 1024;
 
 pub(crate) fn ppl(args: &EvalPpl, hub: &Hub, ui: Ui, interrupt: &Interrupt) -> Result<u8> {
-    let text = super::generate::read_file(&args.file)?;
+    let text = read_file(&args.file)?;
     let checkpoint = Checkpoint::open(&args.model, &args.template, hub)?;
     let context = checkpoint.context(&args.model, ui)?;
     let mut tokens = checkpoint.tokenizer.encode(&text, true)?;
@@ -41,16 +41,14 @@ pub(crate) fn ppl(args: &EvalPpl, hub: &Hub, ui: Ui, interrupt: &Interrupt) -> R
     let engine =
         checkpoint.load(2 * tokens.len(), &args.model, &AttentionArgs { attn: AttentionChoice::Routed, ..args.attention.clone() })?;
     ui.say(engine.banner(context));
-    let backend =
-        sparse_attn::backend::for_device(&engine.checkpoint.device).map_err(|error| Failure::new(Kind::Device, message(&error)))?;
-    let dense = RoutedAttention::dense(backend);
+    let dense = engine.attention.to_dense();
     let bar = ui.token_bar("eval", tokens.len() as u64);
     let scores = compare(engine.model.as_ref(), [&dense, &engine.attention], &tokens, from, kv_dtype, CHUNK, |done| {
         bar.set_position(done as u64);
         if interrupt.is_set() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
     });
     bar.finish_and_clear();
-    let scores = scores.map_err(|error| Failure::new(Kind::Unexpected, message(&error)))?;
+    let scores = scores.map_err(unexpected)?;
     if interrupt.is_set() {
         return Err(Failure::new(Kind::Interrupted, format!("stopped after {} positions", scores.len())).into());
     }
@@ -101,9 +99,8 @@ fn report(args: &EvalPpl, scores: &[PositionScore], tokens: usize, model: &str, 
 }
 
 /// `exp(mean)` and its standard error.
-fn perplexity(nll: impl Iterator<Item = f64> + Clone) -> (f64, f64) {
-    let count = nll.clone().count() as f64;
-    let mean = nll.clone().sum::<f64>() / count;
-    let variance = nll.map(|x| (x - mean).powi(2)).sum::<f64>() / (count - 1.0).max(1.0);
-    (mean.exp(), mean.exp() * (variance / count).sqrt())
+fn perplexity(nll: impl Iterator<Item = f64>) -> (f64, f64) {
+    let nll: Vec<f64> = nll.collect();
+    let (mean, deviation) = mean_and_deviation(&nll);
+    (mean.exp(), mean.exp() * deviation / (nll.len() as f64).sqrt())
 }

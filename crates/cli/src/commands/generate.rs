@@ -1,5 +1,6 @@
 //! `foveate generate`: one prompt, one text.
 
+use super::input::{read_file, read_stdin};
 use super::reply::{Reply, density, kv_use, reply};
 use crate::args::Generate;
 use crate::engine::{Checkpoint, Engine, chat_prompt};
@@ -13,14 +14,11 @@ use anyhow::Result;
 use model::message;
 use model::{FinishReason, GenerateOptions, Sampler, SamplerOptions, Session};
 use serde_json::{Value, json};
-use std::io::{IsTerminal, Read};
+use std::io::IsTerminal;
 use std::path::Path;
 
 /// Base models never stop by themselves.
 const DEFAULT_MAX_TOKENS: usize = 512;
-
-/// Longest prompt that is read: some 50 million tokens.
-const MAX_PROMPT_BYTES: u64 = 256 << 20;
 
 pub(crate) fn run(args: &Generate, hub: &Hub, ui: Ui, interrupt: &Interrupt) -> Result<u8> {
     let text = if args.prompt_ids.is_empty() { Some(prompt_text(args)?) } else { None };
@@ -99,52 +97,6 @@ fn prompt_text(args: &Generate) -> Result<String> {
         return Err(Failure::new(Kind::Usage, "the prompt is empty").into());
     }
     Ok(prompt)
-}
-
-fn read_stdin() -> Result<String> {
-    read_text(std::io::stdin(), "standard input")
-}
-
-/// All of `source`, unless it does not end.
-fn read_text(source: impl Read, name: &str) -> Result<String> {
-    let mut bytes = Vec::new();
-    source.take(MAX_PROMPT_BYTES + 1).read_to_end(&mut bytes).map_err(|error| Failure::new(Kind::NotFound, format!("{name}: {error}")))?;
-    if bytes.len() as u64 > MAX_PROMPT_BYTES {
-        return Err(Failure::new(
-            Kind::Usage,
-            format!("{name} holds more than {}, too much for any context", crate::ui::bytes(MAX_PROMPT_BYTES)),
-        )
-        .into());
-    }
-    decode(bytes, name)
-}
-
-/// A text file of the user's, UTF-8 or UTF-16 with a byte order mark.
-pub(super) fn read_file(path: &Path) -> Result<String> {
-    let name = path.display().to_string();
-    if path.is_dir() {
-        return Err(Failure::new(Kind::NotFound, format!("{name} is a directory, expected a text file")).into());
-    }
-    read_text(std::fs::File::open(path).map_err(|error| Failure::new(Kind::NotFound, format!("{name}: {error}")))?, &name)
-}
-
-fn decode(bytes: Vec<u8>, name: &str) -> Result<String> {
-    let wide = |bytes: &[u8], unit: fn([u8; 2]) -> u16| {
-        let units: Vec<u16> = bytes.chunks_exact(2).map(|pair| unit([pair[0], pair[1]])).collect();
-        String::from_utf16(&units).map_err(|error| Failure::malformed(format!("{name}: UTF-16 by its first bytes, but {error}")).into())
-    };
-    match bytes.as_slice() {
-        [0xff, 0xfe, rest @ ..] => wide(rest, u16::from_le_bytes),
-        [0xfe, 0xff, rest @ ..] => wide(rest, u16::from_be_bytes),
-        [0xef, 0xbb, 0xbf, ..] | [..] => {
-            let text = String::from_utf8(bytes).map_err(|error| {
-                let at = error.utf8_error().valid_up_to();
-                Failure::malformed(format!("{name} is not text: byte {at} is not UTF-8"))
-                    .hint("convert it first, e.g. iconv -f latin1 -t utf-8")
-            })?;
-            Ok(text.strip_prefix('\u{feff}').map(str::to_string).unwrap_or(text))
-        }
-    }
 }
 
 fn prompt_ids(args: &Generate, text: Option<&str>, checkpoint: &Checkpoint, ui: Ui) -> Result<Vec<u32>> {

@@ -6,5 +6,7 @@ pub(crate) mod completions;
 pub(crate) mod doctor;
 pub(crate) mod eval;
 pub(crate) mod generate;
+mod input;
 pub(crate) mod models;
 mod reply;
+mod statistics;

@@ -1,13 +1,12 @@
 //! Prefill with a progress bar, then tokens as text: what `generate` and `chat` share.
 
 use crate::engine::Engine;
-use crate::failure::{Failure, Kind};
+use crate::failure::unexpected;
 use crate::interrupt::Interrupt;
 use crate::plan::CHUNK;
 use crate::text::TextStream;
 use crate::ui::{Ui, bytes};
 use anyhow::Result;
-use model::message;
 use model::{FinishReason, GenerateOptions, Sampler, Session, Token};
 use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
@@ -66,7 +65,6 @@ pub(crate) fn reply(
     interrupt: &Interrupt,
     mut print: impl FnMut(&str, &Token) -> Result<()>,
 ) -> Result<Reply> {
-    let compute = |error: candle_core::Error| Failure::new(Kind::Unexpected, message(&error));
     let started = Instant::now();
     let bar = (prompt.len() > LONG_PROMPT).then(|| ui.token_bar("prefill", prompt.len() as u64));
     let mut computed = 0;
@@ -78,7 +76,7 @@ pub(crate) fn reply(
             }
             if interrupt.is_set() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
         })
-        .map_err(compute)?;
+        .map_err(unexpected)?;
     if let Some(bar) = &bar {
         bar.finish_and_clear();
     }
@@ -104,7 +102,7 @@ pub(crate) fn reply(
             reply.finish = generation.finish_reason().unwrap_or(FinishReason::Stop);
             break;
         };
-        let token = token.map_err(compute)?;
+        let token = token.map_err(unexpected)?;
         let began = *first.get_or_insert_with(Instant::now);
         if token.is_end {
             reply.tokens.push(token);

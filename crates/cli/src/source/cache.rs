@@ -13,7 +13,6 @@ use std::time::{Duration, SystemTime};
 
 /// Where models are kept: the flag, or as the Hub's own tools decide.
 pub(crate) fn root(flag: Option<&Path>) -> Result<PathBuf> {
-    let variable = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
     if let Some(dir) = flag {
         return Ok(dir.to_path_buf());
     }
@@ -23,9 +22,13 @@ pub(crate) fn root(flag: Option<&Path>) -> Result<PathBuf> {
     Ok(hf_home()?.join("hub"))
 }
 
+/// A path in the environment; an empty one counts as none.
+fn variable(name: &str) -> Option<PathBuf> {
+    std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from)
+}
+
 /// `HF_HOME`, or its default.
 pub(crate) fn hf_home() -> Result<PathBuf> {
-    let variable = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
     if let Some(dir) = variable("HF_HOME") {
         return Ok(dir);
     }

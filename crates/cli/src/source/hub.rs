@@ -5,7 +5,7 @@
 
 use super::cache;
 use super::transfer::{self, Download, Transport};
-use super::{Checksum, Located};
+use super::{Checksum, Located, check_architecture};
 use crate::failure::{Failure, Kind, damaged};
 use crate::interrupt::Interrupt;
 use crate::ui::Ui;
@@ -139,23 +139,21 @@ impl Hub {
     /// Fetches a model of `repo`: all its files at one commit.
     pub(crate) fn pull(&self, repo: &str, quant: Option<&str>, revision: &str) -> Result<Located> {
         let api = self.api()?;
-        let of = |revision: &str| api.repo(Repo::with_revision(repo.to_string(), RepoType::Model, revision.to_string()));
-        let info = of(revision).info().map_err(|error| self.explain(&error, repo, revision))?;
+        let info = at(&api, repo, revision).info().map_err(|error| self.explain(&error, repo, revision))?;
         if Checksum::parse(&info.sha).is_none() {
             bail!(Failure::new(Kind::Network, format!("{}: the Hub names commit {:?}, expected a hash", repo, info.sha)));
         }
         let names: Vec<String> = info.siblings.into_iter().map(|file| file.rfilename).filter(|name| is_inside(name)).collect();
         let choice = choose(repo, &names, quant)?;
         self.ui.say(format!("Pulling {repo}@{} ({} files)", &info.sha[..10], choice.files.len()));
-        let pinned = of(&info.sha);
         let snapshot = cache::repo(&self.cache, repo, &info.sha).pointer_path(&info.sha);
         for file in &choice.files {
-            let pointer = self.fetch_file(&pinned, repo, &info.sha, file, None)?;
+            let pointer = self.fetch_file(&api, repo, &info.sha, file, None)?;
             if file == "config.json" {
                 check_config(repo, &pointer)?;
             } else if file.ends_with(".index.json") {
                 for shard in shards(&pointer)? {
-                    self.fetch_file(&pinned, repo, &info.sha, &shard, None)?;
+                    self.fetch_file(&api, repo, &info.sha, &shard, None)?;
                 }
             }
         }
@@ -166,14 +164,12 @@ impl Hub {
 
     /// Fetches the one file of a manifest, unless the Hub's is another one.
     pub(crate) fn pull_file(&self, repo: &str, file: &str, revision: &str, want: &Checksum) -> Result<PathBuf> {
-        let api = self.api()?;
-        let at = api.repo(Repo::with_revision(repo.to_string(), RepoType::Model, revision.to_string()));
-        self.fetch_file(&at, repo, revision, file, Some(want))
+        self.fetch_file(&self.api()?, repo, revision, file, Some(want))
     }
 
-    fn fetch_file(&self, at: &ApiRepo, repo: &str, revision: &str, file: &str, want: Option<&Checksum>) -> Result<PathBuf> {
-        let url = at.url(file);
-        let metadata = self.api()?.metadata(&url).map_err(|error| self.explain(&error, &format!("{repo}/{file}"), revision))?;
+    fn fetch_file(&self, api: &Api, repo: &str, revision: &str, file: &str, want: Option<&Checksum>) -> Result<PathBuf> {
+        let url = at(api, repo, revision).url(file);
+        let metadata = api.metadata(&url).map_err(|error| self.explain(&error, &format!("{repo}/{file}"), revision))?;
         let Some(checksum) = Checksum::parse(metadata.etag()) else {
             bail!(
                 Failure::new(
@@ -218,6 +214,11 @@ impl Hub {
             error => Failure::new(Kind::Network, format!("{what}: the server does not speak the Hub's protocol: {error}")).into(),
         }
     }
+}
+
+/// A repository at a revision.
+fn at(api: &Api, repo: &str, revision: &str) -> ApiRepo {
+    api.repo(Repo::with_revision(repo.to_string(), RepoType::Model, revision.to_string()))
 }
 
 /// What a status means for the user.
@@ -284,12 +285,7 @@ fn choose(repo: &str, names: &[String], quant: Option<&str>) -> Result<Choice> {
 /// Refuses what cannot run before its weights are fetched.
 fn check_config(repo: &str, path: &Path) -> Result<()> {
     let text = std::fs::read_to_string(path).map_err(|error| cache::io_failure(error, path))?;
-    let config = model::Config::from_json(&text).map_err(damaged)?;
-    if !model::arch::NAMES.contains(&config.model_type.as_str()) {
-        let what = format!("{repo}: architecture {:?} is not supported", config.model_type);
-        bail!(Failure::malformed(what).why(format!("supported: {}", model::arch::NAMES.join(", "))));
-    }
-    Ok(())
+    check_architecture(repo, &model::Config::from_json(&text).map_err(damaged)?)
 }
 
 /// Whether `quant` stands in a file's name as a word of its own.

