@@ -67,7 +67,7 @@ pub(crate) enum Command {
     Rm(Remove),
     /// Describe a model (models show)
     Show(OneModel),
-    /// Prefill and decode rates at depths; with --attn routed, dense and routed side by side
+    /// Prefill and decode rates at depths, dense and routed side by side
     Bench(Box<Bench>),
     /// What routed attention costs in quality
     #[command(subcommand)]
@@ -150,9 +150,6 @@ pub(crate) struct ModelArgs {
     /// Most tokens of prompt and answer together [default: what the model was trained on, lowered to fit]
     #[arg(short, long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1 << 28))]
     pub(crate) ctx_size: Option<u32>,
-    /// How keys and values are kept
-    #[arg(long, value_enum, default_value_t = CacheType::F16)]
-    pub(crate) cache_type: CacheType,
     /// Most memory to use, e.g. 10GiB or 80% of what is free
     #[arg(long, value_name = "SIZE", value_parser = parse_memory)]
     pub(crate) mem_limit: Option<MemoryLimit>,
@@ -171,6 +168,8 @@ pub(crate) enum CacheType {
     F32,
     F16,
     Bf16,
+    #[value(name = "q8_0")]
+    Q8_0,
 }
 
 /// `--mem-limit`.
@@ -182,33 +181,68 @@ pub(crate) enum MemoryLimit {
 }
 
 /// Which blocks of its past a token reads.
+/// What attends, and how keys and values are kept.
 #[derive(Debug, Clone, Args)]
-#[command(next_help_heading = "Routed attention")]
+#[command(next_help_heading = "Routed attention and KV cache (defaults: the model's, see models/README.md)")]
 pub(crate) struct AttentionArgs {
-    /// dense reads everything; routed reads the blocks that matter, faster on long contexts and not quite the same text
-    #[arg(long, value_enum, default_value_t = AttentionChoice::Dense)]
+    /// dense reads everything; routed reads the blocks that matter, faster on long contexts and not quite the same text;
+    /// auto is routed where that was measured to be good, and dense below --min-ctx
+    #[arg(long, value_enum, default_value_t = AttentionChoice::Auto)]
     pub(crate) attn: AttentionChoice,
-    /// Tokens a query may read beyond its window
-    #[arg(long, value_name = "N", default_value_t = 2048, value_parser = clap::value_parser!(u32).range(1..))]
-    pub(crate) budget: u32,
+    /// Tokens a query may read beyond its window, or a part of them, e.g. 12.5%
+    #[arg(long, value_name = "N|P%", value_parser = parse_budget)]
+    pub(crate) budget: Option<BudgetChoice>,
     /// Positions per routing block
-    #[arg(long, value_name = "N", default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..=1024))]
-    pub(crate) block: u32,
-    /// Newest tokens, always read
-    #[arg(long, value_name = "N", default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..))]
-    pub(crate) window: u32,
-    /// Below this many tokens attention is dense
-    #[arg(long, value_name = "N", default_value_t = 4096)]
-    pub(crate) min_ctx: u32,
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
+    pub(crate) block: Option<u32>,
+    /// Newest tokens, always read and always kept
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1 << 28))]
+    pub(crate) window: Option<u32>,
+    /// First tokens, which no token router drops [default: 4]
+    #[arg(long, value_name = "N")]
+    pub(crate) sinks: Option<u32>,
+    /// Below this many tokens all blocks are read [default: what bench measured, else 4096]
+    #[arg(long, value_name = "N")]
+    pub(crate) min_ctx: Option<u32>,
+    /// Queries of a prompt that share a selection, 1 to 64
+    #[arg(long, value_name = "N", hide_short_help = true, value_parser = clap::value_parser!(u32).range(1..=64))]
+    pub(crate) tile: Option<u32>,
+    /// First layers that read every block
+    #[arg(long, value_name = "N", hide_short_help = true)]
+    pub(crate) dense_layers: Option<u32>,
     /// How blocks are scored
-    #[arg(long, value_name = "NAME", default_value = "bound", value_parser = clap::builder::PossibleValuesParser::new(["all", "recent", "mean", "bound", "oracle"]))]
-    pub(crate) block_router: String,
+    #[arg(long, value_name = "NAME", value_parser = clap::builder::PossibleValuesParser::new(["all", "recent", "mean", "bound", "oracle"]))]
+    pub(crate) block_router: Option<String>,
+    /// Which tokens stay in memory: all, sink_window, random, or the file of a trained router [default: all]
+    #[arg(long, value_name = "NAME|FILE")]
+    pub(crate) token_router: Option<String>,
+    /// The part of the tokens that the token router keeps, 0 to 1
+    #[arg(long, value_name = "F", value_parser = parse_fraction)]
+    pub(crate) keep: Option<f32>,
+    /// How keys and values are kept [default: f16]
+    #[arg(long, value_enum, value_name = "TYPE")]
+    pub(crate) cache_type: Option<CacheType>,
+    /// How keys are kept [default: --cache-type]
+    #[arg(long, visible_alias = "ctk", value_enum, value_name = "TYPE")]
+    pub(crate) cache_type_k: Option<CacheType>,
+    /// How values are kept [default: --cache-type]
+    #[arg(long, visible_alias = "ctv", value_enum, value_name = "TYPE")]
+    pub(crate) cache_type_v: Option<CacheType>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum AttentionChoice {
+    Auto,
     Dense,
     Routed,
+}
+
+/// `--budget`.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) enum BudgetChoice {
+    Tokens(usize),
+    /// 0 to 1
+    Part(f32),
 }
 
 /// How the prompt becomes tokens.
@@ -324,6 +358,9 @@ pub(crate) struct Bench {
     /// How results are printed
     #[arg(short, long, value_enum, default_value_t = OutputFormat::Md)]
     pub(crate) output: OutputFormat,
+    /// Measure from which context on routed attention decodes faster, and let auto use that here from now on
+    #[arg(long)]
+    pub(crate) crossover: bool,
     #[command(flatten)]
     pub(crate) template: TemplateArgs,
     #[command(flatten)]
@@ -350,9 +387,12 @@ pub(crate) struct EvalPpl {
     /// The text
     #[arg(short, long, value_name = "PATH")]
     pub(crate) file: PathBuf,
-    /// Score predictions after this position [default: the larger of --min-ctx and --window, and 1024 more]
+    /// Score predictions after this position [default: 1024 beyond the first routed one]
     #[arg(long, value_name = "N")]
     pub(crate) from: Option<usize>,
+    /// Another setting beside that of the other flags, e.g. --with "--budget 512 --block-router mean"; may be repeated
+    #[arg(long, value_name = "FLAGS", value_parser = parse_setting, allow_hyphen_values = true)]
+    pub(crate) with: Vec<AttentionArgs>,
     /// Exit with 10 if the mean KL divergence from dense, in nats, is above this
     #[arg(long, value_name = "F")]
     pub(crate) max_kld: Option<f64>,
@@ -362,6 +402,22 @@ pub(crate) struct EvalPpl {
     pub(crate) model: ModelArgs,
     #[command(flatten)]
     pub(crate) attention: AttentionArgs,
+}
+
+/// Attention flags alone, as `--with` takes them.
+#[derive(Debug, Parser)]
+#[command(no_binary_name = true, disable_help_flag = true)]
+struct Setting {
+    #[command(flatten)]
+    attention: AttentionArgs,
+}
+
+fn parse_setting(text: &str) -> Result<AttentionArgs, String> {
+    let setting = Setting::try_parse_from(text.split_whitespace()).map_err(|error| {
+        let text = error.to_string();
+        text.lines().next().unwrap_or_default().trim_start_matches("error: ").to_string()
+    })?;
+    Ok(setting.attention)
 }
 
 #[derive(Debug, Args)]
@@ -386,6 +442,27 @@ fn parse_key_value(text: &str) -> Result<(String, String), String> {
         }
         Some((key, value)) if !key.is_empty() => Ok((key.to_string(), value.to_string())),
         _ => Err("expected KEY=VALUE".to_string()),
+    }
+}
+
+fn parse_budget(text: &str) -> Result<BudgetChoice, String> {
+    let wrong = || format!("{text:?} is neither a number of tokens (2048) nor a part (12.5%)");
+    match text.strip_suffix('%') {
+        Some(part) => match part.trim().parse::<f32>() {
+            Ok(part) if part > 0.0 && part <= 100.0 => Ok(BudgetChoice::Part(part / 100.0)),
+            _ => Err(wrong()),
+        },
+        None => match text.parse::<usize>() {
+            Ok(tokens @ 1..) => Ok(BudgetChoice::Tokens(tokens)),
+            _ => Err(wrong()),
+        },
+    }
+}
+
+fn parse_fraction(text: &str) -> Result<f32, String> {
+    match text.parse::<f32>() {
+        Ok(part) if (0.0..=1.0).contains(&part) => Ok(part),
+        _ => Err(format!("{text:?} is not a number from 0 to 1")),
     }
 }
 
@@ -423,6 +500,23 @@ mod tests {
         for wrong in ["", "GiB", "0%", "120%", "5 apples", "-1GiB"] {
             assert!(parse_memory(wrong).is_err(), "{wrong}");
         }
+    }
+
+    #[test]
+    fn budgets_are_tokens_or_parts() {
+        assert_eq!(parse_budget("2048"), Ok(BudgetChoice::Tokens(2048)));
+        assert_eq!(parse_budget("12.5%"), Ok(BudgetChoice::Part(0.125)));
+        for wrong in ["", "0", "0%", "101%", "-5", "many", "NaN%"] {
+            assert!(parse_budget(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn a_setting_is_attention_flags_and_no_others() {
+        let setting = parse_setting("--attn routed --budget 512 --ctk q8_0").unwrap();
+        assert_eq!((setting.attn, setting.cache_type_k), (AttentionChoice::Routed, Some(CacheType::Q8_0)));
+        assert!(parse_setting("--budget 0").unwrap_err().contains("0"));
+        assert!(parse_setting("--model x").is_err());
     }
 
     #[test]

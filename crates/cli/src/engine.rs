@@ -1,27 +1,25 @@
 //! A checkpoint opened, checked against the machine, and loaded.
 
-use crate::args::{AttentionArgs, AttentionChoice, CacheType, DeviceChoice, ModelArgs, SamplingArgs, TemplateArgs};
+use crate::args::{AttentionArgs, DeviceChoice, ModelArgs, SamplingArgs, TemplateArgs};
+use crate::crossover;
 use crate::failure::{Failure, Kind, damaged};
 use crate::plan::{self, Plan};
+use crate::routing;
 use crate::source::{self, Hub, Located, ModelReference};
 use crate::text::{ChatTemplate, Message, TextTokenizer};
 use crate::ui::{Ui, bytes};
 use anyhow::{Context, Result};
-use candle_core::{DType, Device};
+use candle_core::Device;
 use minijinja::Value;
 use minijinja::value::Serde;
 use model::message;
 use model::{CausalLm, Config, SamplerOptions, Session, Weights};
 use serde::Deserialize;
-use sparse_attn::block_router;
-use sparse_attn::select::Limits;
-use sparse_attn::{RoutedAttention, Routing};
+use sparse_attn::backend::for_device;
+use sparse_attn::{KvDtypes, RoutedAttention};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-
-/// The first layers, which attend diffusely, read everything (Quest, arXiv:2406.10774).
-const DENSE_LAYERS: usize = 2;
 
 /// A checkpoint whose headers, tokenizer and template were read; its weights are still in the file.
 #[derive(Debug)]
@@ -32,7 +30,8 @@ pub(crate) struct Checkpoint {
     pub(crate) template: Option<ChatTemplate>,
     pub(crate) defaults: GenerationDefaults,
     pub(crate) device: Device,
-    pub(crate) kv_dtype: DType,
+    pub(crate) attention: RoutedAttention,
+    pub(crate) dtypes: KvDtypes,
 }
 
 /// A checkpoint with its weights in memory.
@@ -40,7 +39,6 @@ pub(crate) struct Checkpoint {
 pub(crate) struct Engine {
     pub(crate) checkpoint: Checkpoint,
     pub(crate) model: Arc<dyn CausalLm>,
-    pub(crate) attention: RoutedAttention,
     pub(crate) plan: Plan,
     pub(crate) load_time: Duration,
 }
@@ -66,7 +64,7 @@ enum EndTokens {
 
 impl Checkpoint {
     /// Finds or fetches the model and reads all but its weights.
-    pub(crate) fn open(args: &ModelArgs, template: &TemplateArgs, hub: &Hub) -> Result<Self> {
+    pub(crate) fn open(args: &ModelArgs, template: &TemplateArgs, attention: &AttentionArgs, hub: &Hub) -> Result<Self> {
         let device = device(args.device)?;
         let reference = ModelReference::parse(&args.model, args.revision.as_deref())?;
         let located = source::obtain(&reference, hub)?;
@@ -94,12 +92,37 @@ impl Checkpoint {
         }
         let template = chat_template(&located, &weights, &tokenizer, template)?;
         let defaults = GenerationDefaults::read(&located, &weights)?;
-        let kv_dtype = match args.cache_type {
-            CacheType::F32 => DType::F32,
-            CacheType::F16 => DType::F16,
-            CacheType::Bf16 => DType::BF16,
+        let backend = for_device(&device).map_err(|error| Failure::new(Kind::Device, message(&error)))?;
+        let mut checkpoint = Self {
+            located,
+            weights,
+            tokenizer,
+            template,
+            defaults,
+            device,
+            attention: RoutedAttention::dense(backend),
+            dtypes: routing::dtypes(attention),
         };
-        Ok(Self { located, weights, tokenizer, template, defaults, device, kv_dtype })
+        checkpoint.attention = checkpoint.attention_of(attention)?;
+        Ok(checkpoint)
+    }
+
+    /// What attends by these flags.
+    pub(crate) fn attention_of(&self, args: &AttentionArgs) -> Result<RoutedAttention> {
+        let known = routing::Known {
+            config: self.config(),
+            defaults: self.located.manifest.and_then(|manifest| manifest.body.routing.as_ref()),
+            crossover: crossover::recall(self),
+            fingerprint: &|| self.weights.fingerprint(),
+        };
+        let routing = routing::resolve(args, &known)?;
+        let attention = self.attention.with_routing(routing).map_err(|error| Failure::new(Kind::Usage, message(&error)))?;
+        Ok(attention)
+    }
+
+    /// How keys and values are kept, for planning.
+    pub(crate) fn storage(&self) -> plan::Storage<'_> {
+        plan::Storage { attention: &self.attention, dtypes: self.dtypes }
     }
 
     pub(crate) fn config(&self) -> &Config {
@@ -115,7 +138,7 @@ impl Checkpoint {
     pub(crate) fn context(&self, args: &ModelArgs, ui: Ui) -> Result<usize> {
         let (asked, trained) = (args.ctx_size.map(|n| n as usize), self.config().context);
         let free = plan::available(args.mem_limit);
-        let context = plan::choose_context(asked, self.config(), self.weights_bytes(), self.kv_dtype, free)?;
+        let context = plan::choose_context(asked, self.config(), self.weights_bytes(), self.storage(), free)?;
         if context > trained {
             ui.warn(format!("-c {context} is beyond the {trained} tokens this model was trained on: expect nonsense there"));
         } else if asked.is_none() && context < trained {
@@ -158,50 +181,40 @@ impl Checkpoint {
     }
 
     /// Loads the weights. `context`: the tokens that memory is planned for.
-    pub(crate) fn load(self, context: usize, args: &ModelArgs, attention: &AttentionArgs) -> Result<Engine> {
-        let mut plan = Plan::new(self.config(), self.weights_bytes(), self.kv_dtype, context);
-        // Block summaries: two numbers of 4 bytes a dimension for 32 keys and values of 2 bytes, and room to grow.
-        let summaries = if attention.attn == AttentionChoice::Routed { plan.kv / 8 } else { 0 };
-        let fixed = self.weights_bytes() + summaries;
-        plan::choose_context(Some(context), self.config(), fixed, self.kv_dtype, plan::available(args.mem_limit))?;
-        plan.kv += summaries;
+    pub(crate) fn load(self, context: usize, args: &ModelArgs) -> Result<Engine> {
+        plan::choose_context(Some(context), self.config(), self.weights_bytes(), self.storage(), plan::available(args.mem_limit))?;
+        let plan = Plan::new(self.config(), self.weights_bytes(), self.storage(), context);
         let started = Instant::now();
         let model = model::load(&self.weights).map_err(damaged).with_context(|| self.located.id.clone())?;
-        let backend = sparse_attn::backend::for_device(&self.device).map_err(|error| Failure::new(Kind::Device, message(&error)))?;
-        let attention = RoutedAttention::new(routing(attention), backend).map_err(|error| Failure::new(Kind::Usage, message(&error)))?;
-        Ok(Engine { attention, model, plan, load_time: started.elapsed(), checkpoint: self })
+        Ok(Engine { model, plan, load_time: started.elapsed(), checkpoint: self })
     }
 }
 
 impl Engine {
     /// An empty sequence with room for `capacity` tokens.
     pub(crate) fn session(&self, capacity: usize) -> Result<Session> {
-        self.session_with(self.attention.clone(), capacity)
+        self.session_with(self.checkpoint.attention.clone(), capacity)
     }
 
     /// [`Engine::session`], with another attention than the flags ask for.
     pub(crate) fn session_with(&self, attention: RoutedAttention, capacity: usize) -> Result<Session> {
-        Session::new(self.model.clone(), attention, self.checkpoint.kv_dtype, &self.checkpoint.device, capacity)
+        Session::new(self.model.clone(), attention, self.checkpoint.dtypes, &self.checkpoint.device, capacity)
             .map_err(|error| Failure::new(Kind::OutOfMemory, message(&error)).hint("a smaller -c").into())
-    }
-
-    /// Whether some queries may read less than everything.
-    pub(crate) fn is_routed(&self) -> bool {
-        self.attention.routing().limits.dense_len < usize::MAX
     }
 
     /// One line on what runs and where.
     pub(crate) fn banner(&self, context: usize) -> String {
-        let per_token = Plan::new(self.checkpoint.config(), 0, self.checkpoint.kv_dtype, 64 * 1024).kv / (64 * 1024);
+        let per_token = Plan::new(self.checkpoint.config(), 0, self.checkpoint.storage(), 64 * 1024).kv / (64 * 1024);
+        let routing = routing::describe(&self.checkpoint.attention);
         format!(
             "{} {} · {}, {} threads · weights {} · KV {}/token · ctx {context}{}",
             self.checkpoint.located.id,
             self.checkpoint.weights.dtype_name(),
-            self.attention.backend_name(),
+            self.checkpoint.attention.backend_name(),
             candle_core::utils::get_num_threads(),
             bytes(self.plan.weights),
             bytes(per_token),
-            if self.is_routed() { format!(" (routed above {})", self.attention.routing().limits.dense_len) } else { String::new() }
+            if routing.is_empty() { routing } else { format!(" · {routing}") }
         )
     }
 }
@@ -271,20 +284,6 @@ fn as_damage(error: anyhow::Error) -> anyhow::Error {
         Ok(error) => damaged(error).into(),
         Err(error) => Failure::malformed(format!("{error:#}")).into(),
     }
-}
-
-/// What the flags ask for.
-fn routing(args: &AttentionArgs) -> Routing {
-    let (AttentionChoice::Routed, Some(block_router)) = (args.attn, block_router::by_name(&args.block_router)) else {
-        return Routing::dense();
-    };
-    let limits = Limits {
-        window: args.window as usize,
-        block_size: args.block as usize,
-        budget: Some(args.budget as usize),
-        dense_len: args.min_ctx as usize,
-    };
-    Routing { block_router, limits, dense_layers: DENSE_LAYERS, ..Routing::dense() }
 }
 
 fn device(choice: DeviceChoice) -> Result<Device> {

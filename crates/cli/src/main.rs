@@ -2,10 +2,12 @@
 
 mod args;
 mod commands;
+mod crossover;
 mod engine;
 mod failure;
 mod interrupt;
 mod plan;
+mod routing;
 mod source;
 mod text;
 mod ui;

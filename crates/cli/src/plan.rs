@@ -4,9 +4,8 @@ use crate::args::MemoryLimit;
 use crate::failure::{Failure, Kind};
 use crate::ui::bytes;
 use anyhow::Result;
-use candle_core::DType;
 use model::Config;
-use sparse_attn::KvCache;
+use sparse_attn::{KvDtype, KvDtypes, RoutedAttention};
 
 /// Kept for everything else that runs.
 const MARGIN: u64 = 128 << 20;
@@ -23,10 +22,17 @@ pub(crate) struct Plan {
     pub(crate) work: u64,
 }
 
+/// How keys and values will be kept.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Storage<'a> {
+    pub(crate) attention: &'a RoutedAttention,
+    pub(crate) dtypes: KvDtypes,
+}
+
 impl Plan {
-    /// For `context` tokens of keys and values stored as `kv_dtype`.
-    pub(crate) fn new(config: &Config, weights: u64, kv_dtype: DType, context: usize) -> Self {
-        let kv = KvCache::planned_bytes(&config.layer_specs(), kv_dtype, context) as u64;
+    /// For `context` tokens.
+    pub(crate) fn new(config: &Config, weights: u64, storage: Storage<'_>, context: usize) -> Self {
+        let kv = storage.attention.planned_bytes(&config.layer_specs(), storage.dtypes, context) as u64;
         let rows = CHUNK.min(context) as u64;
         // Activations of one layer (a chunk wide, several alive at once) and the logits of one position.
         let width = (8 * config.hidden_size + 4 * config.intermediate_size) as u64;
@@ -59,15 +65,24 @@ pub(crate) fn machine() -> Option<(u64, u64)> {
     Some(system.cgroup_limits().map_or((total, free), |container| (total.min(container.total_memory), free.min(container.free_memory))))
 }
 
+/// The processor's name, where the system tells.
+pub(crate) fn processor() -> String {
+    let name = std::fs::read_to_string("/proc/cpuinfo").ok().and_then(|text| {
+        let line = text.lines().find(|line| line.starts_with("model name"))?;
+        Some(line.split_once(':')?.1.trim().to_string())
+    });
+    name.unwrap_or_else(|| std::env::consts::ARCH.to_string())
+}
+
 /// The context to use: what was asked for, or the trained length lowered to what fits.
-pub(crate) fn choose_context(asked: Option<usize>, config: &Config, weights: u64, kv_dtype: DType, free: u64) -> Result<usize> {
-    let fits = |context: usize| Plan::new(config, weights, kv_dtype, context).total() <= free;
+pub(crate) fn choose_context(asked: Option<usize>, config: &Config, weights: u64, storage: Storage<'_>, free: u64) -> Result<usize> {
+    let fits = |context: usize| Plan::new(config, weights, storage, context).total() <= free;
     let largest = largest(config.context, fits);
     match asked {
         Some(context) if fits(context) => Ok(context),
-        Some(context) => Err(too_large(config, weights, kv_dtype, context, free, largest)),
+        Some(context) => Err(too_large(config, weights, storage, context, free, largest)),
         None if largest >= LEAST_CONTEXT.min(config.context) => Ok(largest),
-        None => Err(too_large(config, weights, kv_dtype, LEAST_CONTEXT.min(config.context), free, largest)),
+        None => Err(too_large(config, weights, storage, LEAST_CONTEXT.min(config.context), free, largest)),
     }
 }
 
@@ -82,8 +97,8 @@ fn largest(most: usize, fits: impl Fn(usize) -> bool) -> usize {
     if low == most { low } else { low / 64 * 64 }
 }
 
-fn too_large(config: &Config, weights: u64, kv_dtype: DType, context: usize, free: u64, largest: usize) -> anyhow::Error {
-    let plan = Plan::new(config, weights, kv_dtype, context);
+fn too_large(config: &Config, weights: u64, storage: Storage<'_>, context: usize, free: u64, largest: usize) -> anyhow::Error {
+    let plan = Plan::new(config, weights, storage, context);
     let parts = format!(
         "weights {} + KV {} for {context} tokens + work {} = {}, and {} may be used",
         bytes(plan.weights),
@@ -92,9 +107,10 @@ fn too_large(config: &Config, weights: u64, kv_dtype: DType, context: usize, fre
         bytes(plan.total()),
         bytes(free)
     );
-    let narrow = kv_dtype == DType::F32 && Plan::new(config, weights, DType::F16, context).total() <= free;
+    let small = Storage { dtypes: KvDtype::Q8_0.into(), ..storage };
+    let narrow = storage.dtypes != small.dtypes && Plan::new(config, weights, small, context).total() <= free;
     let hint = match largest {
-        _ if narrow => "--cache-type f16".to_string(),
+        _ if narrow => "--cache-type q8_0".to_string(),
         0 => "a smaller model or quant, or a larger --mem-limit".to_string(),
         largest => format!("-c {largest}"),
     };
@@ -123,19 +139,28 @@ mod tests {
         model::Weights::open(dir.path(), &candle_core::Device::Cpu, None).unwrap().config().clone()
     }
 
+    fn dense() -> RoutedAttention {
+        RoutedAttention::dense(std::sync::Arc::new(sparse_attn::backend::Cpu))
+    }
+
     #[test]
-    fn mistral_7b_takes_128_kib_a_token_at_16_bit() {
-        let plan = Plan::new(&config(), 0, DType::F16, 32768);
-        assert_eq!(plan.kv, 32768 * (128 << 10));
+    fn mistral_7b_takes_128_kib_a_token_at_16_bit_and_68_at_8() {
+        let attention = dense();
+        for (dtype, kib) in [(KvDtype::F16, 128), (KvDtype::Q8_0, 68)] {
+            let plan = Plan::new(&config(), 0, Storage { attention: &attention, dtypes: dtype.into() }, 32768);
+            assert_eq!(plan.kv, 32768 * (kib << 10));
+        }
     }
 
     #[test]
     fn the_context_is_lowered_to_fit_and_an_asked_one_is_not() {
         let (config, gib) = (config(), 1u64 << 30);
-        let choose = |asked, free| choose_context(asked, &config, 4 * gib, DType::F16, free);
+        let attention = dense();
+        let storage = Storage { attention: &attention, dtypes: KvDtype::F16.into() };
+        let choose = |asked, free| choose_context(asked, &config, 4 * gib, storage, free);
         assert_eq!(choose(None, 16 * gib).unwrap(), 32768);
         let lowered = choose(None, 6 * gib).unwrap();
-        assert!((4096..32768).contains(&lowered) && Plan::new(&config, 4 * gib, DType::F16, lowered).total() <= 6 * gib);
+        assert!((4096..32768).contains(&lowered) && Plan::new(&config, 4 * gib, storage, lowered).total() <= 6 * gib);
         let error = choose(Some(32768), 6 * gib).unwrap_err();
         assert_eq!(error.downcast_ref::<Failure>().unwrap().kind, Kind::OutOfMemory);
         // What the error proposes does fit.

@@ -125,13 +125,18 @@ fn routed_attention_reads_less_and_is_dense_while_all_fits() {
     let ids = ids.join(",");
     let args = ["generate", "--greedy", "--ignore-eos", "-n", "6", "--prompt-ids", &ids];
     let routed = |extra: &[&str]| case.json(&[&args[..], &["--attn", "routed", "--window", "64", "--block", "16"], extra].concat());
-    let dense = case.json(&args);
+    let dense = case.json(&[&args[..], &["--attn", "dense"]].concat());
     assert_eq!((dense["attn"]["mode"].as_str(), dense["density"].as_f64()), (Some("dense"), Some(1.0)));
+    // By default it is routed, from a length on that this prompt does not reach.
+    let auto = case.json(&args);
+    assert_eq!((auto["attn"]["mode"].as_str(), &auto["token_ids"]), (Some("routed"), &dense["token_ids"]));
     // Below --min-ctx, and where the budget holds everything, it is the dense text.
     for fits in [&["--min-ctx", "4096"][..], &["--min-ctx", "0", "--budget", "4096"]] {
         let document = routed(fits);
         assert_eq!((&document["token_ids"], document["density"].as_f64()), (&dense["token_ids"], Some(1.0)), "{fits:?}");
     }
+    let percent = routed(&["--min-ctx", "0", "--budget", "100%"]);
+    assert_eq!((&percent["token_ids"], percent["density"].as_f64()), (&dense["token_ids"], Some(1.0)));
     let sparse = routed(&["--min-ctx", "0", "--budget", "128"]);
     assert_eq!(sparse["attn"]["block_router"], "bound");
     // Two of three layers are dense; the third reads 128 + 64 of 705, and what the edge reaches into the window.
@@ -142,7 +147,62 @@ fn routed_attention_reads_less_and_is_dense_while_all_fits() {
         assert_eq!(routed(&["--min-ctx", "0", "--budget", "128", "--block-router", router])["attn"]["block_router"], router);
     }
     run(&mut case.llama(&["generate", "hi", "--attn", "routed", "--block-router", "magic"]), 2);
-    run(&mut case.llama(&["generate", "hi", "--attn", "routed", "--block", "0"]), 2);
+    for wrong in [&["--block", "0"][..], &["--budget", "0"], &["--budget", "0%"], &["--keep", "2"], &["--keep", "0.5"]] {
+        run(case.llama(&["generate", "hi", "--attn", "routed"]).args(wrong), 2);
+    }
+    // Global layers beside sliding ones stay dense unless asked.
+    let gemma = |extra: &[&str]| {
+        let mut command = foveate(case.home.path());
+        command.args(["generate", "-m"]).arg(tiny("gemma3_text")).args(["--prompt-ids", "5,6", "-n", "1", "--json"]).args(extra);
+        serde_json::from_slice::<Value>(&run(&mut command, 0).stdout).unwrap()["attn"]["mode"].as_str().map(str::to_string)
+    };
+    assert_eq!((gemma(&[]).as_deref(), gemma(&["--attn", "routed"]).as_deref()), (Some("dense"), Some("routed")));
+}
+
+#[test]
+fn a_token_router_keeps_less_and_q8_keys_take_half() {
+    let case = Case::new();
+    let ids: Vec<String> = (0..900).map(|i| (5 + i * 31 % 500).to_string()).collect();
+    let ids = ids.join(",");
+    let run_with = |extra: &[&str]| {
+        let args = ["generate", "--greedy", "--ignore-eos", "-n", "6", "--attn", "dense", "--window", "64", "--prompt-ids", &ids];
+        case.json(&[&args[..], extra].concat())
+    };
+    let kv = |document: &Value| document["memory"]["kv_bytes"].as_f64().unwrap();
+    let dense = run_with(&[]);
+    let half = run_with(&["--token-router", "random", "--keep", "0.5"]);
+    let none = run_with(&["--token-router", "sink_window"]);
+    // Half of 836 tokens and the window, in whole pages of 64.
+    assert!((0.5..0.65).contains(&(kv(&half) / kv(&dense))), "{} of {}", kv(&half), kv(&dense));
+    assert!(kv(&none) < 0.25 * kv(&dense), "{} of {}", kv(&none), kv(&dense));
+    assert_eq!(half["attn"]["token_router"], "random");
+    let density = half["density"].as_f64().unwrap();
+    assert!((0.5..0.6).contains(&density), "{density}");
+    assert_eq!(run_with(&["--token-router", "all"])["token_ids"], dense["token_ids"]);
+
+    let q8 = run_with(&["--cache-type", "q8_0"]);
+    // Heads of 16 dimensions: 18 bytes for 32.
+    assert!((0.56..0.57).contains(&(kv(&q8) / kv(&dense))), "{} of {}", kv(&q8), kv(&dense));
+    let mixed = run_with(&["--ctk", "q8_0", "--ctv", "f32"]);
+    assert_eq!((&mixed["kv_dtypes"]["k"], &mixed["kv_dtypes"]["v"]), (&"q8_0".into(), &"f32".into()));
+    // 18 and 64 bytes for twice 32.
+    assert!((1.28..1.29).contains(&(kv(&mixed) / kv(&dense))), "{} of {}", kv(&mixed), kv(&dense));
+    let missing = run(&mut case.llama(&["generate", "hi", "--token-router", "nosuch"]), 3);
+    assert!(stderr(&missing).contains("sink_window"), "{}", stderr(&missing));
+}
+
+#[test]
+fn a_crossover_that_was_measured_is_what_auto_uses() {
+    let case = Case::new();
+    let ids = "5,6,7";
+    let min_ctx = || case.json(&["generate", "-n", "1", "--prompt-ids", ids])["attn"]["min_ctx"].as_u64();
+    assert_eq!(min_ctx(), Some(4096));
+    let output = run(case.llama(&["bench", "--crossover", "-c", "2000", "-r", "1", "--json"]).arg("-q"), 0);
+    let document: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let crossover = document["crossover"].as_u64().unwrap();
+    assert!([512, 1024, 1536].contains(&crossover), "{document}");
+    assert_eq!(min_ctx(), Some(crossover));
+    run(&mut case.llama(&["bench", "--crossover", "--attn", "dense"]), 2);
 }
 
 #[test]
@@ -155,13 +215,28 @@ fn eval_measures_what_routing_costs() {
     };
     let routed = |extra: &[&str]| -> Value {
         let args = [&["--json", "--min-ctx", "0", "--from", "300"][..], extra].concat();
-        serde_json::from_slice::<Value>(&eval(&args, 0).stdout).unwrap()["routed"].clone()
+        serde_json::from_slice::<Value>(&eval(&args, 0).stdout).unwrap()["settings"][0].clone()
     };
     let (all, some, none) = (routed(&["--budget", "4096"]), routed(&["--budget", "256"]), routed(&["--block-router", "recent"]));
     // Everything fits: the same numbers. The less is read, the farther off.
     assert_eq!((all["kl_mean"].as_f64(), all["same_top1"].as_f64(), all["ppl_change"].as_f64()), (Some(0.0), Some(1.0), Some(0.0)));
     let kl = |row: &Value| row["kl_mean"].as_f64().unwrap();
     assert!(0.0 < kl(&some) && kl(&some) < kl(&none), "{some} {none}");
+    // Several settings at once are what each is alone; 8-bit keys and values are a setting too.
+    let with = [
+        "--json",
+        "--from",
+        "300",
+        "--with",
+        "--min-ctx 0 --budget 256 --window 64 --block 16",
+        "--with",
+        "--attn dense --cache-type q8_0",
+    ];
+    let both = serde_json::from_slice::<Value>(&eval(&with, 0).stdout).unwrap();
+    assert_eq!(both["settings"][0], some);
+    let q8 = &both["settings"][1];
+    assert!(kl(q8) < 1e-3 && q8["kv_dtypes"]["k"] == "q8_0" && q8["density"] == 1.0, "{q8}");
+    run(&mut case.llama(&["eval", "ppl", "-f", &file, "--with", "--budget 0"]), 2);
     let output = eval(&["--min-ctx", "0", "--from", "300"], 0);
     assert!(stdout(&output).contains("900 tokens, the last 599 scored"), "{}", stdout(&output));
     let gate = eval(&["--min-ctx", "0", "--from", "300", "--block-router", "recent", "--max-kld", "0"], 10);

@@ -109,7 +109,7 @@ impl Config {
 
     /// What the cache must know of every layer.
     pub fn layer_specs(&self) -> Vec<LayerSpec> {
-        self.sliding_window.iter().map(|window| LayerSpec { shape: self.heads, sliding_window: *window }).collect()
+        self.sliding_window.iter().map(|window| LayerSpec { sliding_window: *window, ..LayerSpec::full(self.heads) }).collect()
     }
 
     /// Rope of one layer.

@@ -4,7 +4,7 @@ use crate::CausalLm;
 use crate::sampler::{Sampler, logprobs};
 use candle_core::{DType, Device, Result, Tensor, bail};
 use sparse_attn::cache::ReadCount;
-use sparse_attn::{KvCache, RoutedAttention};
+use sparse_attn::{KvCache, KvDtypes, RoutedAttention};
 use std::ops::ControlFlow;
 use std::sync::Arc;
 
@@ -68,12 +68,12 @@ impl FinishReason {
 }
 
 impl Session {
-    /// An empty sequence with room for `capacity` tokens, keys and values stored as `kv_dtype`.
+    /// An empty sequence with room for `capacity` tokens, keys and values stored as `dtypes`.
     ///
     /// # Errors
     /// If the device has no memory for it.
-    pub fn new(model: Arc<dyn CausalLm>, attention: RoutedAttention, kv_dtype: DType, device: &Device, capacity: usize) -> Result<Self> {
-        let cache = KvCache::new(&model.config().layer_specs(), kv_dtype, device, capacity)?;
+    pub fn new(model: Arc<dyn CausalLm>, attention: RoutedAttention, dtypes: KvDtypes, device: &Device, capacity: usize) -> Result<Self> {
+        let cache = KvCache::new(&attention.layer_specs(&model.config().layer_specs()), dtypes, device, capacity)?;
         Ok(Self { model, attention, cache, tokens: Vec::new(), next_logits: None })
     }
 
@@ -135,6 +135,8 @@ impl Session {
                 self.next_logits = Some(self.last_logits(&hidden)?);
             }
         }
+        // Long chunks took room that single tokens do not need.
+        self.cache.trim()?;
         let _ = progress(done, waiting.len());
         Ok(true)
     }

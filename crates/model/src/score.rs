@@ -1,8 +1,9 @@
-//! What a setting costs: two attentions over the same tokens, position by position.
+//! What a setting costs: several attentions over the same tokens, position by position.
 
 use crate::CausalLm;
-use candle_core::{DType, Device, Result, bail};
-use sparse_attn::{KvCache, RoutedAttention};
+use candle_core::{Device, Result, Tensor, bail};
+use sparse_attn::cache::ReadCount;
+use sparse_attn::{KvCache, KvDtypes, RoutedAttention};
 use std::ops::ControlFlow;
 
 /// Rows of logits that are alive at once.
@@ -41,45 +42,78 @@ fn log_total(logits: &[f32]) -> f64 {
     f64::from(max) + logits.iter().map(|logit| f64::from(logit - max).exp()).sum::<f64>().ln()
 }
 
-/// Runs `tokens` through both attentions, `[reference, other]`, in chunks, and scores the prediction of every token from
+/// A way to attend and to store keys and values.
+#[derive(Debug, Clone)]
+pub struct Setting {
+    /// How it attends.
+    pub attention: RoutedAttention,
+    /// How keys and values are stored.
+    pub dtypes: KvDtypes,
+}
+
+/// What a setting did to a text.
+#[derive(Debug, Clone)]
+pub struct SettingScore {
+    /// A score for every scored position.
+    pub positions: Vec<PositionScore>,
+    /// Bytes of its cache at the end.
+    pub kv_bytes: usize,
+    /// Keys that it read at the scored positions.
+    pub read: ReadCount,
+}
+
+/// Runs `tokens` through the reference and every other setting, in chunks, and scores the prediction of every token from
 /// position `from + 1` on. `progress` is told how many tokens are done, and may stop it there.
 ///
 /// # Errors
 /// If there is nothing to score, an id is beyond the vocabulary, or memory runs out.
 pub fn compare(
     model: &dyn CausalLm,
-    attentions: [&RoutedAttention; 2],
+    reference: &Setting,
+    others: &[Setting],
     tokens: &[u32],
     from: usize,
-    kv_dtype: DType,
     chunk: usize,
     mut progress: impl FnMut(usize) -> ControlFlow<()>,
-) -> Result<Vec<PositionScore>> {
+) -> Result<Vec<SettingScore>> {
     if tokens.len() < from + 2 {
         bail!("{} tokens leave nothing to score after position {from}", tokens.len());
     }
-    let new_cache = || KvCache::new(&model.config().layer_specs(), kv_dtype, &Device::Cpu, tokens.len());
-    let mut caches = [new_cache()?, new_cache()?];
-    let mut scores = Vec::with_capacity(tokens.len() - from - 1);
+    let specs = model.config().layer_specs();
+    let settings: Vec<&Setting> = std::iter::once(reference).chain(others).collect();
+    let new_cache = |setting: &&Setting| KvCache::new(&setting.attention.layer_specs(&specs), setting.dtypes, &Device::Cpu, tokens.len());
+    let mut caches = settings.iter().map(new_cache).collect::<Result<Vec<_>>>()?;
+    let empty = || SettingScore { positions: Vec::new(), kv_bytes: 0, read: ReadCount::default() };
+    let mut scores: Vec<SettingScore> = others.iter().map(|_| empty()).collect();
     for (index, part) in tokens.chunks(chunk.max(1)).enumerate() {
         let start = index * chunk.max(1);
         if progress(start).is_break() {
             break;
         }
-        let mut hidden = Vec::with_capacity(2);
-        for (attention, cache) in attentions.iter().zip(&mut caches) {
-            hidden.push(model.forward(part, attention, cache)?);
+        let hidden = settings.iter().zip(&mut caches).map(|(setting, cache)| model.forward(part, &setting.attention, cache));
+        let hidden = hidden.collect::<Result<Vec<_>>>()?;
+        if start + part.len() > from {
+            for (score, cache) in scores.iter_mut().zip(&caches[1..]) {
+                score.read.add(cache.read_count());
+            }
         }
         // The last token has no successor to predict.
         let scored = from.max(start)..(start + part.len()).min(tokens.len() - 1);
         let mut at = scored.start;
         while at < scored.end {
             let rows = ROWS.min(scored.end - at);
-            let logits = |of: usize| model.logits(&hidden[of].narrow(0, at - start, rows)?.contiguous()?)?.to_vec2::<f32>();
-            let (reference, other) = (logits(0)?, logits(1)?);
-            scores.extend((0..rows).map(|row| score_position(&reference[row], &other[row], tokens[at + row + 1])));
+            let logits = |hidden: &Tensor| model.logits(&hidden.narrow(0, at - start, rows)?.contiguous()?)?.to_vec2::<f32>();
+            let reference = logits(&hidden[0])?;
+            for (score, hidden) in scores.iter_mut().zip(&hidden[1..]) {
+                let other = logits(hidden)?;
+                score.positions.extend((0..rows).map(|row| score_position(&reference[row], &other[row], tokens[at + row + 1])));
+            }
             at += rows;
         }
+    }
+    for (score, cache) in scores.iter_mut().zip(&mut caches[1..]) {
+        cache.trim()?;
+        score.kv_bytes = cache.allocated_bytes();
     }
     Ok(scores)
 }

@@ -6,7 +6,7 @@ use candle_core::{DType, Device, Result, Tensor};
 use common::{Gguf, Meta, TensorEntry, damaged, tiny_llama};
 use model::Weights;
 use sparse_attn::backend::Cpu;
-use sparse_attn::{KvCache, RoutedAttention};
+use sparse_attn::{KvCache, KvDtype, RoutedAttention};
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -108,7 +108,7 @@ fn a_checkpoint_converted_to_gguf_gives_the_logits_of_pytorch() -> Result<()> {
         let (dir, _) = fixture(name)?;
         let golden = candle_core::safetensors::load(dir.join("golden.safetensors"), &Device::Cpu)?;
         let ids = golden["input_ids"].flatten_all()?.to_dtype(DType::U32)?.to_vec1::<u32>()?;
-        let mut cache = KvCache::new(&model.config().layer_specs(), DType::F32, &Device::Cpu, ids.len())?;
+        let mut cache = KvCache::new(&model.config().layer_specs(), KvDtype::F32.into(), &Device::Cpu, ids.len())?;
         let logits = model.logits(&model.forward(&ids, &RoutedAttention::dense(Arc::new(Cpu)), &mut cache)?)?;
         let worst: f32 = (logits - golden["logits"].reshape(((), 512))?)?.abs()?.flatten_all()?.max(0)?.to_scalar()?;
         assert!(worst < 1e-3, "{name}: off by {worst}");

@@ -3,7 +3,7 @@
 use candle_core::{DType, Device, Result, Tensor};
 use model::{CausalLm, GenerateOptions, Sampler, SamplerOptions, Session, Weights};
 use sparse_attn::backend::{AttentionBackend, Cpu, Reference};
-use sparse_attn::{KvCache, RoutedAttention};
+use sparse_attn::{KvCache, KvDtype, RoutedAttention};
 use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -34,7 +34,7 @@ fn load(name: &str) -> Result<Arc<dyn CausalLm>> {
 }
 
 fn logits_in_chunks(model: &dyn CausalLm, attention: &RoutedAttention, ids: &[u32], chunk: usize) -> Result<Tensor> {
-    let mut cache = KvCache::new(&model.config().layer_specs(), DType::F32, &Device::Cpu, 0)?;
+    let mut cache = KvCache::new(&model.config().layer_specs(), KvDtype::F32.into(), &Device::Cpu, 0)?;
     let parts = ids.chunks(chunk).map(|part| model.logits(&model.forward(part, attention, &mut cache)?)).collect::<Result<Vec<_>>>()?;
     Tensor::cat(&parts, 0)
 }
@@ -63,7 +63,7 @@ fn greedy_continuations_equal_pytorch() -> Result<()> {
     for name in CHECKPOINTS {
         let (model, golden) = (load(name)?, Golden::open(name)?);
         for chunk in [64, 7, 1] {
-            let mut session = Session::new(model.clone(), RoutedAttention::dense(Arc::new(Cpu)), DType::F32, &Device::Cpu, 0)?;
+            let mut session = Session::new(model.clone(), RoutedAttention::dense(Arc::new(Cpu)), KvDtype::F32.into(), &Device::Cpu, 0)?;
             assert!(session.prefill(&golden.input_ids, chunk, |_, _| ControlFlow::Continue(()))?);
             let mut sampler = Sampler::new(SamplerOptions::greedy())?;
             let options = GenerateOptions { max_tokens: Some(24), end_tokens: vec![], context: 4096, logprobs: 0 };
@@ -79,7 +79,7 @@ fn greedy_continuations_equal_pytorch() -> Result<()> {
 fn rewinding_and_generating_again_gives_the_same_tokens() -> Result<()> {
     for name in CHECKPOINTS {
         let (model, golden) = (load(name)?, Golden::open(name)?);
-        let mut session = Session::new(model, RoutedAttention::dense(Arc::new(Cpu)), DType::F32, &Device::Cpu, 0)?;
+        let mut session = Session::new(model, RoutedAttention::dense(Arc::new(Cpu)), KvDtype::F32.into(), &Device::Cpu, 0)?;
         let once = |session: &mut Session| -> Result<Vec<u32>> {
             let mut sampler = Sampler::new(SamplerOptions { seed: 3, ..SamplerOptions::default() })?;
             let options = GenerateOptions { max_tokens: Some(150), end_tokens: vec![], context: 4096, logprobs: 0 };
@@ -101,7 +101,7 @@ fn rewinding_and_generating_again_gives_the_same_tokens() -> Result<()> {
 fn a_failed_step_leaves_the_session_as_it_was() -> Result<()> {
     let (model, golden) = (load("llama")?, Golden::open("llama")?);
     let attention = RoutedAttention::dense(Arc::new(Cpu));
-    let mut cache = KvCache::new(&model.config().layer_specs(), DType::F32, &Device::Cpu, 0)?;
+    let mut cache = KvCache::new(&model.config().layer_specs(), KvDtype::F32.into(), &Device::Cpu, 0)?;
     model.forward(&golden.input_ids[..20], &attention, &mut cache)?;
     let error = model.forward(&[1, 600_000], &attention, &mut cache).unwrap_err().to_string();
     assert!(error.contains("600000") && error.contains("512"), "{error}");

@@ -2,8 +2,8 @@
 
 use crate::backend::AttentionBackend;
 use crate::block_router::{self, BlockRouter};
-use crate::cache::{KvCache, Step};
-use crate::select::{Limits, Selection, select};
+use crate::cache::{KvCache, KvDtypes, LayerSpec, Local, Step};
+use crate::select::{Budget, Limits, Selection, TILE, select};
 use crate::token_router::{self, RouterInput, TokenRouter};
 use candle_core::{Result, Tensor, bail};
 use std::sync::Arc;
@@ -42,7 +42,7 @@ impl Routing {
         Self {
             token_router: Arc::new(token_router::All),
             block_router: Arc::new(block_router::All),
-            limits: Limits { window: 256, block_size: 32, budget: None, dense_len: usize::MAX },
+            limits: Limits { window: 256, sinks: 4, block_size: 32, budget: Budget::ALL, dense_len: usize::MAX, tile: TILE },
             dense_layers: 0,
         }
     }
@@ -59,10 +59,11 @@ impl RoutedAttention {
     /// Attention by `routing` on `backend`.
     ///
     /// # Errors
-    /// If the window or the block is 0.
+    /// If the window, the block or the tile is 0.
     pub fn new(routing: Routing, backend: Arc<dyn AttentionBackend>) -> Result<Self> {
-        if routing.limits.window == 0 || routing.limits.block_size == 0 {
-            bail!("routing: window {} and block {} must be above 0", routing.limits.window, routing.limits.block_size);
+        let Limits { window, block_size, tile, .. } = routing.limits;
+        if window == 0 || block_size == 0 || tile == 0 {
+            bail!("routing: window {window}, block {block_size} and tile {tile} must be above 0");
         }
         Ok(Self { routing, backend })
     }
@@ -77,9 +78,35 @@ impl RoutedAttention {
         Self::dense(self.backend.clone())
     }
 
+    /// Attention by `routing` on the same backend.
+    ///
+    /// # Errors
+    /// As [`RoutedAttention::new`].
+    pub fn with_routing(&self, routing: Routing) -> Result<Self> {
+        Self::new(routing, self.backend.clone())
+    }
+
     /// What is routed.
     pub fn routing(&self) -> &Routing {
         &self.routing
+    }
+
+    /// What a cache must store for this attention, where the model's layers are `specs`.
+    pub fn layer_specs(&self, specs: &[LayerSpec]) -> Vec<LayerSpec> {
+        let kept_fraction = self.routing.token_router.kept_fraction();
+        let local = (kept_fraction < 1.0).then_some(Local { window: self.routing.limits.window, kept_fraction });
+        specs.iter().map(|spec| LayerSpec { local, ..*spec }).collect()
+    }
+
+    /// Bytes that a cache takes for `capacity` tokens, block summaries included, where the model's layers are `specs`.
+    pub fn planned_bytes(&self, specs: &[LayerSpec], dtypes: KvDtypes, capacity: usize) -> usize {
+        let specs = self.layer_specs(specs);
+        let Routing { block_router, limits, dense_layers, .. } = &self.routing;
+        let summaries = specs.iter().skip(*dense_layers).filter(|spec| spec.sliding_window.is_none()).map(|spec| {
+            let (head_dim, kv_heads) = (spec.shape.head_dim(), spec.shape.kv_heads());
+            block_router.summary().planned_bytes(dtypes.k, head_dim, kv_heads, capacity, limits.block_size)
+        });
+        KvCache::planned_bytes(&specs, dtypes, capacity) + summaries.sum::<usize>()
     }
 
     /// The backend's name.
@@ -99,8 +126,9 @@ impl RoutedAttention {
     pub fn forward(&self, layer: usize, input: AttentionInput<'_>, step: Step, cache: &mut KvCache) -> Result<Tensor> {
         let Routing { token_router, block_router, limits, dense_layers } = &self.routing;
         let store = cache.layer_mut(layer);
-        let admission = token_router.admit(layer, RouterInput { hidden: input.hidden, k: input.k })?;
-        self.backend.write(input.k, input.v, &admission, step, store)?;
+        let admission = token_router.admit(layer, RouterInput { hidden: input.hidden, k: input.k, step })?;
+        store.admit(step, &admission, limits.sinks)?;
+        self.backend.write(input.k, input.v, step, store)?;
         // Layers with a sliding window read no more than that anyway.
         let routed = layer >= *dense_layers && store.sliding_window().is_none();
         let selection = if routed {
@@ -109,7 +137,7 @@ impl RoutedAttention {
                 Selection::Every
             } else {
                 let scores = block_router.score(input.q, store, limits.block_size)?;
-                select(&scores, limits, step, store.shape().kv_heads())
+                select(&scores, limits, step, store)
             }
         } else {
             Selection::Every
@@ -122,19 +150,28 @@ impl RoutedAttention {
     /// Adds what the layer read to the cache's count.
     fn count(&self, layer: usize, step: Step, selection: &Selection, cache: &mut KvCache) {
         let store = cache.layer(layer);
-        let (mut read, mut visible) = (0u64, 0u64);
-        for t in step.start..step.end() {
-            let all = (t + 1 - store.first_visible(t)) as u64 * store.shape().kv_heads() as u64;
-            visible += all;
-            read += match selection {
-                Selection::Every => all,
-                Selection::Blocks(blocks) => {
-                    let keys = |head| blocks.ranges(t, head, t + 1).iter().map(|range| range.len() as u64).sum::<u64>();
-                    (0..store.shape().kv_heads()).map(keys).sum()
+        let kv_heads = store.shape().kv_heads();
+        let (mut read, mut visible) = (0, 0);
+        for queries in selection.pieces(step, usize::MAX) {
+            for head in 0..kv_heads {
+                let ranges = selection.ranges(queries.start, head, queries.end, store);
+                let Some((tail, blocks)) = ranges.split_last() else { continue };
+                let blocks: usize = blocks.iter().map(|range| store.count_admitted(head, range.clone())).sum();
+                for t in queries.clone() {
+                    let from = tail.start.max(store.first_visible(t));
+                    let in_tail = match store.local_window() {
+                        None => t + 1 - from,
+                        Some(window) => {
+                            let window = (t + 1).saturating_sub(window).max(from);
+                            store.count_admitted(head, from..window) + t + 1 - window
+                        }
+                    };
+                    read += (blocks + in_tail) as u64;
+                    visible += (t + 1 - store.first_visible(t)) as u64;
                 }
-            };
+            }
         }
-        let bytes_per_key = 2 * store.shape().head_dim() * store.k_pages().dtype().size_in_bytes();
-        cache.count_read(read, visible, bytes_per_key);
+        let bytes = store.k().dtype().row_bytes(store.k().width()) + store.v().dtype().row_bytes(store.v().width());
+        cache.count_read(read, visible, bytes);
     }
 }

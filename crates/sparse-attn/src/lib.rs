@@ -19,11 +19,11 @@ pub mod attention;
 pub mod backend;
 pub mod block_router;
 pub mod cache;
-mod matrix;
 pub mod select;
 pub mod shape;
+mod simd;
 pub mod token_router;
 
 pub use attention::{AttentionInput, RoutedAttention, Routing};
-pub use cache::{KvCache, LayerSpec, LayerStore, Step};
+pub use cache::{KvCache, KvDtype, KvDtypes, LayerSpec, LayerStore, Step};
 pub use shape::HeadShape;

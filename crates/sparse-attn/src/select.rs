@@ -1,5 +1,6 @@
 //! From block scores to the blocks that are read: causality, forced blocks, budget, ties.
 
+use crate::LayerStore;
 use crate::block_router::BlockScores;
 use crate::cache::Step;
 use std::ops::Range;
@@ -7,17 +8,47 @@ use std::ops::Range;
 /// Query positions that share one selection in prefill, aligned to absolute positions. Decode selects per query.
 pub const TILE: usize = 64;
 
+/// How many tokens a query may read beyond its window, forced blocks included: the larger of both limits.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Budget {
+    /// That many.
+    pub tokens: usize,
+    /// This part of what is kept beyond the window, 0 to 1.
+    pub part: f32,
+}
+
+impl Budget {
+    /// No limit.
+    pub const ALL: Self = Self { tokens: usize::MAX, part: 1.0 };
+
+    /// `tokens` at most.
+    pub fn tokens(tokens: usize) -> Self {
+        Self { tokens, part: 0.0 }
+    }
+
+    /// The limit where `kept` tokens lie beyond the window.
+    pub fn limit(&self, kept: usize) -> usize {
+        let part = if self.part >= 1.0 { usize::MAX } else { (f64::from(self.part) * kept as f64).ceil() as usize };
+        part.max(self.tokens)
+    }
+}
+
 /// The limits of a selection, in tokens.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Limits {
     /// The newest positions, which every query reads: `(t - window, t]`. At least 1.
     pub window: usize,
-    /// Positions per routing block. At least 1.
+    /// The first positions, which a token router always admits.
+    pub sinks: usize,
+    /// Positions per routing block. At least 1; up to `window + 1`, or the block at a query's edge holds tokens to come, and
+    /// how many of them a token router admits would count.
     pub block_size: usize,
-    /// Tokens a query may read beyond its window, forced blocks included (`None`: no limit).
-    pub budget: Option<usize>,
-    /// Up to this many positions a query reads everything.
+    /// Tokens a query may read beyond its window.
+    pub budget: Budget,
+    /// Up to this many positions a query reads every block.
     pub dense_len: usize,
+    /// Queries that share a selection in steps of several: [`TILE`], or 1 for a selection each.
+    pub tile: usize,
 }
 
 impl Limits {
@@ -28,27 +59,27 @@ impl Limits {
 
     /// The queries that share a selection with the one at `t`, in a step.
     fn tile(&self, t: usize, step: Step) -> Range<usize> {
-        if step.len == 1 { t..t + 1 } else { t..step.end().min((t / TILE + 1) * TILE) }
+        if step.len == 1 { t..t + 1 } else { t..step.end().min((t / self.tile + 1) * self.tile) }
     }
 
     /// Whether the queries of a tile read everything, by their positions alone.
     fn is_dense(&self, tile: &Range<usize>, step: Step) -> bool {
-        let end = if step.len == 1 { tile.end } else { tile.end.next_multiple_of(TILE) };
+        let end = if step.len == 1 { tile.end } else { tile.end.next_multiple_of(self.tile) };
         end <= self.dense_len
     }
 }
 
 /// The blocks that the queries of a step read.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub enum Selection {
-    /// All that is visible: causality and the model's own sliding window are the only limits.
+    /// All that is visible: causality, the model's own sliding window and the token router are the only limits.
     Every,
     /// Each tile of queries its own blocks.
     Blocks(BlockSelection),
 }
 
 /// Selected blocks per tile and key/value head.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct BlockSelection {
     limits: Limits,
     tiles: Vec<Tile>,
@@ -69,12 +100,19 @@ impl BlockSelection {
         Some(heads[kv_head].iter().copied().filter(|block| edge.is_some_and(|edge| *block <= edge)).collect())
     }
 
+    /// The queries that share a selection, tile by tile.
+    pub fn tiles(&self) -> impl Iterator<Item = Range<usize>> + '_ {
+        self.tiles.iter().map(|tile| tile.queries.clone())
+    }
+
     fn tile_of(&self, t: usize) -> Option<&Tile> {
-        self.tiles.iter().find(|tile| tile.queries.contains(&t))
+        let after = self.tiles.partition_point(|tile| tile.queries.start <= t);
+        after.checked_sub(1).map(|tile| &self.tiles[tile]).filter(|tile| tile.queries.contains(&t))
     }
 
     /// The positions that queries from `t` on, of one tile, may read, as ascending ranges apart from each other;
-    /// the last one is open to the newest position `end`. What lies in the future of a query is still in it.
+    /// the last one is open to the newest position `end`. What lies in the future of a query, or was not admitted, is
+    /// still in it.
     pub fn ranges(&self, t: usize, kv_head: usize, end: usize) -> Vec<Range<usize>> {
         let Some(heads) = self.tile_of(t).and_then(|tile| tile.heads.as_ref()) else { return vec![0..end] };
         let size = self.limits.block_size;
@@ -92,12 +130,38 @@ impl BlockSelection {
     }
 }
 
+impl Selection {
+    /// The queries of a step that share what they may read: pieces of at most `most` queries, aligned to absolute positions.
+    pub(crate) fn pieces(&self, step: Step, most: usize) -> Vec<Range<usize>> {
+        let cut = |queries: Range<usize>| {
+            let mut t = queries.start;
+            std::iter::from_fn(move || {
+                let piece = t..queries.end.min((t / most + 1) * most);
+                t = piece.end;
+                (!piece.is_empty()).then_some(piece)
+            })
+        };
+        match self {
+            Self::Every => cut(step.start..step.end()).collect(),
+            Self::Blocks(blocks) => blocks.tiles().flat_map(cut).collect(),
+        }
+    }
+
+    /// See [`BlockSelection::ranges`].
+    pub(crate) fn ranges(&self, t: usize, kv_head: usize, end: usize, store: &LayerStore) -> Vec<Range<usize>> {
+        match self {
+            Self::Every => vec![store.first_visible(t)..end],
+            Self::Blocks(blocks) => blocks.ranges(t, kv_head, end),
+        }
+    }
+}
+
 /// Turns scores into a selection. Deterministic: equal scores, equal selection.
 ///
 /// Per tile and head, block 0 and the edges of all its queries are forced. The other blocks that lie before some
-/// query's edge follow, best score first and of equal ones the later, as long as all fit the budget: so a larger budget
-/// selects a superset.
-pub fn select(scores: &BlockScores, limits: &Limits, step: Step, kv_heads: usize) -> Selection {
+/// query's edge and hold an admitted token follow, best score first and of equal ones the later, as long as the tokens
+/// of all fit the budget: so a larger budget selects a superset.
+pub fn select(scores: &BlockScores, limits: &Limits, step: Step, store: &LayerStore) -> Selection {
     if matches!(scores, BlockScores::Every) {
         return Selection::Every;
     }
@@ -108,7 +172,7 @@ pub fn select(scores: &BlockScores, limits: &Limits, step: Step, kv_heads: usize
         let heads = if limits.is_dense(&queries, step) {
             None
         } else {
-            Some((0..kv_heads).map(|head| tile_blocks(scores, limits, queries.clone(), step, head)).collect())
+            Some((0..store.shape().kv_heads()).map(|head| tile_blocks(scores, limits, queries.clone(), step, head, store)).collect())
         };
         t = queries.end;
         tiles.push(Tile { queries, heads });
@@ -120,30 +184,34 @@ pub fn select(scores: &BlockScores, limits: &Limits, step: Step, kv_heads: usize
 }
 
 /// The blocks of one tile and head, ascending.
-fn tile_blocks(scores: &BlockScores, limits: &Limits, queries: Range<usize>, step: Step, head: usize) -> Vec<usize> {
+fn tile_blocks(scores: &BlockScores, limits: &Limits, queries: Range<usize>, step: Step, head: usize, store: &LayerStore) -> Vec<usize> {
     let Some(last) = queries.clone().filter_map(|t| limits.edge(t)).max() else { return Vec::new() };
     let first = queries.clone().find_map(|t| limits.edge(t)).unwrap_or(last);
+    let tokens = |block: usize| match store.admitted(head) {
+        None => limits.block_size,
+        Some(_) => store.count_admitted(head, block * limits.block_size..(block + 1) * limits.block_size),
+    };
     let mut chosen = vec![false; last + 1];
     chosen[0] = true;
     // Neighbouring queries have the same edge or neighbouring ones.
     chosen[first..].fill(true);
-    let mut total = chosen.iter().filter(|chosen| **chosen).count() * limits.block_size;
-    let mut candidates: Vec<(f32, usize)> = match scores {
-        BlockScores::Every | BlockScores::Forced => Vec::new(),
-        BlockScores::PerQuery(scores) => (1..first)
-            .map(|block| {
-                let rows = queries.clone().filter(|t| limits.edge(*t).is_some_and(|edge| block < edge));
-                (rows.map(|t| scores.get(t - step.start, head, block)).fold(f32::NEG_INFINITY, f32::max), block)
-            })
-            .collect(),
-    };
-    candidates.sort_unstable_by(|a, b| b.0.total_cmp(&a.0).then(b.1.cmp(&a.1)));
-    for (_, block) in candidates {
-        if limits.budget.is_some_and(|budget| total + limits.block_size > budget) {
-            break;
+    let mut total: usize = (0..=last).filter(|block| chosen[*block]).map(tokens).sum();
+    let budget = limits.budget.limit(store.count_admitted(head, 0..queries.end.saturating_sub(limits.window)));
+    if let BlockScores::PerQuery(scores) = scores {
+        let score = |block: usize| {
+            let rows = queries.clone().filter(|t| limits.edge(*t).is_some_and(|edge| block < edge));
+            rows.map(|t| scores.get(t - step.start, head, block)).fold(f32::NEG_INFINITY, f32::max)
+        };
+        let mut candidates: Vec<(f32, usize)> = (1..first).filter(|block| tokens(*block) > 0).map(|block| (score(block), block)).collect();
+        candidates.sort_unstable_by(|a, b| b.0.total_cmp(&a.0).then(b.1.cmp(&a.1)));
+        for (_, block) in candidates {
+            let more = tokens(block);
+            if total + more > budget {
+                break;
+            }
+            chosen[block] = true;
+            total += more;
         }
-        chosen[block] = true;
-        total += limits.block_size;
     }
     (0..=last).filter(|block| chosen[*block]).collect()
 }

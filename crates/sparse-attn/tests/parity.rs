@@ -2,17 +2,20 @@
 
 use candle_core::{DType, Device, Result, Tensor};
 use sparse_attn::backend::{AttentionBackend, Cpu, Reference};
-use sparse_attn::{AttentionInput, HeadShape, KvCache, LayerSpec, RoutedAttention};
+use sparse_attn::{AttentionInput, HeadShape, KvCache, KvDtype, LayerSpec, RoutedAttention};
 use std::sync::Arc;
 
 /// `q_heads, kv_heads, head_dim, sliding_window, tokens`
-const CASES: [(usize, usize, usize, Option<usize>, usize); 6] = [
+const CASES: [(usize, usize, usize, Option<usize>, usize); 9] = [
     (4, 2, 16, None, 97),
     (9, 3, 64, None, 700),
     (8, 1, 64, Some(100), 700),
     (3, 3, 16, Some(8), 75),
     (4, 1, 256, Some(64), 130),
     (2, 2, 8, Some(1), 70),
+    (16, 1, 80, None, 150),
+    (6, 2, 96, None, 150),
+    (7, 1, 128, Some(33), 150),
 ];
 
 fn backends() -> Vec<Arc<dyn AttentionBackend>> {
@@ -29,7 +32,7 @@ struct Case {
 impl Case {
     fn new((q_heads, kv_heads, head_dim, sliding_window, tokens): (usize, usize, usize, Option<usize>, usize)) -> Result<Self> {
         let random = |heads, seed| normal(seed, tokens * heads * head_dim)?.reshape((tokens, heads, head_dim));
-        let spec = LayerSpec { shape: HeadShape::new(q_heads, kv_heads, head_dim)?, sliding_window };
+        let spec = LayerSpec { sliding_window, ..LayerSpec::full(HeadShape::new(q_heads, kv_heads, head_dim)?) };
         Ok(Self { spec, q: random(q_heads, 1)?, k: random(kv_heads, 2)?, v: random(kv_heads, 3)? })
     }
 
@@ -37,9 +40,9 @@ impl Case {
         self.q.dims()[0]
     }
 
-    fn run(&self, backend: &Arc<dyn AttentionBackend>, dtype: DType, chunk: usize) -> Result<Tensor> {
+    fn run(&self, backend: &Arc<dyn AttentionBackend>, dtype: KvDtype, chunk: usize) -> Result<Tensor> {
         let attention = RoutedAttention::dense(backend.clone());
-        let mut cache = KvCache::new(&[self.spec], dtype, &Device::Cpu, 0)?;
+        let mut cache = KvCache::new(&[self.spec], dtype.into(), &Device::Cpu, 0)?;
         let mut parts = Vec::new();
         while cache.len() < self.tokens() {
             let step = cache.reserve(chunk.min(self.tokens() - cache.len()))?;
@@ -73,7 +76,7 @@ fn every_backend_equals_the_reference_in_every_dtype_and_chunking() -> Result<()
     let reference: Arc<dyn AttentionBackend> = Arc::new(Reference);
     for case in CASES {
         let data = Case::new(case)?;
-        for dtype in [DType::F32, DType::F16, DType::BF16] {
+        for dtype in KvDtype::ALL {
             let want = data.run(&reference, dtype, data.tokens())?;
             for backend in backends() {
                 for chunk in [data.tokens(), 64, 7, 1] {
@@ -89,7 +92,7 @@ fn every_backend_equals_the_reference_in_every_dtype_and_chunking() -> Result<()
 #[test]
 fn the_reference_is_the_textbook_formula() -> Result<()> {
     let data = Case::new((4, 2, 16, Some(20), 50))?;
-    let got = data.run(&(Arc::new(Reference) as Arc<dyn AttentionBackend>), DType::F32, 50)?.to_vec3::<f32>()?;
+    let got = data.run(&(Arc::new(Reference) as Arc<dyn AttentionBackend>), KvDtype::F32, 50)?.to_vec3::<f32>()?;
     let (q, k, v) = (data.q.to_vec3::<f32>()?, data.k.to_vec3::<f32>()?, data.v.to_vec3::<f32>()?);
     for t in 0..50usize {
         for head in 0..4 {
@@ -112,11 +115,11 @@ fn a_key_in_the_future_changes_nothing_even_if_it_is_nan() -> Result<()> {
         for case in [CASES[0], CASES[2]] {
             let data = Case::new(case)?;
             let cut = data.tokens() / 2;
-            let before = data.run(&backend, DType::F32, data.tokens())?.narrow(0, 0, cut)?;
+            let before = data.run(&backend, KvDtype::F32, data.tokens())?.narrow(0, 0, cut)?;
             let with_future = |factor: f64| -> Result<Tensor> {
                 let poison = |x: &Tensor| Tensor::cat(&[&x.narrow(0, 0, cut)?, &(x.narrow(0, cut, data.tokens() - cut)? * factor)?], 0);
                 let poisoned = Case { spec: data.spec, q: data.q.clone(), k: poison(&data.k)?, v: poison(&data.v)? };
-                poisoned.run(&backend, DType::F32, data.tokens())?.narrow(0, 0, cut)
+                poisoned.run(&backend, KvDtype::F32, data.tokens())?.narrow(0, 0, cut)
             };
             let name = format!("{} {case:?}", backend.name());
             assert_eq!(max_difference(&before, &with_future(1000.0)?)?, 0.0, "{name}");
@@ -134,7 +137,7 @@ fn a_failed_step_leaves_the_cache_as_it_was() -> Result<()> {
         let data = Case::new(CASES[2])?;
         let attention = RoutedAttention::dense(backend);
         let run = |fail: bool| -> Result<Tensor> {
-            let mut cache = KvCache::new(&[data.spec], DType::F32, &Device::Cpu, 0)?;
+            let mut cache = KvCache::new(&[data.spec], KvDtype::F32.into(), &Device::Cpu, 0)?;
             let mut last = None;
             for start in (0..640).step_by(64) {
                 let part = |x: &Tensor, at| x.narrow(0, at, 64);
@@ -170,11 +173,11 @@ fn truncating_and_writing_again_equals_never_having_written() -> Result<()> {
         cache.commit(step)?;
         Ok(out)
     };
-    let mut straight = KvCache::new(&[data.spec], DType::F32, &Device::Cpu, 0)?;
+    let mut straight = KvCache::new(&[data.spec], KvDtype::F32.into(), &Device::Cpu, 0)?;
     feed(&mut straight, 0, 400, 0)?;
     let want = feed(&mut straight, 400, 50, 400)?;
 
-    let mut detour = KvCache::new(&[data.spec], DType::F32, &Device::Cpu, 0)?;
+    let mut detour = KvCache::new(&[data.spec], KvDtype::F32.into(), &Device::Cpu, 0)?;
     feed(&mut detour, 0, 400, 0)?;
     feed(&mut detour, 400, 60, 500)?;
     assert!(detour.oldest_restorable() <= 400);
@@ -194,12 +197,12 @@ fn truncating_and_writing_again_equals_never_having_written() -> Result<()> {
 #[test]
 fn reported_bytes_are_allocated_bytes_and_a_window_bounds_them() -> Result<()> {
     let shape = HeadShape::new(4, 2, 64)?;
-    let full = LayerSpec { shape, sliding_window: None };
-    let cache = KvCache::new(&[full], DType::F16, &Device::Cpu, 1000)?;
+    let full = LayerSpec::full(shape);
+    let cache = KvCache::new(&[full], KvDtype::F16.into(), &Device::Cpu, 1000)?;
     assert_eq!(cache.allocated_bytes(), 2 * 16 * 64 * 2 * 64 * 2); // k and v, 16 pages of 64, 2 heads of 64, 2 bytes
-    assert_eq!(cache.allocated_bytes(), KvCache::planned_bytes(&[full], DType::F16, 1000));
-    let sliding = LayerSpec { shape, sliding_window: Some(128) };
-    assert_eq!(KvCache::planned_bytes(&[sliding], DType::F16, 100_000), 2 * 4 * 64 * 2 * 64 * 2);
+    assert_eq!(cache.allocated_bytes(), KvCache::planned_bytes(&[full], KvDtype::F16.into(), 1000));
+    let sliding = LayerSpec { sliding_window: Some(128), ..full };
+    assert_eq!(KvCache::planned_bytes(&[sliding], KvDtype::F16.into(), 100_000), 2 * 4 * 64 * 2 * 64 * 2);
     Ok(())
 }
 
@@ -207,7 +210,7 @@ fn reported_bytes_are_allocated_bytes_and_a_window_bounds_them() -> Result<()> {
 fn shapes_that_do_not_fit_are_errors_with_both_shapes() -> Result<()> {
     for backend in backends().into_iter().chain([Arc::new(Reference) as _]) {
         let data = Case::new(CASES[0])?;
-        let mut cache = KvCache::new(&[data.spec], DType::F32, &Device::Cpu, 0)?;
+        let mut cache = KvCache::new(&[data.spec], KvDtype::F32.into(), &Device::Cpu, 0)?;
         let step = cache.reserve(5)?;
         let wrong = Tensor::zeros((5, 3, 16), DType::F32, &Device::Cpu)?;
         let attention = RoutedAttention::dense(backend);

@@ -1,11 +1,12 @@
 //! `foveate bench`: prefill and decode rates at depths, in llama-bench's words.
 
 use super::statistics::mean_and_deviation;
-use crate::args::{AttentionChoice, Bench, OutputFormat};
+use crate::args::{Bench, OutputFormat};
 use crate::engine::{Checkpoint, Engine};
 use crate::failure::{Failure, Kind, unexpected};
 use crate::interrupt::Interrupt;
 use crate::plan::CHUNK;
+use crate::routing;
 use crate::source::Hub;
 use crate::ui::{Ui, bytes, stdout};
 use anyhow::Result;
@@ -40,7 +41,10 @@ impl Row {
 }
 
 pub(crate) fn run(args: &Bench, hub: &Hub, ui: Ui, interrupt: &Interrupt) -> Result<u8> {
-    let checkpoint = Checkpoint::open(&args.model, &args.template, hub)?;
+    if args.crossover {
+        return super::crossover::run(args, hub, ui, interrupt);
+    }
+    let checkpoint = Checkpoint::open(&args.model, &args.template, &args.attention, hub)?;
     let context = checkpoint.context(&args.model, ui)?;
     let deepest = args.depth.iter().copied().max().unwrap_or(0) as usize;
     let longest = deepest + args.prompt.max(args.generate) as usize + 1;
@@ -48,11 +52,12 @@ pub(crate) fn run(args: &Bench, hub: &Hub, ui: Ui, interrupt: &Interrupt) -> Res
         let why = format!("depth {deepest} and what is measured there take {longest} tokens, ctx is {context}");
         return Err(Failure::new(Kind::ContextOverflow, "the deepest test does not fit the context").why(why).hint("smaller -d").into());
     }
-    let engine = checkpoint.load(longest, &args.model, &args.attention)?;
+    let engine = checkpoint.load(longest, &args.model)?;
     ui.say(engine.banner(context));
-    let mut attentions = vec![("dense", engine.attention.to_dense())];
-    if args.attention.attn == AttentionChoice::Routed {
-        attentions.push(("routed", engine.attention.clone()));
+    let attention = &engine.checkpoint.attention;
+    let mut attentions = vec![("dense", attention.to_dense())];
+    if routing::is_routed(attention) {
+        attentions.push(("routed", attention.clone()));
     }
     let mut rows = Vec::new();
     for depth in &args.depth {
@@ -135,7 +140,7 @@ fn measure(
 
 fn print(args: &Bench, engine: &Engine, rows: &[Row], ui: Ui) -> Result<()> {
     let model = format!("{} {}", engine.checkpoint.located.id, engine.checkpoint.weights.dtype_name());
-    let device = format!("{} x{}", engine.attention.backend_name(), candle_core::utils::get_num_threads());
+    let device = format!("{} x{}", engine.checkpoint.attention.backend_name(), candle_core::utils::get_num_threads());
     let format = if ui.json { OutputFormat::Json } else { args.output };
     match format {
         OutputFormat::Md => {

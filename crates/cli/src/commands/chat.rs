@@ -33,13 +33,13 @@ pub(crate) fn run(args: &Chat, hub: &Hub, ui: Ui, interrupt: &Interrupt) -> Resu
     if ui.json {
         return Err(Failure::new(Kind::Usage, "chat has no JSON form").hint("foveate generate --json").into());
     }
-    let checkpoint = Checkpoint::open(&args.model, &args.template, hub)?;
+    let checkpoint = Checkpoint::open(&args.model, &args.template, &args.attention, hub)?;
     let options = checkpoint.sampler_options(&args.sampling)?;
     let context = checkpoint.context(&args.model, ui)?;
     if checkpoint.template.is_none() {
         ui.say("this model has no chat template: it continues your text as it stands (a base model, perhaps)");
     }
-    let engine = checkpoint.load(context, &args.model, &args.attention)?;
+    let engine = checkpoint.load(context, &args.model)?;
     ui.say(format!("{} · seed {}", engine.banner(context), options.seed));
     let session = engine.session(FIRST_CAPACITY.min(context))?;
     let mut chat = Conversation {

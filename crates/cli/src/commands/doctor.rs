@@ -6,11 +6,11 @@ use crate::plan;
 use crate::source::Hub;
 use crate::ui::{Ui, bytes, stdout};
 use anyhow::Result;
-use candle_core::{DType, Device, Tensor};
+use candle_core::{Device, Tensor};
 use model::message;
 use serde_json::json;
 use sparse_attn::backend::{AttentionBackend, Reference, for_device};
-use sparse_attn::{AttentionInput, HeadShape, KvCache, LayerSpec, RoutedAttention};
+use sparse_attn::{AttentionInput, HeadShape, KvCache, KvDtype, LayerSpec, RoutedAttention};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 
@@ -57,11 +57,7 @@ fn build() -> Check {
 
 fn processor() -> Check {
     let threads = candle_core::utils::get_num_threads();
-    let brand = std::fs::read_to_string("/proc/cpuinfo").ok().and_then(|text| {
-        let line = text.lines().find(|line| line.starts_with("model name"))?;
-        Some(line.split_once(':')?.1.trim().to_string())
-    });
-    let brand = brand.unwrap_or_else(|| std::env::consts::ARCH.to_string());
+    let brand = plan::processor();
     #[cfg(target_arch = "x86_64")]
     {
         let mut features = Vec::new();
@@ -106,8 +102,8 @@ fn kernel_error() -> candle_core::Result<(&'static str, f32)> {
     let random = |heads: usize| Tensor::randn(0f32, 1.0, (tokens, heads, 64), &device);
     let (q, k, v) = (random(6)?, random(2)?, random(2)?);
     let attend = |backend: Arc<dyn AttentionBackend>| {
-        let spec = LayerSpec { shape: HeadShape::new(6, 2, 64)?, sliding_window: None };
-        let mut cache = KvCache::new(&[spec], DType::F16, &device, tokens)?;
+        let spec = LayerSpec::full(HeadShape::new(6, 2, 64)?);
+        let mut cache = KvCache::new(&[spec], KvDtype::F16.into(), &device, tokens)?;
         let step = cache.reserve(tokens)?;
         RoutedAttention::dense(backend).forward(0, AttentionInput { hidden: &q, q: &q, k: &k, v: &v, scale: 0.125 }, step, &mut cache)
     };

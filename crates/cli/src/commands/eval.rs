@@ -1,17 +1,19 @@
-//! `foveate eval`: what routing costs in quality.
+//! `foveate eval`: what a setting costs in quality.
 
 use super::input::read_file;
 use super::statistics::mean_and_deviation;
-use crate::args::{AttentionArgs, AttentionChoice, EvalPpl};
+use crate::args::EvalPpl;
 use crate::engine::Checkpoint;
 use crate::failure::{Failure, Kind, unexpected};
 use crate::interrupt::Interrupt;
 use crate::plan::CHUNK;
+use crate::routing;
 use crate::source::Hub;
-use crate::ui::{Ui, stdout};
+use crate::ui::{Ui, bytes, stdout};
 use anyhow::Result;
-use model::score::{PositionScore, compare};
-use serde_json::json;
+use model::score::{Setting, SettingScore, compare};
+use serde_json::{Value, json};
+use sparse_attn::KvDtype;
 use std::ops::ControlFlow;
 
 /// Positions after the first routed one that are not scored, so that short contexts do not flatter.
@@ -19,10 +21,19 @@ const SETTLING: usize = 1024;
 
 pub(crate) fn ppl(args: &EvalPpl, hub: &Hub, ui: Ui, interrupt: &Interrupt) -> Result<u8> {
     let text = read_file(&args.file)?;
-    let checkpoint = Checkpoint::open(&args.model, &args.template, hub)?;
+    let checkpoint = Checkpoint::open(&args.model, &args.template, &args.attention, hub)?;
+    let flags = if args.with.is_empty() { std::slice::from_ref(&args.attention) } else { &args.with };
+    let settings = flags
+        .iter()
+        .map(|flags| Ok(Setting { attention: checkpoint.attention_of(flags)?, dtypes: routing::dtypes(flags) }))
+        .collect::<Result<Vec<_>>>()?;
     let context = checkpoint.context(&args.model, ui)?;
     let mut tokens = checkpoint.tokenizer.encode(&text, true)?;
-    let from = args.from.unwrap_or(args.attention.min_ctx.max(args.attention.window) as usize + SETTLING);
+    let begins = |setting: &Setting| {
+        let limits = setting.attention.routing().limits;
+        if limits.dense_len == usize::MAX { limits.window } else { limits.dense_len.max(limits.window) }
+    };
+    let from = args.from.unwrap_or_else(|| settings.iter().map(begins).max().unwrap_or(0) + SETTLING);
     if tokens.len() < from + 2 {
         let why = format!("{} tokens; scored are those after position {from}", tokens.len());
         return Err(Failure::new(Kind::Usage, "the text is too short").why(why).hint("a longer text, or --from N").into());
@@ -36,64 +47,95 @@ pub(crate) fn ppl(args: &EvalPpl, hub: &Hub, ui: Ui, interrupt: &Interrupt) -> R
         tokens.truncate(context);
     }
 
-    let kv_dtype = checkpoint.kv_dtype;
-    // Two caches: the memory of a context of twice the length.
-    let engine =
-        checkpoint.load(2 * tokens.len(), &args.model, &AttentionArgs { attn: AttentionChoice::Routed, ..args.attention.clone() })?;
+    // A cache for each: the memory of a context that many times as long.
+    let engine = checkpoint.load((1 + settings.len()) * tokens.len(), &args.model)?;
     ui.say(engine.banner(context));
-    let dense = engine.attention.to_dense();
+    let reference = Setting { attention: engine.checkpoint.attention.to_dense(), dtypes: KvDtype::F16.into() };
     let bar = ui.token_bar("eval", tokens.len() as u64);
-    let scores = compare(engine.model.as_ref(), [&dense, &engine.attention], &tokens, from, kv_dtype, CHUNK, |done| {
+    let scores = compare(engine.model.as_ref(), &reference, &settings, &tokens, from, CHUNK, |done| {
         bar.set_position(done as u64);
         if interrupt.is_set() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
     });
     bar.finish_and_clear();
     let scores = scores.map_err(unexpected)?;
     if interrupt.is_set() {
-        return Err(Failure::new(Kind::Interrupted, format!("stopped after {} positions", scores.len())).into());
+        let scored = scores.first().map_or(0, |score| score.positions.len());
+        return Err(Failure::new(Kind::Interrupted, format!("stopped after {scored} positions")).into());
     }
-    report(args, &scores, tokens.len(), &engine.checkpoint.located.id, ui)
+    report(args, &settings, &scores, tokens.len(), &engine.checkpoint.located.id, ui)
 }
 
-fn report(args: &EvalPpl, scores: &[PositionScore], tokens: usize, model: &str, ui: Ui) -> Result<u8> {
-    let dense = perplexity(scores.iter().map(|score| score.nll[0]));
-    let routed = perplexity(scores.iter().map(|score| score.nll[1]));
-    let mut kl: Vec<f64> = scores.iter().map(|score| score.kl).collect();
-    kl.sort_unstable_by(f64::total_cmp);
-    let mean = kl.iter().sum::<f64>() / kl.len() as f64;
-    let (p99, max) = (kl[(kl.len() * 99 / 100).min(kl.len() - 1)], kl[kl.len() - 1]);
-    let top = scores.iter().filter(|score| score.same_top).count() as f64 / scores.len() as f64;
-    let change = routed.0 / dense.0 - 1.0;
-    let attention = &args.attention;
-    let name = format!("{} b{} B{} W{}", attention.block_router, attention.budget, attention.block, attention.window);
+/// What a setting's positions say together.
+struct Summary {
+    ppl: (f64, f64),
+    change: f64,
+    kl: [f64; 3], // mean, p99, max
+    same_top: f64,
+    density: f64,
+}
+
+impl Summary {
+    fn new(score: &SettingScore) -> Self {
+        let positions = &score.positions;
+        let (dense, ppl) =
+            (perplexity(positions.iter().map(|position| position.nll[0])), perplexity(positions.iter().map(|position| position.nll[1])));
+        let mut kl: Vec<f64> = positions.iter().map(|position| position.kl).collect();
+        kl.sort_unstable_by(f64::total_cmp);
+        let mean = kl.iter().sum::<f64>() / kl.len() as f64;
+        Self {
+            ppl,
+            change: ppl.0 / dense.0 - 1.0,
+            kl: [mean, kl[(kl.len() * 99 / 100).min(kl.len() - 1)], kl[kl.len() - 1]],
+            same_top: positions.iter().filter(|position| position.same_top).count() as f64 / positions.len() as f64,
+            density: score.read.read as f64 / score.read.visible.max(1) as f64,
+        }
+    }
+
+    fn document(&self, setting: &Setting, score: &SettingScore) -> Value {
+        json!({
+            "attn": routing::document(&setting.attention),
+            "kv_dtypes": {"k": setting.dtypes.k.name(), "v": setting.dtypes.v.name()},
+            "ppl": self.ppl.0, "stderr": self.ppl.1, "ppl_change": self.change,
+            "kl_mean": self.kl[0], "kl_p99": self.kl[1], "kl_max": self.kl[2], "same_top1": self.same_top,
+            "density": self.density, "kv_bytes": score.kv_bytes,
+        })
+    }
+}
+
+fn report(args: &EvalPpl, settings: &[Setting], scores: &[SettingScore], tokens: usize, model: &str, ui: Ui) -> Result<u8> {
+    let summaries: Vec<Summary> = scores.iter().map(Summary::new).collect();
+    let dense = perplexity(scores[0].positions.iter().map(|position| position.nll[0]));
+    let scored = scores[0].positions.len();
     if ui.json {
+        let rows = settings.iter().zip(scores).zip(&summaries);
+        let rows: Vec<Value> = rows.map(|((setting, score), summary)| summary.document(setting, score)).collect();
         let document = json!({
-            "schema": "foveate.eval.ppl/1",
-            "model": model,
-            "tokens": tokens,
-            "scored": scores.len(),
-            "dense": {"ppl": dense.0, "stderr": dense.1},
-            "routed": {
-                "block_router": attention.block_router, "budget": attention.budget, "block": attention.block,
-                "window": attention.window, "min_ctx": attention.min_ctx,
-                "ppl": routed.0, "stderr": routed.1, "ppl_change": change,
-                "kl_mean": mean, "kl_p99": p99, "kl_max": max, "same_top1": top,
-            },
+            "schema": "foveate.eval.ppl/1", "model": model, "tokens": tokens, "scored": scored,
+            "dense": {"ppl": dense.0, "stderr": dense.1}, "settings": rows,
         });
         stdout(&format!("{document}\n"))?;
     } else {
-        stdout(&format!("{tokens} tokens, the last {} scored\n", scores.len()))?;
-        stdout(&format!("  dense   PPL {:.4} ± {:.4}\n", dense.0, dense.1))?;
-        stdout(&format!(
-            "  routed  PPL {:.4} ± {:.4} ({:+.2} %)   KL {mean:.4} (p99 {p99:.3}, max {max:.2})   same top-1 {:.1} %   [{name}]\n",
-            routed.0,
-            routed.1,
-            100.0 * change,
-            100.0 * top
-        ))?;
+        stdout(&format!("{tokens} tokens, the last {scored} scored\n"))?;
+        stdout(&format!("  PPL {:.4} ± {:.4}   dense, f16 KV\n", dense.0, dense.1))?;
+        for ((setting, score), summary) in settings.iter().zip(scores).zip(&summaries) {
+            stdout(&format!(
+                "  PPL {:.4} ± {:.4} ({:+.2} %)   KL {:.4} (p99 {:.3}, max {:.2})   same top-1 {:.1} %   keys read {:.1} %   KV {}   [{}]\n",
+                summary.ppl.0,
+                summary.ppl.1,
+                100.0 * summary.change,
+                summary.kl[0],
+                summary.kl[1],
+                summary.kl[2],
+                100.0 * summary.same_top,
+                100.0 * summary.density,
+                bytes(score.kv_bytes as u64),
+                routing::short(&setting.attention, setting.dtypes)
+            ))?;
+        }
     }
-    if let Some(most) = args.max_kld.filter(|most| mean > *most) {
-        return Err(Failure::new(Kind::Gate, format!("KL {mean:.4} is above --max-kld {most}")).hint("a larger --budget").into());
+    let worst = summaries.iter().map(|summary| summary.kl[0]).fold(0.0, f64::max);
+    if let Some(most) = args.max_kld.filter(|most| worst > *most) {
+        return Err(Failure::new(Kind::Gate, format!("KL {worst:.4} is above --max-kld {most}")).hint("a larger --budget").into());
     }
     Ok(0)
 }

@@ -7,6 +7,7 @@ use crate::engine::{Checkpoint, Engine, chat_prompt};
 use crate::failure::{Failure, Kind};
 use crate::interrupt::Interrupt;
 use crate::plan;
+use crate::routing;
 use crate::source::Hub;
 use crate::text::Message;
 use crate::ui::{Ui, bytes, stdout};
@@ -22,7 +23,7 @@ const DEFAULT_MAX_TOKENS: usize = 512;
 
 pub(crate) fn run(args: &Generate, hub: &Hub, ui: Ui, interrupt: &Interrupt) -> Result<u8> {
     let text = if args.prompt_ids.is_empty() { Some(prompt_text(args)?) } else { None };
-    let checkpoint = Checkpoint::open(&args.model, &args.template, hub)?;
+    let checkpoint = Checkpoint::open(&args.model, &args.template, &args.attention, hub)?;
     let prompt = prompt_ids(args, text.as_deref(), &checkpoint, ui)?;
     let options = checkpoint.sampler_options(&args.sampling)?;
     let mut sampler = Sampler::new(options.clone()).map_err(|error| Failure::new(Kind::Usage, message(&error)))?;
@@ -31,7 +32,7 @@ pub(crate) fn run(args: &Generate, hub: &Hub, ui: Ui, interrupt: &Interrupt) -> 
     let max_tokens = args.max_tokens.unwrap_or(DEFAULT_MAX_TOKENS);
     check_context(prompt.len(), args.max_tokens, context, &checkpoint)?;
     let room = context.min(prompt.len() + max_tokens);
-    let engine = checkpoint.load(room, &args.model, &args.attention)?;
+    let engine = checkpoint.load(room, &args.model)?;
     ui.say(engine.banner(context));
     let recommended = engine.checkpoint.defaults.describe();
     if !recommended.is_empty() {
@@ -139,7 +140,7 @@ fn check_context(prompt: usize, asked: Option<usize>, context: usize, checkpoint
     let trained = checkpoint.config().context;
     let needed = prompt + generate;
     let hint = if needed <= trained {
-        let kv = plan::Plan::new(checkpoint.config(), 0, checkpoint.kv_dtype, needed).kv;
+        let kv = plan::Plan::new(checkpoint.config(), 0, checkpoint.storage(), needed).kv;
         format!("-c {needed}   ({} of KV)", bytes(kv))
     } else if prompt < context {
         format!("-n {}", context - prompt)
@@ -172,23 +173,6 @@ fn announce(reply: &Reply, session: &Session, options: &SamplerOptions, args: &G
     ));
 }
 
-/// How attention was routed.
-fn attention(engine: &Engine) -> Value {
-    let routing = engine.attention.routing();
-    if !engine.is_routed() {
-        return json!({"mode": "dense"});
-    }
-    json!({
-        "mode": "routed",
-        "block_router": routing.block_router.name(),
-        "budget": routing.limits.budget,
-        "block": routing.limits.block_size,
-        "window": routing.limits.window,
-        "min_ctx": routing.limits.dense_len,
-        "dense_layers": routing.dense_layers,
-    })
-}
-
 fn document(engine: &Engine, reply: &Reply, session: &Session, prompt: &[u32], options: &SamplerOptions) -> Value {
     let located = &engine.checkpoint.located;
     let mut document = json!({
@@ -199,8 +183,8 @@ fn document(engine: &Engine, reply: &Reply, session: &Session, prompt: &[u32], o
             "sha256": located.sha256,
             "quant": engine.checkpoint.weights.dtype_name(),
         },
-        "device": engine.attention.backend_name(),
-        "attn": attention(engine),
+        "device": engine.checkpoint.attention.backend_name(),
+        "attn": routing::document(&engine.checkpoint.attention),
         "prompt_tokens": prompt.len(),
         "output_tokens": reply.tokens.len(),
         "prompt_token_ids": prompt,
@@ -216,6 +200,7 @@ fn document(engine: &Engine, reply: &Reply, session: &Session, prompt: &[u32], o
         },
         "kv_read_bytes_per_token": session.read_count().bytes,
         "density": density(session),
+        "kv_dtypes": {"k": engine.checkpoint.dtypes.k.name(), "v": engine.checkpoint.dtypes.v.name()},
         "memory": {"weights_bytes": engine.plan.weights, "kv_bytes": session.kv_bytes(), "peak_bytes": plan::peak_bytes()},
     });
     if reply.tokens.iter().any(|token| token.logprobs.is_some()) {

@@ -3,6 +3,7 @@
 pub(crate) mod bench;
 pub(crate) mod chat;
 pub(crate) mod completions;
+mod crossover;
 pub(crate) mod doctor;
 pub(crate) mod eval;
 pub(crate) mod generate;

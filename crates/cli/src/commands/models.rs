@@ -10,6 +10,7 @@ use candle_core::Device;
 use comfy_table::{Table, presets};
 use model::Weights;
 use serde_json::json;
+use sparse_attn::{KvCache, KvDtype};
 use std::io::{IsTerminal, Write};
 use std::time::SystemTime;
 
@@ -139,7 +140,7 @@ pub(crate) fn show(args: &OneModel, hub: &Hub, ui: Ui) -> Result<u8> {
     let weights = Weights::open(&located.path, &Device::Cpu, None).map_err(damaged)?;
     let config = weights.config();
     let heads = config.heads;
-    let kv = crate::plan::Plan::new(config, 0, candle_core::DType::F16, config.context).kv;
+    let kv = KvCache::planned_bytes(&config.layer_specs(), KvDtype::F16.into(), config.context) as u64;
     let sliding = config.sliding_window.iter().flatten().count();
     let licence = located.manifest.map(|manifest| manifest.body.licence.clone());
     let licence = licence.or_else(|| weights.gguf().and_then(|file| Some(file.optional_string("general.license").ok()??.to_string())));

@@ -32,13 +32,16 @@ pub(crate) fn hf_home() -> Result<PathBuf> {
     if let Some(dir) = variable("HF_HOME") {
         return Ok(dir);
     }
-    let cache = variable("XDG_CACHE_HOME")
-        .or_else(|| std::env::home_dir().filter(|home| !home.as_os_str().is_empty()).map(|home| home.join(".cache")));
-    cache.map(|dir| dir.join("huggingface")).ok_or_else(|| {
+    user_cache().map(|dir| dir.join("huggingface")).ok_or_else(|| {
         Failure::new(Kind::NotFound, "no place to keep models: neither HOME, HF_HOME nor HF_HUB_CACHE is set")
             .hint("--cache-dir DIR")
             .into()
     })
+}
+
+/// Where programs keep what can be made again.
+pub(crate) fn user_cache() -> Option<PathBuf> {
+    variable("XDG_CACHE_HOME").or_else(|| std::env::home_dir().filter(|home| !home.as_os_str().is_empty()).map(|home| home.join(".cache")))
 }
 
 /// A repository's part of the cache, at a revision.

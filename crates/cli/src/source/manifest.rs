@@ -2,6 +2,7 @@
 
 use super::{Checksum, Hub, Located, cache, mirror};
 use crate::failure::{Failure, Kind};
+use crate::routing::RoutingDefaults;
 use anyhow::{Context, Result};
 use hf_hub::Cache;
 use serde::Deserialize;
@@ -21,14 +22,14 @@ static MANIFESTS: LazyLock<Vec<Manifest>> = LazyLock::new(|| {
 });
 
 /// One checkpoint: a single GGUF file, and where it can be had.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug, PartialEq)]
 pub(crate) struct Manifest {
     /// The file's name without `.toml`, which users type.
     pub(crate) name: &'static str,
     pub(crate) body: Body,
 }
 
-#[derive(Debug, PartialEq, Eq, Deserialize)]
+#[derive(Debug, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct Body {
     /// One line for people.
@@ -47,6 +48,8 @@ pub(crate) struct Body {
     pub(crate) hub: HubFile,
     /// Tried next, where the Hub is out of reach.
     pub(crate) mirror: Option<mirror::Packages>,
+    /// What was measured to be good for it.
+    pub(crate) routing: Option<RoutingDefaults>,
 }
 
 #[derive(Debug, PartialEq, Eq, Deserialize)]
@@ -150,6 +153,8 @@ mod tests {
             assert!(model::arch::NAMES.contains(&body.architecture.as_str()), "{}: {}", manifest.name, body.architecture);
             assert!(body.hub.file.ends_with(".gguf") && body.hub.repo.split('/').count() == 2, "{}", manifest.name);
             assert!(body.bytes > 0 && body.context > 0 && !body.licence.is_empty() && !body.description.is_empty(), "{}", manifest.name);
+            let routing = body.routing.clone().unwrap_or_default();
+            assert!(sparse_attn::block_router::by_name(&routing.block_router).is_some(), "{}: {}", manifest.name, routing.block_router);
             assert!(body.mirror.as_ref().is_none_or(|mirror| !mirror.parts().is_empty()), "{}", manifest.name);
         }
     }

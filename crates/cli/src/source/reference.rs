@@ -6,7 +6,7 @@ use anyhow::Result;
 use std::fmt;
 use std::path::{Path, PathBuf};
 
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub(crate) enum ModelReference {
     /// A name of `models/*.toml`.
     Manifest(&'static Manifest),

@@ -23,7 +23,7 @@ pub fn foveate(home: &Path) -> Command {
             command.env_remove(name);
         }
     }
-    command.env("HF_HOME", home).env("RUST_BACKTRACE", "0");
+    command.env("HF_HOME", home).env("XDG_CACHE_HOME", home).env("RUST_BACKTRACE", "0");
     command
 }
 

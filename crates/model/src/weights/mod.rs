@@ -11,6 +11,7 @@ use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{DType, Device, Result, Tensor, bail};
 use gguf::GgufFile;
 use safetensors::SafetensorsFiles;
+use sha2::{Digest, Sha256};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -107,6 +108,28 @@ impl Weights {
             (_, Some(dtype)) => format!("{dtype:?}").to_lowercase(),
             (_, None) => "f32".to_string(),
         }
+    }
+
+    /// Names the model, however its matrices are quantised: a hash of its shape and of some norms, which no format
+    /// rounds further than bf16.
+    ///
+    /// # Errors
+    /// If a norm cannot be read.
+    pub fn fingerprint(&self) -> Result<String> {
+        let Config { model_type, hidden_size, num_layers, vocab_size, heads, .. } = &self.config;
+        let (q, kv, dim) = (heads.q_heads(), heads.kv_heads(), heads.head_dim());
+        let mut hash = Sha256::new();
+        hash.update(format!("{model_type} {hidden_size} {num_layers} {vocab_size} {q} {kv} {dim}"));
+        // Gemma's norms multiply by 1 + w; the GGUF converter stores that sum.
+        let shift = if model_type.starts_with("gemma") && self.gguf().is_none() { 1.0 } else { 0.0 };
+        let norm = Name { hf: "input_layernorm.weight", gguf: "attn_norm.weight" };
+        let last = Name { hf: "model.norm.weight", gguf: "output_norm.weight" };
+        for (scope, name) in [(self.layer(0), norm), (self.layer(num_layers - 1), norm), (self.root(), last)] {
+            for x in scope.tensor(name, &[*hidden_size])?.to_device(&Device::Cpu)?.to_vec1::<f32>()? {
+                hash.update(half::bf16::from_f32(x + shift).to_le_bytes());
+            }
+        }
+        Ok(hash.finalize()[..16].iter().map(|byte| format!("{byte:02x}")).collect())
     }
 
     /// The tensors of decoder layer `layer`.

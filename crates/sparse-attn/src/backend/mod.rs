@@ -8,7 +8,6 @@ pub use reference::Reference;
 
 use crate::cache::{LayerStore, Step};
 use crate::select::Selection;
-use crate::token_router::Admission;
 use candle_core::{Device, Result, Tensor, bail};
 use std::sync::Arc;
 
@@ -17,12 +16,12 @@ pub trait AttentionBackend: std::fmt::Debug + Send + Sync {
     /// The name users see.
     fn name(&self) -> &'static str;
 
-    /// Stores the keys and values of `step`, each `[step.len, kv_heads, head_dim]`, in the pages that
-    /// were reserved for them.
+    /// Stores the keys and values of `step`, each `[step.len, kv_heads, head_dim]`, in the slots that
+    /// were reserved for them, after [`LayerStore::take_moves`].
     ///
     /// # Errors
     /// If a shape does not fit the store.
-    fn write(&self, k: &Tensor, v: &Tensor, admission: &Admission, step: Step, store: &mut LayerStore) -> Result<()>;
+    fn write(&self, k: &Tensor, v: &Tensor, step: Step, store: &mut LayerStore) -> Result<()>;
 
     /// Attention of the queries of `step`, `[step.len, q_heads, head_dim]`, over what `selection` lets
     /// them read. Returns the same shape, f32.

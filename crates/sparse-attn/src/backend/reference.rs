@@ -1,9 +1,8 @@
 //! The plain twin of every backend: tensor code that follows the formulas, on any device.
 
 use super::AttentionBackend;
-use crate::cache::{LayerStore, NO_PAGE, PAGE_SIZE, Step};
+use crate::cache::{LANES, LayerStore, Order, PAGE_SIZE, Pool, Step};
 use crate::select::Selection;
-use crate::token_router::Admission;
 use candle_core::{D, DType, IndexOp, Result, Tensor};
 
 /// Slow, plain, and right: what the other backends are compared with.
@@ -15,16 +14,22 @@ impl AttentionBackend for Reference {
         "reference"
     }
 
-    fn write(&self, k: &Tensor, v: &Tensor, admission: &Admission, step: Step, store: &mut LayerStore) -> Result<()> {
-        let Admission::Every = admission;
+    fn write(&self, k: &Tensor, v: &Tensor, step: Step, store: &mut LayerStore) -> Result<()> {
         store.check_step(k, v, step)?;
+        for token in store.take_moves() {
+            for pool in [store.k(), store.v()] {
+                for tensor in pool.tensors() {
+                    set_row(pool, tensor, token.to, &row(pool, tensor, token.from)?)?;
+                }
+            }
+        }
         for head in 0..store.shape().kv_heads() {
-            for (pool, new) in [(store.k_pages(), k), (store.v_pages(), v)] {
-                let new = new.i((.., head))?.contiguous()?.to_dtype(pool.dtype())?; // [tokens, head_dim]
-                for position in step.start..step.end() {
-                    let page = store.table().head(head)[position / PAGE_SIZE] as usize;
-                    let row = new.narrow(0, position - step.start, 1)?.unsqueeze(0)?.contiguous()?;
-                    pool.narrow(0, page, 1)?.slice_set(&row, 1, position % PAGE_SIZE)?;
+            for (pool, new) in [(store.k(), k), (store.v(), v)] {
+                let new = pool.encode(&new.i((.., head))?.contiguous()?)?;
+                for (tensor, new) in pool.tensors().zip(new) {
+                    for token in 0..step.len {
+                        set_row(pool, tensor, store.recent_slot(head, step.start + token), &new.narrow(0, token, 1)?)?;
+                    }
                 }
             }
         }
@@ -36,13 +41,14 @@ impl AttentionBackend for Reference {
         let group_size = store.shape().group_size();
         let mut heads = Vec::with_capacity(store.shape().kv_heads());
         for kv_head in 0..store.shape().kv_heads() {
-            let (k, v, first) = keys_and_values(store, kv_head, step.end())?; // [end - first, head_dim]
+            let (positions, k, v) = store.rows(kv_head, step.end())?; // [n], [n, head_dim], [n, head_dim]
             let q = q.narrow(1, kv_head * group_size, group_size)?.to_dtype(DType::F32)?; // [q_len, group_size, head_dim]
             let mut rows = Vec::with_capacity(step.len);
             for t in step.start..step.end() {
-                let positions: Vec<u32> = visible(store, selection, t, kv_head).map(|position| (position - first) as u32).collect();
-                let positions = Tensor::new(positions, q.device())?;
-                let (k, v) = (k.index_select(&positions, 0)?, v.index_select(&positions, 0)?);
+                let read = |position: usize| reads(store, selection, t, kv_head, position);
+                let index: Vec<u32> = positions.iter().zip(0..).filter(|(position, _)| read(**position)).map(|(_, i)| i).collect();
+                let index = Tensor::new(index, q.device())?;
+                let (k, v) = (k.index_select(&index, 0)?, v.index_select(&index, 0)?);
                 let q = q.i(t - step.start)?.contiguous()?;
                 let attn_scores = (q.matmul(&k.t()?)? * f64::from(scale))?; // [group_size, visible]
                 let weights = attn_scores.broadcast_sub(&attn_scores.max_keepdim(D::Minus1)?)?.exp()?;
@@ -55,21 +61,39 @@ impl AttentionBackend for Reference {
     }
 }
 
-/// The positions that the query at `t` reads.
-fn visible(store: &LayerStore, selection: &Selection, t: usize, kv_head: usize) -> impl Iterator<Item = usize> {
-    let ranges = match selection {
-        Selection::Every => vec![store.first_visible(t)..t + 1],
-        Selection::Blocks(blocks) => blocks.ranges(t, kv_head, t + 1),
-    };
-    ranges.into_iter().flatten().filter(move |position| *position <= t)
+/// Whether the query at `t` reads the key at `position`.
+fn reads(store: &LayerStore, selection: &Selection, t: usize, kv_head: usize, position: usize) -> bool {
+    if position > t || position < store.first_visible(t) {
+        return false;
+    }
+    let in_window = store.local_window().is_some_and(|window| position + window > t);
+    let admitted = in_window || store.admitted(kv_head).is_none_or(|admitted| admitted.contains(position));
+    admitted && selection.ranges(t, kv_head, t + 1, store).iter().any(|range| range.contains(&position))
 }
 
-/// Keys and values of one head at positions `[first, end)`, f32, and `first`.
-fn keys_and_values(store: &LayerStore, head: usize, end: usize) -> Result<(Tensor, Tensor, usize)> {
-    let pages = &store.table().head(head)[..end.div_ceil(PAGE_SIZE)];
-    let recycled = pages.iter().take_while(|page| **page == NO_PAGE).count();
-    let first = recycled * PAGE_SIZE;
-    let ids = Tensor::new(&pages[recycled..], store.k_pages().device())?;
-    let gather = |pool: &Tensor| pool.index_select(&ids, 0)?.flatten_to(1)?.narrow(0, 0, end - first)?.to_dtype(DType::F32);
-    Ok((gather(store.k_pages())?, gather(store.v_pages())?, first))
+/// One page of a tensor of a pool, row after row: `[PAGE_SIZE, width]`.
+fn page(pool: &Pool, tensor: &Tensor, page: usize) -> Result<Tensor> {
+    let page = tensor.i(page)?;
+    match pool.order() {
+        Order::Tiles => page.transpose(1, 2)?.flatten_to(1),
+        Order::Rows => Ok(page),
+    }
+}
+
+/// The row of a slot, `[1, width]`.
+fn row(pool: &Pool, tensor: &Tensor, slot: u32) -> Result<Tensor> {
+    let slot = slot as usize;
+    page(pool, tensor, slot / PAGE_SIZE)?.narrow(0, slot % PAGE_SIZE, 1)
+}
+
+/// Replaces the row of a slot, by the whole page with that row exchanged.
+fn set_row(pool: &Pool, tensor: &Tensor, slot: u32, row: &Tensor) -> Result<()> {
+    let (slot, width) = (slot as usize, row.dim(1)?);
+    let (old, at) = (page(pool, tensor, slot / PAGE_SIZE)?, slot % PAGE_SIZE);
+    let new = Tensor::cat(&[&old.narrow(0, 0, at)?, row, &old.narrow(0, at + 1, PAGE_SIZE - at - 1)?], 0)?;
+    let new = match pool.order() {
+        Order::Tiles => new.reshape((1, PAGE_SIZE / LANES, LANES, width))?.transpose(2, 3)?.contiguous()?,
+        Order::Rows => new.unsqueeze(0)?.contiguous()?,
+    };
+    tensor.slice_set(&new, 0, slot / PAGE_SIZE)
 }

@@ -1,4 +1,4 @@
-use super::{BlockRouter, BlockScores, dot, score_groups};
+use super::{BlockRouter, BlockScores, score_summaries};
 use crate::LayerStore;
 use crate::cache::Summary;
 use candle_core::{Result, Tensor};
@@ -14,17 +14,13 @@ impl BlockRouter for Bound {
     }
 
     fn summary(&self) -> Summary {
-        Summary::MinMax
+        Summary::MaxMin
     }
 
     fn score(&self, q: &Tensor, store: &LayerStore, _block_size: usize) -> Result<BlockScores> {
-        let summaries = store.summaries()?;
-        let head_dim = store.shape().head_dim();
-        score_groups(q, store, summaries.blocks(), |head, q, out| {
-            let rows = summaries.head(head);
-            let part = |sign: f32| q.iter().map(|x| (sign * x).max(0.0)).collect::<Vec<f32>>();
-            dot(1.0, &part(1.0), &rows.high, head_dim, out, false);
-            dot(-1.0, &part(-1.0), &rows.low, head_dim, out, true);
+        score_summaries(q, store, |q, out| {
+            out.extend(q.iter().map(|x| x.max(0.0)));
+            out.extend(q.iter().map(|x| x.min(0.0)));
         })
     }
 }

@@ -1,4 +1,4 @@
-use super::{BlockRouter, BlockScores, dot, score_groups};
+use super::{BlockRouter, BlockScores, score_summaries};
 use crate::LayerStore;
 use crate::cache::Summary;
 use candle_core::{Result, Tensor};
@@ -17,8 +17,6 @@ impl BlockRouter for Mean {
     }
 
     fn score(&self, q: &Tensor, store: &LayerStore, _block_size: usize) -> Result<BlockScores> {
-        let summaries = store.summaries()?;
-        let head_dim = store.shape().head_dim();
-        score_groups(q, store, summaries.blocks(), |head, q, out| dot(1.0, q, &summaries.head(head).low, head_dim, out, false))
+        score_summaries(q, store, |q, out| out.extend_from_slice(q))
     }
 }

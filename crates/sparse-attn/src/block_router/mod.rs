@@ -13,8 +13,8 @@ pub use oracle::Oracle;
 pub use recent::Recent;
 
 use crate::LayerStore;
-use crate::cache::Summary;
-use crate::matrix::{Matrix, multiply};
+use crate::cache::{LANES, PAGE_SIZE, Summary};
+use crate::simd::{Rows, dot_tiles, with_rows};
 use candle_core::{DType, Result, Tensor};
 use std::sync::Arc;
 
@@ -55,7 +55,8 @@ pub trait BlockRouter: std::fmt::Debug + Send + Sync {
     }
 
     /// `q`: `[q_len, q_heads, head_dim]`, after rope. Blocks are of `block_size` positions and complete; the score of
-    /// one is the maximum over the query heads that share a key/value head.
+    /// one is the maximum over the query heads that share a key/value head. Blocks without an admitted token have no
+    /// meaning.
     ///
     /// # Errors
     /// If `q` does not fit the store.
@@ -72,37 +73,61 @@ pub fn by_name(name: &str) -> Option<Arc<dyn BlockRouter>> {
     all().into_iter().find(|router| router.name() == name)
 }
 
-/// Scores that are linear in the query: per key/value head, `score_head` writes `[rows, blocks]` for the rows
-/// `[q_len * group_size, head_dim]` of its group, of which the maximum over the group is kept.
-fn score_groups(
-    q: &Tensor,
-    store: &LayerStore,
-    blocks: usize,
-    mut score_head: impl FnMut(usize, &[f32], &mut [f32]),
-) -> Result<BlockScores> {
-    if blocks == 0 {
-        return Ok(BlockScores::Forced); // nothing is complete yet
-    }
-    let shape = store.shape();
-    let (kv_heads, group_size) = (shape.kv_heads(), shape.group_size());
-    let q_len = q.dim(0)?;
-    let mut values = vec![f32::NEG_INFINITY; q_len * kv_heads * blocks];
-    let mut scores = vec![0f32; q_len * group_size * blocks];
-    for head in 0..kv_heads {
-        let rows = q.narrow(1, head * group_size, group_size)?.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
-        score_head(head, &rows, &mut scores);
-        for query in 0..q_len {
-            let best = &mut values[(query * kv_heads + head) * blocks..][..blocks];
-            for row in scores[query * group_size * blocks..][..group_size * blocks].chunks_exact(blocks) {
-                best.iter_mut().zip(row).for_each(|(best, score)| *best = best.max(*score));
-            }
-        }
-    }
-    Ok(BlockScores::PerQuery(QueryScores { kv_heads, blocks, values }))
+/// Queries `[q_len, q_heads, head_dim]` on the host.
+fn host_queries(q: &Tensor) -> Result<Vec<f32>> {
+    q.to_dtype(DType::F32)?.contiguous()?.flatten_all()?.to_vec1()
 }
 
-/// `out[rows, blocks] = factor * q[rows, head_dim] . summaries[blocks, head_dim]'`, or `+=`.
-fn dot(factor: f32, q: &[f32], summaries: &[f32], head_dim: usize, out: &mut [f32], add: bool) {
-    let shape = [q.len() / head_dim, summaries.len() / head_dim, head_dim];
-    multiply(factor, Matrix::rows(q, head_dim), Matrix::columns(summaries, head_dim), shape, out, add);
+/// Scores that are products of the block's summary with what `expand` makes of a query `[head_dim]`, which it appends to
+/// its second argument.
+fn score_summaries(q: &Tensor, store: &LayerStore, expand: impl Fn(&[f32], &mut Vec<f32>) + Sync) -> Result<BlockScores> {
+    let summaries = store.summaries()?;
+    let (shape, blocks) = (store.shape(), summaries.blocks());
+    let tiles_of = |head: usize| -> Vec<u32> {
+        let tiles = summaries
+            .pages(head)
+            .flat_map(|page| (0..(PAGE_SIZE / LANES) as u32).map(move |tile| page * (PAGE_SIZE / LANES) as u32 + tile));
+        tiles.take(blocks.div_ceil(LANES)).collect()
+    };
+    let tiles: Vec<Vec<u32>> = (0..shape.kv_heads()).map(tiles_of).collect();
+    let q = host_queries(q)?;
+    with_rows(summaries.pool(), |rows| {
+        score_groups(&q, store, blocks, |head, q, out| {
+            let mut expanded = Vec::with_capacity(q.len() / shape.head_dim() * rows.width);
+            q.chunks_exact(shape.head_dim()).for_each(|row| expand(row, &mut expanded));
+            dot_rows(rows, &expanded, &tiles[head], out);
+        })
+    })
+}
+
+fn dot_rows(rows: Rows<'_>, q: &[f32], tiles: &[u32], out: &mut Vec<f32>) {
+    out.resize(q.len() / rows.width * tiles.len() * LANES, 0.0);
+    dot_tiles(rows, q, tiles, out);
+}
+
+/// Per query and key/value head, `score_head` gets the rows `[group_size, head_dim]` and leaves `[group_size, >= blocks]`
+/// scores, of which the maximum over the group is kept. Queries are spread over the threads.
+fn score_groups(q: &[f32], store: &LayerStore, blocks: usize, score_head: impl Fn(usize, &[f32], &mut Vec<f32>) + Sync) -> BlockScores {
+    if blocks == 0 {
+        return BlockScores::Forced; // nothing is complete yet
+    }
+    let shape = store.shape();
+    let (kv_heads, group_size, head_dim) = (shape.kv_heads(), shape.group_size(), shape.head_dim());
+    let rows = q.len() / (group_size * head_dim); // q_len * kv_heads
+    let mut values = vec![f32::NEG_INFINITY; rows * blocks];
+    let chunks = std::sync::Mutex::new(values.chunks_exact_mut(blocks).map(Some).collect::<Vec<_>>());
+    candle_core::utils::barrier_pool().execute_chunked(rows, |range| {
+        let mut scores = Vec::new();
+        for row in range {
+            // Each thread takes its own rows; the lock is held for the taking only.
+            let best = chunks.lock().ok().and_then(|mut chunks| chunks[row].take());
+            let Some(best) = best else { continue };
+            score_head(row % kv_heads, &q[row * group_size * head_dim..][..group_size * head_dim], &mut scores);
+            for scores in scores.chunks_exact(scores.len() / group_size) {
+                best.iter_mut().zip(scores).for_each(|(best, score)| *best = best.max(*score));
+            }
+        }
+    });
+    drop(chunks);
+    BlockScores::PerQuery(QueryScores { kv_heads, blocks, values })
 }

@@ -1,4 +1,4 @@
-use super::{BlockRouter, BlockScores, dot, score_groups};
+use super::{BlockRouter, BlockScores, host_queries, score_groups};
 use crate::LayerStore;
 use candle_core::{Result, Tensor};
 
@@ -13,13 +13,20 @@ impl BlockRouter for Oracle {
 
     fn score(&self, q: &Tensor, store: &LayerStore, block_size: usize) -> Result<BlockScores> {
         let (blocks, head_dim) = (store.written() / block_size, store.shape().head_dim());
-        let keys = (0..store.shape().kv_heads()).map(|head| store.keys(head, blocks * block_size)).collect::<Result<Vec<_>>>()?;
-        score_groups(q, store, blocks, |head, q, out| {
-            let mut exact = vec![0f32; q.len() / head_dim * blocks * block_size];
-            dot(1.0, q, &keys[head], head_dim, &mut exact, false);
-            for (best, scores) in out.iter_mut().zip(exact.chunks_exact(block_size)) {
-                *best = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        let heads = (0..store.shape().kv_heads()).map(|head| store.admitted_keys(head, 0..blocks * block_size));
+        let heads = heads.collect::<Result<Vec<_>>>()?;
+        Ok(score_groups(&host_queries(q)?, store, blocks, |head, q, out| {
+            out.clear();
+            let (positions, keys) = &heads[head];
+            for q in q.chunks_exact(head_dim) {
+                let from = out.len();
+                out.resize(from + blocks, f32::NEG_INFINITY);
+                for (position, key) in positions.iter().zip(keys.chunks_exact(head_dim)) {
+                    let score = q.iter().zip(key).map(|(x, y)| x * y).sum::<f32>();
+                    let best = &mut out[from + position / block_size];
+                    *best = best.max(score);
+                }
             }
-        })
+        }))
     }
 }

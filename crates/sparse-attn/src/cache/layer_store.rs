@@ -1,54 +1,105 @@
-//! The paged keys and values of one layer.
+//! Keys and values of one layer.
 
-use super::{NO_PAGE, PAGE_SIZE, PageTable, Step, Summaries, Summary};
+use super::admitted::Admitted;
+use super::{KvDtypes, NO_PAGE, Order, PAGE_SIZE, PageTable, Pool, Step, Summaries, Summary};
 use crate::HeadShape;
-use candle_core::{DType, Device, Result, Tensor, bail};
+use crate::token_router::Admission;
+use candle_core::{DType, Device, IndexOp, Result, Tensor, bail};
+use std::ops::Range;
 
-/// What the cache must know of a layer.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// What a layer stores.
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub struct LayerSpec {
     /// Heads of this layer.
     pub shape: HeadShape,
     /// The model's own sliding window: a query at `t` sees positions `(t - sliding_window, t]`.
     /// `None`: all of them.
     pub sliding_window: Option<usize>,
+    /// The token router's window: tokens that it does not admit are kept for this long only. `None`: every token
+    /// is admitted.
+    pub local: Option<Local>,
+}
+
+/// The window of tokens that are not admitted.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Local {
+    /// A query at `t` sees all of `(t - window, t]`, and what was admitted before.
+    pub window: usize,
+    /// The part of the tokens that will be admitted, 0 to 1: memory is planned by it, nothing else.
+    pub kept_fraction: f32,
+}
+
+impl LayerSpec {
+    /// A layer that keeps every token.
+    pub fn full(shape: HeadShape) -> Self {
+        Self { shape, sliding_window: None, local: None }
+    }
+
+    fn window(&self) -> Option<usize> {
+        self.sliding_window.or(self.local.map(|local| local.window))
+    }
+
+    /// Pages for `capacity` tokens; a window needs only itself and one page at either end.
+    fn planned_pages(&self, capacity: usize) -> usize {
+        let all = capacity.div_ceil(PAGE_SIZE);
+        let recent = self.window().map_or(all, |w| all.min(w.div_ceil(PAGE_SIZE) + 2));
+        let kept = match (self.sliding_window, self.local) {
+            (None, Some(local)) => ((capacity as f32 * local.kept_fraction) as usize).div_ceil(PAGE_SIZE),
+            _ => 0,
+        };
+        (recent + kept) * self.shape.kv_heads()
+    }
+
+    pub(super) fn planned_bytes(&self, dtypes: KvDtypes, capacity: usize) -> usize {
+        self.planned_pages(capacity) * PAGE_SIZE * dtypes.bytes(self.shape.head_dim())
+    }
+}
+
+/// A token that moves from its place in the window to the kept ones, as slots of the pools.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Move {
+    /// Where it is.
+    pub from: u32,
+    /// Where it goes.
+    pub to: u32,
 }
 
 /// Keys and values of one layer, in pages of [`PAGE_SIZE`] slots of one head.
+///
+/// Per head there are *recent* tokens, with a place for every position from [`LayerStore::frontier`] on, and *kept* ones:
+/// those of the positions before it that the token router admitted, packed in order. Without a token router
+/// all tokens are recent and the frontier is 0.
 ///
 /// The pools are tensors on the cache's device; backends write into them in place.
 #[derive(Debug)]
 pub struct LayerStore {
     spec: LayerSpec,
-    k_pages: Tensor, // [pages, PAGE_SIZE, head_dim]
-    v_pages: Tensor, // [pages, PAGE_SIZE, head_dim]
+    k: Pool,
+    v: Pool,
     table: PageTable,
+    admitted: Option<Vec<Admitted>>, // per head, where the token router decides
+    frontier: usize,
+    moves: Vec<Move>,
     written: usize,
     summaries: Option<Summaries>,
 }
 
 impl LayerStore {
-    pub(super) fn new(spec: LayerSpec, dtype: DType, device: &Device, capacity: usize) -> Result<Self> {
-        let dims = (Self::planned_pages(&spec, capacity), PAGE_SIZE, spec.shape.head_dim());
+    pub(super) fn new(spec: LayerSpec, dtypes: KvDtypes, device: &Device, capacity: usize) -> Result<Self> {
+        let (pages, width) = (spec.planned_pages(capacity), spec.shape.head_dim());
+        let kv_heads = spec.shape.kv_heads();
+        let routed = spec.local.is_some() && spec.sliding_window.is_none();
         Ok(Self {
             spec,
-            k_pages: Tensor::zeros(dims, dtype, device)?,
-            v_pages: Tensor::zeros(dims, dtype, device)?,
-            table: PageTable::new(spec.shape.kv_heads(), spec.sliding_window),
+            k: Pool::new(dtypes.k, Order::Tiles, width, pages, device)?,
+            v: Pool::new(dtypes.v, Order::Rows, width, pages, device)?,
+            table: PageTable::new(kv_heads, spec.window()),
+            admitted: routed.then(|| vec![Admitted::default(); kv_heads]),
+            frontier: 0,
+            moves: Vec::new(),
             written: 0,
             summaries: None,
         })
-    }
-
-    /// Pages for `capacity` tokens; a sliding layer needs only its window and one page at either end.
-    fn planned_pages(spec: &LayerSpec, capacity: usize) -> usize {
-        let per_head = capacity.div_ceil(PAGE_SIZE);
-        let per_head = spec.sliding_window.map_or(per_head, |w| per_head.min(w.div_ceil(PAGE_SIZE) + 2));
-        per_head * spec.shape.kv_heads()
-    }
-
-    pub(super) fn planned_bytes(spec: &LayerSpec, dtype: DType, capacity: usize) -> usize {
-        2 * Self::planned_pages(spec, capacity) * PAGE_SIZE * spec.shape.head_dim() * dtype.size_in_bytes()
     }
 
     /// Heads of this layer.
@@ -61,19 +112,24 @@ impl LayerStore {
         self.spec.sliding_window
     }
 
+    /// The window of tokens that are not admitted, where a token router decides.
+    pub fn local_window(&self) -> Option<usize> {
+        self.admitted.as_ref().and(self.spec.local).map(|local| local.window)
+    }
+
     /// First position that a query at `position` sees.
     pub fn first_visible(&self, position: usize) -> usize {
         self.spec.sliding_window.map_or(0, |w| (position + 1).saturating_sub(w))
     }
 
-    /// The pool of keys `[pages, PAGE_SIZE, head_dim]`, after rope.
-    pub fn k_pages(&self) -> &Tensor {
-        &self.k_pages
+    /// The keys, after rope, [`Order::Tiles`].
+    pub fn k(&self) -> &Pool {
+        &self.k
     }
 
-    /// The pool of values `[pages, PAGE_SIZE, head_dim]`.
-    pub fn v_pages(&self) -> &Tensor {
-        &self.v_pages
+    /// The values, [`Order::Rows`].
+    pub fn v(&self) -> &Pool {
+        &self.v
     }
 
     /// Where each head's pages lie in the pools.
@@ -81,19 +137,90 @@ impl LayerStore {
         &self.table
     }
 
-    pub(super) fn reserve(&mut self, step: Step) -> Result<()> {
-        // On a copy: if growing the pools fails, the table is as it was.
-        let mut table = self.table.clone();
-        table.reserve(step);
-        let have = self.k_pages.dim(0)?;
-        if table.pages() > have {
-            let pages = table.pages().max(have + have / 2);
-            let (k_pages, v_pages) = (grown(&self.k_pages, pages)?, grown(&self.v_pages, pages)?);
-            (self.k_pages, self.v_pages) = (k_pages, v_pages);
+    /// The first position with a place of its own; of those before, the admitted ones are kept.
+    pub fn frontier(&self) -> usize {
+        self.frontier
+    }
+
+    /// Which tokens of `head` are admitted; `None`: all.
+    pub fn admitted(&self, head: usize) -> Option<&Admitted> {
+        self.admitted.as_ref().map(|heads| &heads[head])
+    }
+
+    /// Admitted tokens of `head` at the positions of `range` that are written.
+    pub fn count_admitted(&self, head: usize, range: Range<usize>) -> usize {
+        match self.admitted(head) {
+            None => range.end.min(self.written).saturating_sub(range.start),
+            Some(admitted) => admitted.rank(range.end) - admitted.rank(range.start),
         }
-        self.table = table;
+    }
+
+    /// The slot in the pools of the recent token at `position`.
+    pub fn recent_slot(&self, head: usize, position: usize) -> u32 {
+        self.table.recent(head)[position / PAGE_SIZE] * PAGE_SIZE as u32 + (position % PAGE_SIZE) as u32
+    }
+
+    /// The slot in the pools of kept token number `index`.
+    pub fn kept_slot(&self, head: usize, index: usize) -> u32 {
+        self.table.kept(head)[index / PAGE_SIZE] * PAGE_SIZE as u32 + (index % PAGE_SIZE) as u32
+    }
+
+    pub(super) fn reserve(&mut self, step: Step) -> Result<()> {
         // What a failed step left behind is written again.
         self.forget(step.start);
+        // On copies: if growing the pools fails, all is as it was.
+        let mut table = self.table.clone();
+        let frontier = table.frontier(step).max(self.frontier);
+        let mut moves = Vec::new();
+        for (head, admitted) in self.admitted.iter().flatten().enumerate() {
+            table.reserve_kept(head, admitted.rank(frontier));
+            for position in (self.frontier..frontier).filter(|position| admitted.contains(*position)) {
+                let index = admitted.rank(position);
+                let to = table.kept(head)[index / PAGE_SIZE] * PAGE_SIZE as u32 + (index % PAGE_SIZE) as u32;
+                moves.push(Move { from: self.recent_slot(head, position), to });
+            }
+        }
+        table.reserve(step);
+        let have = self.k.pages();
+        if table.pages() > have {
+            let pages = table.pages().max(have + have / 8);
+            (self.k, self.v) = (self.k.grown(pages)?, self.v.grown(pages)?);
+        }
+        self.table = table;
+        self.frontier = frontier;
+        self.moves.extend(moves);
+        Ok(())
+    }
+
+    /// The tokens that must move before this step is written.
+    pub fn take_moves(&mut self) -> Vec<Move> {
+        std::mem::take(&mut self.moves)
+    }
+
+    /// Notes the token router's verdict on the tokens of `step`; those before position `sinks` are always admitted.
+    ///
+    /// # Errors
+    /// If the verdict is not on `[step.len, kv_heads]`, or the cache was made without a token router.
+    pub(crate) fn admit(&mut self, step: Step, admission: &Admission, sinks: usize) -> Result<()> {
+        let kv_heads = self.spec.shape.kv_heads();
+        let Some(heads) = &mut self.admitted else {
+            return match admission {
+                Admission::Every => Ok(()),
+                Admission::Some(_) if self.spec.sliding_window.is_some() => Ok(()),
+                Admission::Some(_) => bail!("token router: the cache was made to keep every token"),
+            };
+        };
+        if let Admission::Some(admitted) = admission
+            && admitted.len() != step.len * kv_heads
+        {
+            bail!("token router: {} verdicts on {} tokens of {kv_heads} heads", admitted.len(), step.len);
+        }
+        for (head, bits) in heads.iter_mut().enumerate() {
+            bits.truncate(step.start);
+            for token in 0..step.len {
+                bits.push(step.start + token < sinks || admission.of(token, head, kv_heads));
+            }
+        }
         Ok(())
     }
 
@@ -111,9 +238,29 @@ impl LayerStore {
         if kind == Summary::None || self.spec.sliding_window.is_some() {
             return Ok(());
         }
+        let shape = self.spec.shape;
         let kept = self.summaries.take().filter(|summaries| summaries.is_of(kind, block_size));
-        let mut summaries = kept.unwrap_or_else(|| Summaries::new(kind, block_size, self.spec.shape.kv_heads()));
-        summaries.extend(&self.k_pages, &self.table, self.written)?;
+        let mut summaries = match kept {
+            Some(summaries) => summaries,
+            None => {
+                let device = self.k.values().device();
+                Summaries::new(kind, block_size, [shape.kv_heads(), shape.head_dim()], self.k.dtype(), device)?
+            }
+        };
+        let missing = summaries.missing(self.written);
+        if !missing.is_empty() {
+            let (positions, head_dim) = (missing.start * block_size..missing.end * block_size, shape.head_dim());
+            let mut heads = Vec::with_capacity(shape.kv_heads());
+            for head in 0..shape.kv_heads() {
+                let (at, keys) = self.admitted_keys(head, positions.clone())?;
+                let mut blocks = vec![Vec::new(); missing.len()];
+                for (position, key) in at.iter().zip(keys.chunks_exact(head_dim)) {
+                    blocks[position / block_size - missing.start].extend_from_slice(key);
+                }
+                heads.push(blocks);
+            }
+            summaries.extend(&heads)?;
+        }
         self.summaries = Some(summaries);
         Ok(())
     }
@@ -129,31 +276,53 @@ impl LayerStore {
         }
     }
 
-    /// Keys of `head` at positions `0..len`, f32, `[len, head_dim]`, row after row.
+    /// The admitted positions of `range`, and their keys, `[positions, head_dim]`, f32.
     ///
     /// # Errors
     /// If a sliding layer recycled some of them.
-    pub fn keys(&self, head: usize, len: usize) -> Result<Vec<f32>> {
-        let pages = &self.table.head(head)[..len.div_ceil(PAGE_SIZE)];
-        if pages.contains(&NO_PAGE) {
-            bail!("keys: a sliding layer keeps only its window");
+    pub fn admitted_keys(&self, head: usize, range: Range<usize>) -> Result<(Vec<usize>, Vec<f32>)> {
+        let positions: Vec<usize> =
+            range.filter(|position| self.admitted(head).is_none_or(|admitted| admitted.contains(*position))).collect();
+        let slots = positions.iter().map(|position| self.slot(head, *position)).collect::<Result<Vec<u32>>>()?;
+        let keys = read_slots(&self.k, &slots)?;
+        Ok((positions, keys.flatten_all()?.to_vec1()?))
+    }
+
+    /// All tokens of `head` up to `end` that are there: their positions, keys and values, `[n, head_dim]` f32.
+    ///
+    /// # Errors
+    /// If they cannot be read.
+    pub fn rows(&self, head: usize, end: usize) -> Result<(Vec<usize>, Tensor, Tensor)> {
+        let kept = (0..self.frontier).filter(|position| self.admitted(head).is_some_and(|admitted| admitted.contains(*position)));
+        let positions: Vec<usize> = kept.chain(self.frontier.max(self.table.first_position())..end).collect();
+        let slots = positions.iter().map(|position| self.slot(head, *position)).collect::<Result<Vec<u32>>>()?;
+        Ok((positions, read_slots(&self.k, &slots)?, read_slots(&self.v, &slots)?))
+    }
+
+    fn slot(&self, head: usize, position: usize) -> Result<u32> {
+        if position < self.frontier
+            && let Some(admitted) = self.admitted(head)
+        {
+            return Ok(self.kept_slot(head, admitted.rank(position)));
         }
-        if len == 0 {
-            return Ok(Vec::new());
+        if self.table.recent(head)[position / PAGE_SIZE] == NO_PAGE {
+            bail!("keys: position {position} left the sliding window of its layer");
         }
-        let ids = Tensor::new(pages, self.k_pages.device())?;
-        self.k_pages.index_select(&ids, 0)?.flatten_to(1)?.narrow(0, 0, len)?.to_dtype(DType::F32)?.flatten_all()?.to_vec1()
+        Ok(self.recent_slot(head, position))
     }
 
     fn forget(&mut self, len: usize) {
         self.written = self.written.min(len);
+        for admitted in self.admitted.iter_mut().flatten() {
+            admitted.truncate(len);
+        }
         if let Some(summaries) = &mut self.summaries {
-            summaries.truncate(len, self.spec.shape.head_dim());
+            summaries.truncate(len);
         }
     }
 
     pub(super) fn oldest_restorable(&self) -> usize {
-        match (self.spec.sliding_window, self.table.first_position()) {
+        match (self.spec.window(), self.table.first_position()) {
             (None, _) | (_, 0) => 0,
             // The next token, at position `len`, sees from `len + 1 - window`.
             (Some(window), first) => first + window - 1,
@@ -163,17 +332,55 @@ impl LayerStore {
     pub(super) fn truncate(&mut self, len: usize) {
         if len == 0 {
             // Recycled pages leave holes that only a fresh table forgets.
-            self.table = PageTable::new(self.spec.shape.kv_heads(), self.spec.sliding_window);
+            self.table = PageTable::new(self.spec.shape.kv_heads(), self.spec.window());
+            self.frontier = 0;
+            self.moves.clear();
         } else {
             self.table.truncate(len);
         }
         self.forget(len);
     }
 
+    /// Gives memory back that the step before took and the next ones will not need, where a token router is at work.
+    pub(super) fn trim(&mut self) -> Result<()> {
+        let free = self.table.free_pages() + (self.k.pages() - self.table.pages());
+        if self.admitted.is_none() || free * 32 < self.table.pages() {
+            return Ok(());
+        }
+        let mut table = self.table.clone();
+        let used = table.compact();
+        let renamed: std::collections::HashMap<u32, u32> = used.iter().zip(0..).map(|(old, new)| (*old, new)).collect();
+        let slot = |slot: u32| renamed[&(slot / PAGE_SIZE as u32)] * PAGE_SIZE as u32 + slot % PAGE_SIZE as u32;
+        // A token that has yet to move may lie in a page that is free already: nothing is given back then.
+        if self.moves.iter().any(|token| !renamed.contains_key(&(token.from / PAGE_SIZE as u32))) {
+            return Ok(());
+        }
+        let (k, v) = (self.k.selected(&used)?, self.v.selected(&used)?);
+        self.moves.iter_mut().for_each(|token| *token = Move { from: slot(token.from), to: slot(token.to) });
+        (self.k, self.v, self.table) = (k, v, table);
+        Ok(())
+    }
+
+    /// The same store, with a memory of its own.
+    pub(super) fn fork(&self) -> Result<Self> {
+        Ok(Self {
+            spec: self.spec,
+            k: self.k.grown(self.k.pages())?,
+            v: self.v.grown(self.v.pages())?,
+            table: self.table.clone(),
+            admitted: self.admitted.clone(),
+            frontier: self.frontier,
+            moves: self.moves.clone(),
+            written: self.written,
+            summaries: self.summaries.as_ref().map(Summaries::fork).transpose()?,
+        })
+    }
+
     pub(super) fn allocated_bytes(&self) -> usize {
-        let elements = self.k_pages.elem_count() + self.v_pages.elem_count();
         let summaries = self.summaries.as_ref().map_or(0, Summaries::bytes);
-        elements * self.k_pages.dtype().size_in_bytes() + self.table.bytes() + summaries
+        let admitted: usize = self.admitted.iter().flatten().map(Admitted::bytes).sum();
+        let moves = self.moves.capacity() * size_of::<Move>();
+        self.k.bytes() + self.v.bytes() + self.table.bytes() + summaries + admitted + moves
     }
 
     /// Checks the keys and values of a step before a backend writes them.
@@ -201,12 +408,23 @@ impl LayerStore {
     }
 }
 
-/// A copy of `pool` with room for `pages` pages.
-fn grown(pool: &Tensor, pages: usize) -> Result<Tensor> {
-    let (have, page_size, head_dim) = pool.dims3()?;
-    let larger = Tensor::zeros((pages, page_size, head_dim), pool.dtype(), pool.device())?;
-    if have > 0 {
-        larger.slice_set(pool, 0, 0)?;
+/// The rows of `slots`, `[slots, width]` f32, by reading the pages that hold them.
+fn read_slots(pool: &Pool, slots: &[u32]) -> Result<Tensor> {
+    let device = pool.values().device();
+    if slots.is_empty() {
+        return Tensor::zeros((0, pool.width()), DType::F32, device);
     }
-    Ok(larger)
+    let mut pages: Vec<u32> = slots.iter().map(|slot| slot / PAGE_SIZE as u32).collect();
+    pages.sort_unstable();
+    pages.dedup();
+    let at = |slot: &u32| {
+        let page = pages.partition_point(|page| *page < slot / PAGE_SIZE as u32);
+        (page * PAGE_SIZE) as u32 + slot % PAGE_SIZE as u32
+    };
+    let index: Vec<u32> = slots.iter().map(at).collect();
+    let rows = pool.read(&pages)?;
+    if index.windows(2).all(|pair| pair[1] == pair[0] + 1) {
+        return rows.i(index[0] as usize..index[0] as usize + index.len());
+    }
+    rows.index_select(&Tensor::new(index, device)?, 0)
 }

@@ -1,14 +1,21 @@
 //! Keys and values of past tokens: what every layer stores, and how much of it is committed.
 
+mod admitted;
+mod dtype;
 mod layer_store;
 mod page_table;
+mod pool;
+mod scatter;
 mod summary;
 
-pub use layer_store::{LayerSpec, LayerStore};
+pub use admitted::Admitted;
+pub use dtype::{GROUP, KvDtype, KvDtypes};
+pub use layer_store::{LayerSpec, LayerStore, Local, Move};
 pub use page_table::{NO_PAGE, PAGE_SIZE, PageTable};
-pub use summary::{Rows, Summaries, Summary};
+pub use pool::{LANES, Order, Pool};
+pub use summary::{Summaries, Summary};
 
-use candle_core::{DType, Device, Result, bail};
+use candle_core::{Device, Result, bail};
 
 /// The tokens of one forward pass: positions `[start, start + len)`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -49,24 +56,28 @@ pub struct ReadCount {
     pub bytes: u64,
 }
 
+impl ReadCount {
+    /// Adds what another step or layer read.
+    pub fn add(&mut self, other: Self) {
+        self.read += other.read;
+        self.visible += other.visible;
+        self.bytes += other.bytes;
+    }
+}
+
 impl KvCache {
     /// An empty cache with room for `capacity` tokens allocated now (it grows beyond when asked to).
     ///
-    /// `dtype` is how keys and values are stored: f32, f16 or bf16.
-    ///
     /// # Errors
-    /// If `dtype` is none of these, or the device has no memory for it.
-    pub fn new(specs: &[LayerSpec], dtype: DType, device: &Device, capacity: usize) -> Result<Self> {
-        if !matches!(dtype, DType::F32 | DType::F16 | DType::BF16) {
-            bail!("kv cache: keys and values are stored as f32, f16 or bf16, not {dtype:?}");
-        }
-        let layers = specs.iter().map(|spec| LayerStore::new(*spec, dtype, device, capacity)).collect::<Result<Vec<_>>>()?;
+    /// If the device has no memory for it.
+    pub fn new(specs: &[LayerSpec], dtypes: KvDtypes, device: &Device, capacity: usize) -> Result<Self> {
+        let layers = specs.iter().map(|spec| LayerStore::new(*spec, dtypes, device, capacity)).collect::<Result<Vec<_>>>()?;
         Ok(Self { layers, device: device.clone(), len: 0, read: ReadCount::default() })
     }
 
     /// Bytes that [`KvCache::new`] allocates, without allocating them.
-    pub fn planned_bytes(specs: &[LayerSpec], dtype: DType, capacity: usize) -> usize {
-        specs.iter().map(|spec| LayerStore::planned_bytes(spec, dtype, capacity)).sum()
+    pub fn planned_bytes(specs: &[LayerSpec], dtypes: KvDtypes, capacity: usize) -> usize {
+        specs.iter().map(|spec| spec.planned_bytes(dtypes, capacity)).sum()
     }
 
     /// Committed tokens; also the position of the next one.
@@ -116,9 +127,7 @@ impl KvCache {
     }
 
     pub(crate) fn count_read(&mut self, read: u64, visible: u64, bytes_per_key: usize) {
-        self.read.read += read;
-        self.read.visible += visible;
-        self.read.bytes += read * bytes_per_key as u64;
+        self.read.add(ReadCount { read, visible, bytes: read * bytes_per_key as u64 });
     }
 
     /// Makes the tokens of `step` part of the cache.
@@ -156,6 +165,23 @@ impl KvCache {
         }
         self.len = len;
         Ok(())
+    }
+
+    /// Gives memory back that long steps took and shorter ones do not need, where a token router is at work.
+    ///
+    /// # Errors
+    /// If memory for the copy runs out; the cache is then as it was.
+    pub fn trim(&mut self) -> Result<()> {
+        self.layers.iter_mut().try_for_each(LayerStore::trim)
+    }
+
+    /// A copy of the sequence so far, to go on from in another direction: a shared prefix is computed once.
+    ///
+    /// # Errors
+    /// If the device has no memory for it.
+    pub fn fork(&self) -> Result<Self> {
+        let layers = self.layers.iter().map(LayerStore::fork).collect::<Result<Vec<_>>>()?;
+        Ok(Self { layers, device: self.device.clone(), len: self.len, read: ReadCount::default() })
     }
 
     /// Bytes allocated for keys, values, page tables and block summaries, slack included.

@@ -8,19 +8,23 @@ pub const PAGE_SIZE: usize = 64;
 /// The entry of a logical page that was recycled because no later query can see it.
 pub const NO_PAGE: u32 = u32::MAX;
 
-/// Per head, the physical page of every logical page (`position / PAGE_SIZE`), and the free pages.
+/// Per head, the physical pages of its tokens, and the free pages.
+///
+/// Recent tokens have a place for every position; those of a head that were kept when the window left them are packed, one
+/// after the other.
 #[derive(Debug, Clone)]
 pub struct PageTable {
-    heads: Vec<Vec<u32>>,
+    recent: Vec<Vec<u32>>,
+    kept: Vec<Vec<u32>>,
     free: Vec<u32>,
     pages: u32,
     window: Option<usize>,
 }
 
 impl PageTable {
-    /// An empty table. `window`: how many of the newest positions a query can see (`None`: all).
+    /// An empty table. `window`: for how many of the newest positions there are places (`None`: all).
     pub fn new(kv_heads: usize, window: Option<usize>) -> Self {
-        Self { heads: vec![Vec::new(); kv_heads], free: Vec::new(), pages: 0, window }
+        Self { recent: vec![Vec::new(); kv_heads], kept: vec![Vec::new(); kv_heads], free: Vec::new(), pages: 0, window }
     }
 
     /// Physical pages handed out so far, which the pools must hold.
@@ -28,48 +32,88 @@ impl PageTable {
         self.pages as usize
     }
 
-    /// The physical page of each logical page of `head`; [`NO_PAGE`] where recycled.
-    pub fn head(&self, head: usize) -> &[u32] {
-        &self.heads[head]
+    /// Of those, the ones that hold nothing now.
+    pub fn free_pages(&self) -> usize {
+        self.free.len()
+    }
+
+    /// The physical page of each logical page (`position / PAGE_SIZE`) of `head`; [`NO_PAGE`] where recycled.
+    pub fn recent(&self, head: usize) -> &[u32] {
+        &self.recent[head]
+    }
+
+    /// The physical pages of the kept tokens of `head`.
+    pub fn kept(&self, head: usize) -> &[u32] {
+        &self.kept[head]
+    }
+
+    /// The first position that has a place once `step` runs: those before are out of every window.
+    pub fn frontier(&self, step: Step) -> usize {
+        self.window.map_or(0, |w| (step.start + 1).saturating_sub(w)) / PAGE_SIZE * PAGE_SIZE
+    }
+
+    /// Gives `head` pages for `slots` kept tokens.
+    pub fn reserve_kept(&mut self, head: usize, slots: usize) {
+        while self.kept[head].len() * PAGE_SIZE < slots {
+            let page = self.next();
+            self.kept[head].push(page);
+        }
     }
 
     /// Gives every head pages for the positions of `step`, after recycling those that neither this
     /// step nor a later one can see.
     pub fn reserve(&mut self, step: Step) {
-        let dead = self.window.map_or(0, |w| (step.start + 1).saturating_sub(w)) / PAGE_SIZE;
+        let dead = self.frontier(step) / PAGE_SIZE;
         let needed = step.end().div_ceil(PAGE_SIZE);
-        for head in &mut self.heads {
-            for page in head.iter_mut().take(dead).rev().take_while(|page| **page != NO_PAGE) {
+        for head in 0..self.recent.len() {
+            for page in self.recent[head].iter_mut().take(dead).rev().take_while(|page| **page != NO_PAGE) {
                 self.free.push(std::mem::replace(page, NO_PAGE));
             }
-            while head.len() < needed {
-                head.push(self.free.pop().unwrap_or_else(|| {
-                    self.pages += 1;
-                    self.pages - 1
-                }));
+            while self.recent[head].len() < needed {
+                let page = self.next();
+                self.recent[head].push(page);
             }
         }
     }
 
+    fn next(&mut self) -> u32 {
+        self.free.pop().unwrap_or_else(|| {
+            self.pages += 1;
+            self.pages - 1
+        })
+    }
+
     /// The first position whose page is still there.
     pub fn first_position(&self) -> usize {
-        let recycled = self.heads.first().map_or(0, |head| head.iter().take_while(|page| **page == NO_PAGE).count());
+        let recycled = self.recent.first().map_or(0, |head| head.iter().take_while(|page| **page == NO_PAGE).count());
         recycled * PAGE_SIZE
     }
 
     /// Gives back the pages of all positions from `len` on.
     pub fn truncate(&mut self, len: usize) {
         let keep = len.div_ceil(PAGE_SIZE);
-        for head in &mut self.heads {
+        for head in &mut self.recent {
             if head.len() > keep {
                 self.free.extend(head.drain(keep..).filter(|page| *page != NO_PAGE));
             }
         }
     }
 
+    /// Renames the pages so that none is free: the pages in use, in the order of their new names.
+    pub fn compact(&mut self) -> Vec<u32> {
+        let mut used = Vec::new();
+        for page in self.recent.iter_mut().chain(&mut self.kept).flatten().filter(|page| **page != NO_PAGE) {
+            used.push(*page);
+            *page = used.len() as u32 - 1;
+        }
+        self.pages = used.len() as u32;
+        self.free = Vec::new();
+        used
+    }
+
     /// Bytes of the table itself.
     pub fn bytes(&self) -> usize {
-        let entries = self.free.capacity() + self.heads.iter().map(Vec::capacity).sum::<usize>();
+        let entries = self.free.capacity() + self.recent.iter().chain(&self.kept).map(Vec::capacity).sum::<usize>();
         entries * size_of::<u32>()
     }
 }
@@ -91,20 +135,35 @@ mod tests {
         // 100 positions touch at most three pages of 64.
         assert!(table.pages() <= 3 * 3, "{} pages", table.pages());
         assert!(table.first_position() + 100 <= 5000);
-        assert_eq!(table.head(0).len(), 5000usize.div_ceil(PAGE_SIZE));
+        assert_eq!(table.recent(0).len(), 5000usize.div_ceil(PAGE_SIZE));
     }
 
     #[test]
     fn no_two_live_pages_share_a_place() {
         let mut table = PageTable::new(2, Some(70));
+        let live = |table: &PageTable| -> Vec<u32> {
+            let all = (0..2).flat_map(|h| table.recent(h).iter().chain(table.kept(h)));
+            let mut live: Vec<u32> = all.copied().filter(|page| *page != NO_PAGE).collect();
+            live.sort_unstable();
+            live
+        };
+        let check = |table: &PageTable| {
+            let live = live(table);
+            assert!(live.windows(2).all(|pair| pair[0] != pair[1]), "{live:?}");
+            assert!(live.iter().all(|page| (*page as usize) < table.pages()));
+            assert_eq!(live.len() + table.free_pages(), table.pages());
+        };
         run(&mut table, 0, 1000);
+        table.reserve_kept(0, 300);
+        table.reserve_kept(1, 10);
+        check(&table);
         table.truncate(970);
         run(&mut table, 970, 1300);
-        let mut live: Vec<u32> = (0..2).flat_map(|h| table.head(h).to_vec()).filter(|p| *p != NO_PAGE).collect();
-        let count = live.len();
-        live.sort_unstable();
-        live.dedup();
-        assert_eq!(live.len(), count);
-        assert!(live.iter().all(|page| (*page as usize) < table.pages()));
+        check(&table);
+        table.compact();
+        check(&table);
+        assert_eq!(table.free_pages(), 0);
+        run(&mut table, 1300, 1400);
+        check(&table);
     }
 }

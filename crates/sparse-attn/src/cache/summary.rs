@@ -1,40 +1,93 @@
 //! One row per complete block of keys: what block routers score instead of the keys themselves.
 
-use super::{PAGE_SIZE, PageTable};
-use candle_core::{DType, Result, Tensor};
+use super::{KvDtype, Order, PAGE_SIZE, Pool};
+use candle_core::{Device, Result, Tensor};
+use half::{bf16, f16};
 
 /// What is kept of each block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Summary {
     /// Nothing: the router needs none.
     None,
-    /// The mean of its keys.
+    /// The mean of its keys, `head_dim` numbers.
     Mean,
-    /// The smallest and the largest value of each dimension.
-    MinMax,
+    /// The largest value of each dimension, then the smallest: `2 * head_dim` numbers.
+    MaxMin,
 }
 
-/// The summaries of one layer, made as blocks are complete, on the host in f32.
+impl Summary {
+    /// Numbers per block.
+    pub fn width(self, head_dim: usize) -> usize {
+        match self {
+            Self::None => 0,
+            Self::Mean => head_dim,
+            Self::MaxMin => 2 * head_dim,
+        }
+    }
+
+    /// Bytes for the blocks of `capacity` positions of `kv_heads` heads whose keys are stored as `k`.
+    pub fn planned_bytes(self, k: KvDtype, head_dim: usize, kv_heads: usize, capacity: usize, block_size: usize) -> usize {
+        let pages = capacity.div_ceil(block_size).div_ceil(PAGE_SIZE);
+        Pool::page_bytes(k.of_summaries(), self.width(head_dim), pages * kv_heads)
+    }
+
+    /// The summary of `keys` `[n, head_dim]`, rounded so that what is stored as `dtype` is still a bound.
+    fn of(self, keys: &[f32], head_dim: usize, dtype: KvDtype) -> Vec<f32> {
+        let rows = || keys.chunks_exact(head_dim);
+        let fold = |start: f32, f: fn(f32, f32) -> f32| {
+            let mut out = vec![start; head_dim];
+            rows().for_each(|row| out.iter_mut().zip(row).for_each(|(out, x)| *out = f(*out, *x)));
+            out
+        };
+        match self {
+            Self::None => Vec::new(),
+            Self::Mean => {
+                let count = rows().count() as f32;
+                fold(0.0, |sum, x| sum + x).into_iter().map(|sum| sum / count).collect()
+            }
+            Self::MaxMin => {
+                let high = fold(f32::NEG_INFINITY, f32::max).into_iter().map(|x| round_up(x, dtype));
+                let low = fold(f32::INFINITY, f32::min).into_iter().map(|x| -round_up(-x, dtype));
+                high.chain(low).collect()
+            }
+        }
+    }
+}
+
+/// The smallest number of `dtype` that is not below `x`.
+fn round_up(x: f32, dtype: KvDtype) -> f32 {
+    // The next 16-bit float: its bits as a sign and a magnitude.
+    let next = |bits: u16| if bits >> 15 == 0 { bits + 1 } else { bits - 1 };
+    match dtype {
+        KvDtype::F32 | KvDtype::Q8_0 => x,
+        KvDtype::F16 => {
+            let near = f16::from_f32(x);
+            if near.to_f32() >= x || !x.is_finite() { near.to_f32() } else { f16::from_bits(next(near.to_bits())).to_f32() }
+        }
+        KvDtype::Bf16 => {
+            let near = bf16::from_f32(x);
+            if near.to_f32() >= x || !x.is_finite() { near.to_f32() } else { bf16::from_bits(next(near.to_bits())).to_f32() }
+        }
+    }
+}
+
+/// The summaries of one layer, made as blocks are complete.
+///
+/// Block `b` of head `h` is row `b % PAGE_SIZE` of the pool's page `b / PAGE_SIZE * kv_heads + h`.
 #[derive(Debug)]
 pub struct Summaries {
     kind: Summary,
     block_size: usize,
     blocks: usize,
-    heads: Vec<Rows>,
-}
-
-/// One head's summaries, `[blocks, head_dim]` each.
-#[derive(Debug, Clone, Default)]
-pub struct Rows {
-    /// Means, or the smallest values.
-    pub low: Vec<f32>,
-    /// The largest values; empty for means.
-    pub high: Vec<f32>,
+    kv_heads: usize,
+    head_dim: usize,
+    pool: Pool,
 }
 
 impl Summaries {
-    pub(super) fn new(kind: Summary, block_size: usize, kv_heads: usize) -> Self {
-        Self { kind, block_size, blocks: 0, heads: vec![Rows::default(); kv_heads] }
+    pub(super) fn new(kind: Summary, block_size: usize, [kv_heads, head_dim]: [usize; 2], keys: KvDtype, device: &Device) -> Result<Self> {
+        let pool = Pool::new(keys.of_summaries(), Order::Tiles, kind.width(head_dim), 0, device)?;
+        Ok(Self { kind, block_size, blocks: 0, kv_heads, head_dim, pool })
     }
 
     pub(super) fn is_of(&self, kind: Summary, block_size: usize) -> bool {
@@ -46,49 +99,77 @@ impl Summaries {
         self.blocks
     }
 
-    /// One head's rows.
-    pub fn head(&self, head: usize) -> &Rows {
-        &self.heads[head]
+    /// The rows.
+    pub fn pool(&self) -> &Pool {
+        &self.pool
+    }
+
+    /// The pages of `head` in the pool, ascending.
+    pub fn pages(&self, head: usize) -> impl Iterator<Item = u32> {
+        (0..self.blocks.div_ceil(PAGE_SIZE)).map(move |page| (page * self.kv_heads + head) as u32)
     }
 
     /// Forgets blocks that hold a position from `len` on.
-    pub(super) fn truncate(&mut self, len: usize, head_dim: usize) {
+    pub(super) fn truncate(&mut self, len: usize) {
         self.blocks = self.blocks.min(len / self.block_size);
-        for rows in &mut self.heads {
-            rows.low.truncate(self.blocks * head_dim);
-            rows.high.truncate(self.blocks * head_dim);
-        }
     }
 
-    /// Adds the blocks that are complete once `len` keys are written.
-    pub(super) fn extend(&mut self, k_pages: &Tensor, table: &PageTable, len: usize) -> Result<()> {
-        let complete = len / self.block_size;
-        if complete <= self.blocks || self.kind == Summary::None {
-            return Ok(());
+    /// Blocks that are complete once `len` keys are written, and not summarised yet.
+    pub(super) fn missing(&self, len: usize) -> std::ops::Range<usize> {
+        self.blocks..(len / self.block_size).max(self.blocks)
+    }
+
+    /// Makes room for `blocks` blocks.
+    pub(super) fn reserve(&mut self, blocks: usize) -> Result<()> {
+        let pages = blocks.div_ceil(PAGE_SIZE) * self.kv_heads;
+        if pages > self.pool.pages() {
+            self.pool = self.pool.grown(pages)?;
         }
-        let (positions, new) = (self.blocks * self.block_size..complete * self.block_size, complete - self.blocks);
-        let head_dim = k_pages.dim(2)?;
-        let slots = k_pages.flatten_to(1)?; // [pages * PAGE_SIZE, head_dim]
-        for (head, rows) in self.heads.iter_mut().enumerate() {
-            let pages = table.head(head);
-            let ids: Vec<u32> = positions.clone().map(|p| pages[p / PAGE_SIZE] * PAGE_SIZE as u32 + (p % PAGE_SIZE) as u32).collect();
-            let keys = slots.index_select(&Tensor::new(ids, k_pages.device())?, 0)?.to_dtype(DType::F32)?;
-            let keys = keys.reshape((new, self.block_size, head_dim))?;
-            let flat = |tensor: Tensor| tensor.flatten_all()?.to_vec1::<f32>();
-            match self.kind {
-                Summary::None => {}
-                Summary::Mean => rows.low.extend(flat(keys.mean(1)?)?),
-                Summary::MinMax => {
-                    rows.low.extend(flat(keys.min(1)?)?);
-                    rows.high.extend(flat(keys.max(1)?)?);
-                }
-            }
-        }
-        self.blocks = complete;
         Ok(())
     }
 
+    /// Adds the next blocks: per head, the admitted keys of each block, `[n, head_dim]`, n may be 0.
+    pub(super) fn extend(&mut self, heads: &[Vec<Vec<f32>>]) -> Result<()> {
+        let new = heads.first().map_or(0, Vec::len);
+        self.reserve(self.blocks + new)?;
+        let (mut rows, mut slots) = (Vec::new(), Vec::new());
+        for (head, blocks) in heads.iter().enumerate() {
+            for (block, keys) in (self.blocks..).zip(blocks).filter(|(_, keys)| !keys.is_empty()) {
+                let page = block / PAGE_SIZE * self.kv_heads + head;
+                rows.extend(self.kind.of(keys, self.head_dim, self.pool.dtype()));
+                slots.push((page * PAGE_SIZE + block % PAGE_SIZE) as u32);
+            }
+        }
+        if !slots.is_empty() {
+            let rows = Tensor::from_vec(rows, (slots.len(), self.pool.width()), self.pool.values().device())?;
+            self.pool.write(&rows, &slots)?;
+        }
+        self.blocks += new;
+        Ok(())
+    }
+
+    pub(super) fn fork(&self) -> Result<Self> {
+        Ok(Self { pool: self.pool.grown(self.pool.pages())?, ..*self })
+    }
+
     pub(super) fn bytes(&self) -> usize {
-        self.heads.iter().map(|rows| rows.low.capacity() + rows.high.capacity()).sum::<usize>() * size_of::<f32>()
+        self.pool.bytes()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_rounded_bound_is_a_bound_and_a_near_one() {
+        for dtype in [KvDtype::F16, KvDtype::Bf16] {
+            for i in -4000..4000 {
+                let x = i as f32 * 1.000_37e-3;
+                let up = round_up(x, dtype);
+                assert!(up >= x && up - x <= x.abs() / 100.0 + 1e-6, "{dtype:?}: {x} -> {up}");
+            }
+        }
+        assert_eq!(round_up(f32::NEG_INFINITY, KvDtype::F16), f32::NEG_INFINITY);
     }
 }

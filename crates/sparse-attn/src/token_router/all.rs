@@ -10,6 +10,10 @@ impl TokenRouter for All {
         "all"
     }
 
+    fn kept_fraction(&self) -> f32 {
+        1.0
+    }
+
     fn admit(&self, _layer: usize, _input: RouterInput<'_>) -> Result<Admission> {
         Ok(Admission::Every)
     }

@@ -1,9 +1,16 @@
 //! Token routers: which tokens keep full attention once they leave the window (the write side).
 
 mod all;
+mod gate;
+mod random;
+mod sink_window;
 
 pub use all::All;
+pub use gate::{Gate, GateLayer};
+pub use random::Random;
+pub use sink_window::SinkWindow;
 
+use crate::cache::Step;
 use candle_core::{Result, Tensor};
 use std::sync::Arc;
 
@@ -14,14 +21,26 @@ pub struct RouterInput<'a> {
     pub hidden: &'a Tensor,
     /// Keys after rope, `[tokens, kv_heads, head_dim]`.
     pub k: &'a Tensor,
+    /// Their positions.
+    pub step: Step,
 }
 
 /// A token router's verdict on the tokens of a step.
-#[derive(Debug, Clone)]
-#[non_exhaustive]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Admission {
     /// Every token of every head keeps full attention.
     Every,
+    /// Those that are true, `[tokens, kv_heads]`.
+    Some(Vec<bool>),
+}
+
+impl Admission {
+    pub(crate) fn of(&self, token: usize, head: usize, kv_heads: usize) -> bool {
+        match self {
+            Self::Every => true,
+            Self::Some(admitted) => admitted[token * kv_heads + head],
+        }
+    }
 }
 
 /// Decides, for each token and key/value head, whether the token keeps full attention.
@@ -32,6 +51,9 @@ pub trait TokenRouter: std::fmt::Debug + Send + Sync {
     /// The name users type.
     fn name(&self) -> &'static str;
 
+    /// The part of the tokens that it admits, as far as it knows; 1 only if it always admits all.
+    fn kept_fraction(&self) -> f32;
+
     /// # Errors
     /// If the tensors do not fit this router.
     fn admit(&self, layer: usize, input: RouterInput<'_>) -> Result<Admission>;
@@ -39,5 +61,10 @@ pub trait TokenRouter: std::fmt::Debug + Send + Sync {
 
 /// One of every token router that needs no file.
 pub fn all() -> Vec<Arc<dyn TokenRouter>> {
-    vec![Arc::new(All)]
+    vec![Arc::new(All), Arc::new(SinkWindow), Arc::new(Random::default())]
+}
+
+/// The router of this name that needs no file.
+pub fn by_name(name: &str) -> Option<Arc<dyn TokenRouter>> {
+    all().into_iter().find(|router| router.name() == name)
 }

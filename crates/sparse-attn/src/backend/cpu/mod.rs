@@ -1,17 +1,18 @@
 //! The CPU backend: keys and values read in their own dtype, work spread over candle's thread pool.
 
-mod element;
+mod item;
+mod reads;
 mod softmax;
-mod tile;
 mod write;
 
 use super::AttentionBackend;
 use crate::cache::{LayerStore, Step};
 use crate::select::Selection;
-use crate::token_router::Admission;
-use candle_core::{CpuStorage, DType, Device, Result, Storage, Tensor, bail};
-use element::Element;
-use tile::{Partial, Scratch, Work};
+use crate::simd::{Rows, with_rows};
+use candle_core::{DType, Device, Result, Storage, Tensor, bail};
+use item::{Partial, Scratch};
+use reads::{Reads, TileRef};
+use std::ops::Range;
 
 /// Query positions of one work item in prefill; tiles are aligned to absolute positions.
 const QUERY_TILE: usize = 32;
@@ -19,62 +20,52 @@ const QUERY_TILE: usize = 32;
 /// Steps up to this many queries also split the keys, or a single head would keep a single core busy.
 const MAX_SPLIT_QUERIES: usize = 8;
 
-/// Keys of one split. The number of splits follows from the visible length alone.
-const SPLIT_KEYS: usize = 512;
+/// Key tiles of one split. The number of splits follows from what is read alone.
+const SPLIT_TILES: usize = 32;
 
 /// Attention on the CPU.
 ///
-/// Work is cut into items (a key/value head, a tile of queries, a range of keys). An item makes one pass
+/// Work is cut into items (a key/value head, a tile of queries, some tiles of keys). An item makes one pass
 /// over its keys with a running softmax in f32; where keys were split, partial results are merged in
 /// the order of the splits, so the result does not depend on the number of threads.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Cpu;
+
+/// The queries and keys of an item.
+#[derive(Debug, Clone)]
+struct Work {
+    kv_head: usize,
+    queries: Range<usize>,
+    /// Of the step's list of key tiles.
+    tiles: Range<usize>,
+}
 
 impl AttentionBackend for Cpu {
     fn name(&self) -> &'static str {
         "cpu"
     }
 
-    fn write(&self, k: &Tensor, v: &Tensor, admission: &Admission, step: Step, store: &mut LayerStore) -> Result<()> {
-        let Admission::Every = admission;
+    fn write(&self, k: &Tensor, v: &Tensor, step: Step, store: &mut LayerStore) -> Result<()> {
         store.check_step(k, v, step)?;
-        write::write(store.k_pages(), k, step, store.table())?;
-        write::write(store.v_pages(), v, step, store.table())
+        write::write(k, v, step, store)
     }
 
     fn attend(&self, q: &Tensor, scale: f32, store: &LayerStore, step: Step, selection: &Selection) -> Result<Tensor> {
         store.check_queries(q, step)?;
         let q = q.to_dtype(DType::F32)?.contiguous()?;
         let (q_storage, q_layout) = q.storage_and_layout();
-        let (k_storage, _) = store.k_pages().storage_and_layout();
-        let (v_storage, _) = store.v_pages().storage_and_layout();
-        let (Storage::Cpu(q_storage), Storage::Cpu(k), Storage::Cpu(v)) = (&*q_storage, &*k_storage, &*v_storage) else {
-            bail!("attend: the cpu backend got tensors of another device");
-        };
+        let Storage::Cpu(q_storage) = &*q_storage else { bail!("attend: the cpu backend got queries of another device") };
         let q_values = &q_storage.as_slice::<f32>()?[q_layout.start_offset()..][..q.elem_count()];
-        let out = match (k, v) {
-            (CpuStorage::F32(k), CpuStorage::F32(v)) => attend(q_values, scale, k, v, store, step, selection),
-            (CpuStorage::F16(k), CpuStorage::F16(v)) => attend(q_values, scale, k, v, store, step, selection),
-            (CpuStorage::BF16(k), CpuStorage::BF16(v)) => attend(q_values, scale, k, v, store, step, selection),
-            _ => bail!("attend: keys and values stored as {:?} have no cpu kernel", store.k_pages().dtype()),
-        };
+        let out = with_rows(store.k(), |k| with_rows(store.v(), |v| attend(q_values, scale, [k, v], store, step, selection)))??;
         Tensor::from_vec(out, q.shape(), &Device::Cpu)
     }
 }
 
 /// `q` and the result: `[q_len, q_heads, head_dim]`.
-fn attend<T: Element>(
-    q: &[f32],
-    scale: f32,
-    k_pages: &[T],
-    v_pages: &[T],
-    store: &LayerStore,
-    step: Step,
-    selection: &Selection,
-) -> Vec<f32> {
+fn attend(q: &[f32], scale: f32, kv: [Rows<'_>; 2], store: &LayerStore, step: Step, selection: &Selection) -> Vec<f32> {
     let shape = store.shape();
     let mut out = vec![0f32; q.len()];
-    let items = work_items(store, step, selection);
+    let (items, tiles) = work(store, step, selection);
     let mut partials: Vec<Partial> =
         items.iter().map(|work| Partial::new(work.queries.len() * shape.group_size(), shape.head_dim())).collect();
     {
@@ -85,7 +76,9 @@ fn attend<T: Element>(
                 // SAFETY: execute_chunked hands out every index of 0..items.len() exactly once, partials has as
                 // many members, and it is not touched otherwise until execute_chunked returns.
                 let partial = unsafe { &mut *partials.slot(index) };
-                tile::attend(&items[index], q, scale, k_pages, v_pages, store, step, &mut scratch, partial);
+                let work = &items[index];
+                let reads = Reads { store, kv_head: work.kv_head, queries: work.queries.clone(), tiles: &tiles[work.tiles.clone()] };
+                item::attend(&reads, q, scale, kv, step, &mut scratch, partial);
             }
         });
     }
@@ -104,23 +97,24 @@ fn attend<T: Element>(
     out
 }
 
-/// All items of a step, splits of the same queries next to each other.
-fn work_items(store: &LayerStore, step: Step, selection: &Selection) -> Vec<Work> {
-    let mut items = Vec::new();
+/// All items of a step, splits of the same queries next to each other, and the key tiles that they read.
+fn work(store: &LayerStore, step: Step, selection: &Selection) -> (Vec<Work>, Vec<TileRef>) {
+    let (mut items, mut tiles) = (Vec::new(), Vec::new());
+    let pieces = selection.pieces(step, QUERY_TILE);
     for kv_head in 0..store.shape().kv_heads() {
-        let mut t = step.start;
-        while t < step.end() {
-            let queries = t..step.end().min((t / QUERY_TILE + 1) * QUERY_TILE);
-            let ranges = match selection {
-                Selection::Every => vec![store.first_visible(t)..queries.end],
-                Selection::Blocks(blocks) => blocks.ranges(t, kv_head, queries.end),
-            };
-            let splits = if step.len <= MAX_SPLIT_QUERIES { tile::cut(&ranges, SPLIT_KEYS) } else { vec![ranges] };
-            items.extend(splits.into_iter().map(|keys| Work { kv_head, queries: queries.clone(), keys }));
-            t = queries.end;
+        for queries in &pieces {
+            let from = tiles.len();
+            reads::push_tiles(store, kv_head, queries, &selection.ranges(queries.start, kv_head, queries.end, store), &mut tiles);
+            let most = if step.len <= MAX_SPLIT_QUERIES { SPLIT_TILES } else { usize::MAX };
+            let mut start = from;
+            while start < tiles.len() {
+                let end = tiles.len().min(start.saturating_add(most));
+                items.push(Work { kv_head, queries: queries.clone(), tiles: start..end });
+                start = end;
+            }
         }
     }
-    items
+    (items, tiles)
 }
 
 /// A pointer to slots that threads fill, each its own.

@@ -1,0 +1,204 @@
+//! What attends: flags, else the model's manifest, else what was measured here, else built-in defaults.
+
+use crate::args::{AttentionArgs, AttentionChoice, BudgetChoice, CacheType};
+use crate::failure::{Failure, Kind, damaged};
+use anyhow::{Context, Result};
+use model::{Config, RouterFile, message};
+use serde::Deserialize;
+use serde_json::{Value, json};
+use sparse_attn::select::{Budget, Limits, TILE};
+use sparse_attn::token_router::{self, Random, TokenRouter};
+use sparse_attn::{KvDtype, KvDtypes, RoutedAttention, Routing, block_router};
+use std::path::Path;
+use std::sync::Arc;
+
+/// Below this many tokens attention is dense, where nothing was measured.
+const MIN_CTX: usize = 4096;
+
+/// Tokens of the first positions that no token router drops (StreamingLLM, arXiv:2309.17453).
+const SINKS: usize = 4;
+
+/// The `[routing]` table of a manifest: what was measured to be good for that model.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct RoutingDefaults {
+    /// How blocks are scored.
+    pub(crate) block_router: String,
+    /// Tokens a query may read beyond its window.
+    pub(crate) budget: usize,
+    /// The same as a part of what is kept, 0 to 1; the larger counts.
+    pub(crate) part: f32,
+    /// Positions per block.
+    pub(crate) block: usize,
+    /// Newest tokens, always read.
+    pub(crate) window: usize,
+    /// First layers that read every block: their attention is diffuse (Quest, arXiv:2406.10774).
+    pub(crate) dense_layers: usize,
+}
+
+impl Default for RoutingDefaults {
+    fn default() -> Self {
+        Self { block_router: "bound".into(), budget: 2048, part: 0.125, block: 32, window: 256, dense_layers: 2 }
+    }
+}
+
+/// What is known of the model before its weights are loaded.
+pub(crate) struct Known<'a> {
+    pub(crate) config: &'a Config,
+    /// Of its manifest.
+    pub(crate) defaults: Option<&'a RoutingDefaults>,
+    /// The length from which routed attention was measured to be faster on this machine.
+    pub(crate) crossover: Option<usize>,
+    /// Names the weights, so that a router trained on others is refused.
+    pub(crate) fingerprint: &'a dyn Fn() -> candle_core::Result<String>,
+}
+
+/// How keys and values are stored.
+pub(crate) fn dtypes(args: &AttentionArgs) -> KvDtypes {
+    let of = |choice: CacheType| match choice {
+        CacheType::F32 => KvDtype::F32,
+        CacheType::F16 => KvDtype::F16,
+        CacheType::Bf16 => KvDtype::Bf16,
+        CacheType::Q8_0 => KvDtype::Q8_0,
+    };
+    let both = args.cache_type.unwrap_or(CacheType::F16);
+    KvDtypes { k: of(args.cache_type_k.unwrap_or(both)), v: of(args.cache_type_v.unwrap_or(both)) }
+}
+
+/// What the flags ask for.
+pub(crate) fn resolve(args: &AttentionArgs, known: &Known<'_>) -> Result<Routing> {
+    let built_in = RoutingDefaults::default();
+    let defaults = known.defaults.unwrap_or(&built_in);
+    let (token_router, trained) = token_router(args, known)?;
+    let window = args.window.map_or_else(|| trained.map_or(defaults.window, |(window, _)| window), |window| window as usize);
+    let sinks = args.sinks.map_or_else(|| trained.map_or(SINKS, |(_, sinks)| sinks), |sinks| sinks as usize);
+    if let Some((trained, _)) = trained.filter(|(trained, _)| *trained > window) {
+        let what = format!("--window {window} is narrower than the {trained} that the token router was trained with");
+        return Err(Failure::new(Kind::Usage, what).hint(format!("--window {trained}, or more")).into());
+    }
+    let name = args.block_router.as_deref();
+    // Global layers of models that also have sliding ones attend diffusely: dense unless asked.
+    let diffuse = args.attn == AttentionChoice::Auto && name.is_none() && known.config.sliding_window.iter().any(Option::is_some);
+    let name = if args.attn == AttentionChoice::Dense || diffuse { "all" } else { name.unwrap_or(&defaults.block_router) };
+    let Some(block_router) = block_router::by_name(name) else {
+        return Err(Failure::new(Kind::Usage, format!("there is no block router {name:?}")).into());
+    };
+    let budget = match args.budget {
+        None => Budget { tokens: defaults.budget, part: defaults.part },
+        Some(BudgetChoice::Tokens(tokens)) => Budget::tokens(tokens),
+        Some(BudgetChoice::Part(part)) => Budget { tokens: 0, part },
+    };
+    let dense_len = match name {
+        "all" => usize::MAX,
+        _ => args.min_ctx.map(|tokens| tokens as usize).or(known.crossover).unwrap_or(MIN_CTX),
+    };
+    let block_size = args.block.map_or(defaults.block, |block| block as usize);
+    if block_size > window + 1 {
+        let what = format!("--block {block_size} is larger than --window {window}: a block must be past before it is chosen");
+        return Err(Failure::new(Kind::Usage, what).hint(format!("--block {window}")).into());
+    }
+    let limits = Limits { window, sinks, block_size, budget, dense_len, tile: args.tile.map_or(TILE, |tile| tile as usize) };
+    Ok(Routing { token_router, block_router, limits, dense_layers: args.dense_layers.map_or(defaults.dense_layers, |n| n as usize) })
+}
+
+/// The token router, and the window and sinks that a trained one was made for.
+#[expect(clippy::type_complexity, reason = "a router and two numbers")]
+fn token_router(args: &AttentionArgs, known: &Known<'_>) -> Result<(Arc<dyn TokenRouter>, Option<(usize, usize)>)> {
+    let name = args.token_router.as_deref().unwrap_or("all");
+    if let Some(router) = token_router::by_name(name) {
+        let router: Arc<dyn TokenRouter> = match (args.keep, name) {
+            (None, _) => router,
+            (Some(keep), "random") => Arc::new(Random { keep }),
+            (Some(_), _) => {
+                let what = format!("--keep says nothing to the token router {name:?}");
+                return Err(Failure::new(Kind::Usage, what).hint("--token-router FILE, or random").into());
+            }
+        };
+        return Ok((router, None));
+    }
+    let path = Path::new(name);
+    if !path.is_file() {
+        let names: Vec<&str> = token_router::all().iter().map(|router| router.name()).collect();
+        let what = format!("{name}: no token router of this name, and no such file");
+        return Err(Failure::new(Kind::NotFound, what).hint(format!("{}, or a router.safetensors", names.join(", "))).into());
+    }
+    let file = RouterFile::open(path).map_err(damaged).with_context(|| path.display().to_string())?;
+    let fingerprint = (known.fingerprint)().map_err(damaged)?;
+    if file.fingerprint != fingerprint {
+        let what = format!("{}: this router was trained for another model", path.display());
+        let why = format!("it is for weights {}, these are {fingerprint}", file.fingerprint);
+        return Err(Failure::malformed(what).why(why).hint("the router file of this model, or --token-router all").into());
+    }
+    let gate = file.gate(args.keep).map_err(|error| Failure::new(Kind::Usage, message(&error)))?;
+    Ok((Arc::new(gate), Some((file.window, file.sinks))))
+}
+
+/// Whether some queries may read less than everything.
+pub(crate) fn is_routed(attention: &RoutedAttention) -> bool {
+    let routing = attention.routing();
+    routing.limits.dense_len < usize::MAX || routing.token_router.kept_fraction() < 1.0
+}
+
+/// A few words on it, for people; empty where it is dense.
+pub(crate) fn describe(attention: &RoutedAttention) -> String {
+    let Routing { token_router, block_router, limits, .. } = attention.routing();
+    let mut parts = Vec::new();
+    if limits.dense_len < usize::MAX {
+        let size = budget(limits.budget);
+        parts.push(format!("routed above {}: {} {size} of blocks of {}", limits.dense_len, block_router.name(), limits.block_size));
+    }
+    if token_router.kept_fraction() < 1.0 {
+        let keeps = 100.0 * token_router.kept_fraction();
+        parts.push(format!("{} keeps about {keeps:.0} % beyond {} tokens", token_router.name(), limits.window));
+    }
+    parts.join(" · ")
+}
+
+fn budget(budget: Budget) -> String {
+    match (budget.tokens, budget.part) {
+        (usize::MAX, _) | (0, 1.0..) => "everything".to_string(),
+        (0, part) => format!("{} %", 100.0 * part),
+        (tokens, 0.0) => tokens.to_string(),
+        (tokens, part) => format!("{tokens} (or {} % if more)", 100.0 * part),
+    }
+}
+
+/// As in JSON.
+pub(crate) fn document(attention: &RoutedAttention) -> Value {
+    let Routing { token_router, block_router, limits, dense_layers } = attention.routing();
+    let mut document = json!({"mode": if limits.dense_len < usize::MAX { "routed" } else { "dense" }, "token_router": token_router.name()});
+    if limits.dense_len < usize::MAX {
+        document["block_router"] = block_router.name().into();
+        document["budget"] = limits.budget.tokens.into();
+        document["budget_part"] = limits.budget.part.into();
+        document["block"] = limits.block_size.into();
+        document["min_ctx"] = limits.dense_len.into();
+        document["dense_layers"] = (*dense_layers).into();
+    }
+    if is_routed(attention) {
+        document["window"] = limits.window.into();
+        document["sinks"] = limits.sinks.into();
+        document["kept_fraction"] = token_router.kept_fraction().into();
+    }
+    document
+}
+
+/// A setting in a few letters, e.g. `bound b1024 B32 W256, q8_0 KV`.
+pub(crate) fn short(attention: &RoutedAttention, dtypes: KvDtypes) -> String {
+    let Routing { token_router, block_router, limits, .. } = attention.routing();
+    let mut parts = Vec::new();
+    if limits.dense_len < usize::MAX {
+        parts.push(format!("{} b{} B{} W{}", block_router.name(), budget(limits.budget), limits.block_size, limits.window));
+    } else {
+        parts.push("dense".to_string());
+    }
+    if token_router.kept_fraction() < 1.0 {
+        parts.push(format!("{} {:.2} W{}", token_router.name(), token_router.kept_fraction(), limits.window));
+    }
+    match (dtypes.k, dtypes.v) {
+        (KvDtype::F16, KvDtype::F16) => {}
+        (k, v) if k == v => parts.push(format!("{} KV", k.name())),
+        (k, v) => parts.push(format!("{}/{} KV", k.name(), v.name())),
+    }
+    parts.join(", ")
+}

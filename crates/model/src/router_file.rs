@@ -1,0 +1,183 @@
+//! `router.safetensors`: a trained token router, and what is known of it.
+//!
+//! Tensors, f32: `layers.{i}.weight` `[kv_heads, width]` and `layers.{i}.bias` `[kv_heads]`; with a hidden layer also
+//! `layers.{i}.hidden.weight` `[width, hidden_size]` and `layers.{i}.hidden.bias` `[width]`. The rest is metadata: strings,
+//! numbers and JSON.
+
+use candle_core::{Device, Result, Tensor, bail};
+use serde_json::Value;
+use sparse_attn::token_router::{Gate, GateLayer};
+use std::collections::HashMap;
+use std::path::Path;
+
+/// `format` of the files that this version reads.
+const FORMAT: &str = "foveate.router/1";
+
+/// The largest file that is read: a gate has some numbers for each head.
+const MOST_BYTES: u64 = 1 << 30;
+
+/// A trained token router.
+#[derive(Debug, Clone)]
+pub struct RouterFile {
+    /// Which weights it was trained for, see [`crate::Weights::fingerprint`].
+    pub fingerprint: String,
+    /// The newest tokens that it leaves alone, of any score.
+    pub window: usize,
+    /// The first tokens that are kept, of any score.
+    pub sinks: usize,
+    /// The threshold it was calibrated to use.
+    pub tau: f32,
+    /// Thresholds and the part of the tokens that each keeps, thresholds ascending.
+    pub curve: Vec<(f32, f32)>,
+    /// How it was trained and what it scored: free JSON.
+    pub training: Value,
+    /// A gate per decoder layer.
+    pub layers: Vec<GateLayer>,
+}
+
+impl RouterFile {
+    /// Reads a file.
+    ///
+    /// # Errors
+    /// If it cannot be read, or a field or tensor is missing, of another type or shape.
+    pub fn open(path: &Path) -> Result<Self> {
+        let size = std::fs::metadata(path)?.len();
+        if size > MOST_BYTES {
+            bail!("a router file of {size} bytes is refused: more than {MOST_BYTES}");
+        }
+        Self::from_bytes(&std::fs::read(path)?)
+    }
+
+    /// Reads the bytes of a file.
+    ///
+    /// # Errors
+    /// As [`RouterFile::open`].
+    pub fn from_bytes(bytes: &[u8]) -> Result<Self> {
+        let (_, header) = safetensors::SafeTensors::read_metadata(bytes).map_err(candle_core::Error::wrap)?;
+        let metadata = header.metadata().clone().unwrap_or_default();
+        let text = |key: &str| match metadata.get(key) {
+            Some(text) => Ok(text.as_str()),
+            None => bail!("metadata {key:?} is missing: is this a router file?"),
+        };
+        let number = |key: &str| -> Result<f64> {
+            let text = text(key)?;
+            match text.parse::<f64>() {
+                Ok(number) if number.is_finite() => Ok(number),
+                _ => bail!("metadata {key:?} is {text:?}, not a number"),
+            }
+        };
+        if text("format")? != FORMAT {
+            bail!("format {:?} is not {FORMAT:?}", text("format")?);
+        }
+        let kind = text("kind")?;
+        if !matches!(kind, "linear" | "mlp") {
+            bail!("kind {kind:?} is neither \"linear\" nor \"mlp\"");
+        }
+        let curve: Vec<(f32, f32)> = match serde_json::from_str(text("curve")?) {
+            Ok(curve) => curve,
+            Err(error) => bail!("metadata \"curve\" is no list of pairs [tau, kept]: {error}"),
+        };
+        if curve.is_empty() || !curve.windows(2).all(|pair| pair[0].0 <= pair[1].0 && pair[0].1 >= pair[1].1) {
+            bail!("metadata \"curve\" must have thresholds that rise and kept fractions that fall");
+        }
+        let mut tensors = candle_core::safetensors::load_buffer(bytes, &Device::Cpu)?;
+        let mut layers = Vec::new();
+        while let Some(weight) = tensors.remove(&format!("layers.{}.weight", layers.len())) {
+            let index = layers.len();
+            let mut take = |name: &str| -> Result<Tensor> {
+                match tensors.remove(&format!("layers.{index}.{name}")) {
+                    Some(tensor) => tensor.to_dtype(candle_core::DType::F32),
+                    None => bail!("tensor layers.{index}.{name} is missing"),
+                }
+            };
+            let hidden = if kind == "mlp" { Some((take("hidden.weight")?, take("hidden.bias")?)) } else { None };
+            layers.push(GateLayer { hidden, bias: take("bias")?, weight: weight.to_dtype(candle_core::DType::F32)? });
+        }
+        if let Some(name) = tensors.keys().next() {
+            bail!("tensor {name} is unknown, or follows a layer that is missing");
+        }
+        let file = Self {
+            fingerprint: text("model_fingerprint")?.to_string(),
+            window: number("window")? as usize,
+            sinks: number("sinks")? as usize,
+            tau: number("tau")? as f32,
+            curve,
+            training: metadata
+                .get("training")
+                .map_or(Ok(Value::Null), |text| serde_json::from_str(text))
+                .map_err(candle_core::Error::wrap)?,
+            layers,
+        };
+        file.gate(None)?; // shapes fit each other
+        Ok(file)
+    }
+
+    /// Writes the file, whole or not at all.
+    ///
+    /// # Errors
+    /// If it cannot be written.
+    pub fn save(&self, path: &Path) -> Result<()> {
+        let mut tensors = Vec::new();
+        for (index, layer) in self.layers.iter().enumerate() {
+            tensors.push((format!("layers.{index}.weight"), layer.weight.clone()));
+            tensors.push((format!("layers.{index}.bias"), layer.bias.clone()));
+            if let Some((weight, bias)) = &layer.hidden {
+                tensors.push((format!("layers.{index}.hidden.weight"), weight.clone()));
+                tensors.push((format!("layers.{index}.hidden.bias"), bias.clone()));
+            }
+        }
+        let kind = if self.layers.iter().any(|layer| layer.hidden.is_some()) { "mlp" } else { "linear" };
+        let metadata: HashMap<String, String> = [
+            ("format", FORMAT.to_string()),
+            ("kind", kind.to_string()),
+            ("model_fingerprint", self.fingerprint.clone()),
+            ("window", self.window.to_string()),
+            ("sinks", self.sinks.to_string()),
+            ("tau", self.tau.to_string()),
+            ("curve", serde_json::to_string(&self.curve).map_err(candle_core::Error::wrap)?),
+            ("training", self.training.to_string()),
+        ]
+        .into_iter()
+        .map(|(key, value)| (key.to_string(), value))
+        .collect();
+        let bytes = safetensors::serialize(tensors, Some(metadata)).map_err(candle_core::Error::wrap)?;
+        let partial = path.with_extension("partial");
+        std::fs::write(&partial, bytes)?;
+        std::fs::rename(&partial, path)?;
+        Ok(())
+    }
+
+    /// The router, with the threshold that keeps the fraction `keep` (`None`: its own threshold).
+    ///
+    /// # Errors
+    /// If `keep` is beyond what was measured.
+    pub fn gate(&self, keep: Option<f32>) -> Result<Gate> {
+        let tau = match keep {
+            None => self.tau,
+            Some(keep) => self.tau_of(keep)?,
+        };
+        Gate::new(self.layers.clone(), tau, keep.unwrap_or_else(|| self.kept_at(tau)))
+    }
+
+    /// The threshold that keeps `keep` of the tokens, between the measured ones.
+    fn tau_of(&self, keep: f32) -> Result<f32> {
+        let (most, least) = (self.curve[0].1, self.curve[self.curve.len() - 1].1);
+        if !(least..=most).contains(&keep) {
+            bail!("a kept fraction of {keep} is beyond what this router was measured at, {least} to {most}");
+        }
+        let pair = self.curve.windows(2).find(|pair| (pair[1].1..=pair[0].1).contains(&keep));
+        Ok(pair.map_or(self.tau, |pair| between((pair[0].1, pair[0].0), (pair[1].1, pair[1].0), keep)))
+    }
+
+    /// The fraction that `tau` keeps, between the measured ones.
+    fn kept_at(&self, tau: f32) -> f32 {
+        let (first, last) = (self.curve[0], self.curve[self.curve.len() - 1]);
+        let pair = self.curve.windows(2).find(|pair| (pair[0].0..=pair[1].0).contains(&tau));
+        pair.map_or(if tau < first.0 { first.1 } else { last.1 }, |pair| between(pair[0], pair[1], tau))
+    }
+}
+
+/// The line through two points, at `x`.
+fn between(a: (f32, f32), b: (f32, f32), x: f32) -> f32 {
+    if b.0 == a.0 { a.1 } else { a.1 + (b.1 - a.1) * (x - a.0) / (b.0 - a.0) }
+}

@@ -1,0 +1,162 @@
+//! Pages of rows (keys, values or block summaries) in tensors that backends write in place.
+
+use super::{GROUP, KvDtype, PAGE_SIZE};
+use candle_core::{DType, Device, Result, Tensor};
+use half::f16;
+
+/// Slots whose keys lie side by side, so that one vector instruction scores all of them.
+pub const LANES: usize = 16;
+
+/// How the rows of a page lie.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Order {
+    /// Tiles of [`LANES`] slots, dimension by dimension: `[pages, PAGE_SIZE / LANES, width, LANES]`. For dot products
+    /// of many rows with one vector; any [`LANES`] slots of a page are contiguous.
+    Tiles,
+    /// Row after row: `[pages, PAGE_SIZE, width]`. For weighted sums of rows.
+    Rows,
+}
+
+/// Pages of [`PAGE_SIZE`] rows.
+#[derive(Debug)]
+pub struct Pool {
+    dtype: KvDtype,
+    order: Order,
+    width: usize,
+    values: Tensor,
+    /// Of [`KvDtype::Q8_0`]: as `values`, with a scale for each group in the place of a dimension; f16.
+    scales: Option<Tensor>,
+}
+
+impl Pool {
+    /// `pages` pages of rows of `width` numbers.
+    ///
+    /// # Errors
+    /// If the device has no memory for it.
+    pub fn new(dtype: KvDtype, order: Order, width: usize, pages: usize, device: &Device) -> Result<Self> {
+        let zeros = |width: usize, dtype: DType| match order {
+            Order::Tiles => Tensor::zeros((pages, PAGE_SIZE / LANES, width, LANES), dtype, device),
+            Order::Rows => Tensor::zeros((pages, PAGE_SIZE, width), dtype, device),
+        };
+        let scales = dtype.scales(width);
+        let scales = (scales > 0).then(|| zeros(scales, DType::F16)).transpose()?;
+        Ok(Self { dtype, order, width, values: zeros(width, dtype.tensor_dtype())?, scales })
+    }
+
+    /// How rows are stored.
+    pub fn dtype(&self) -> KvDtype {
+        self.dtype
+    }
+
+    /// How the rows of a page lie.
+    pub fn order(&self) -> Order {
+        self.order
+    }
+
+    /// Numbers per row.
+    pub fn width(&self) -> usize {
+        self.width
+    }
+
+    /// Pages there are.
+    pub fn pages(&self) -> usize {
+        self.values.dims()[0]
+    }
+
+    /// The numbers, or the integers of [`KvDtype::Q8_0`] in two's complement.
+    pub fn values(&self) -> &Tensor {
+        &self.values
+    }
+
+    /// The scales of [`KvDtype::Q8_0`].
+    pub fn scales(&self) -> Option<&Tensor> {
+        self.scales.as_ref()
+    }
+
+    /// Bytes allocated.
+    pub fn bytes(&self) -> usize {
+        let of = |tensor: &Tensor| tensor.elem_count() * tensor.dtype().size_in_bytes();
+        of(&self.values) + self.scales.as_ref().map_or(0, of)
+    }
+
+    /// Bytes of `pages` pages.
+    pub fn page_bytes(dtype: KvDtype, width: usize, pages: usize) -> usize {
+        pages * PAGE_SIZE * dtype.row_bytes(width)
+    }
+
+    /// The same rows with room for `pages` pages.
+    ///
+    /// # Errors
+    /// If the device has no memory for it.
+    pub fn grown(&self, pages: usize) -> Result<Self> {
+        let larger = Self::new(self.dtype, self.order, self.width, pages, self.values.device())?;
+        if self.pages() > 0 {
+            for (to, from) in larger.tensors().zip(self.tensors()) {
+                to.slice_set(from, 0, 0)?;
+            }
+        }
+        Ok(larger)
+    }
+
+    /// Only the pages `ids`, in this order.
+    ///
+    /// # Errors
+    /// If the device has no memory for it.
+    pub fn selected(&self, ids: &[u32]) -> Result<Self> {
+        let ids = Tensor::new(ids, self.values.device())?;
+        let select = |tensor: &Tensor| tensor.index_select(&ids, 0);
+        let scales = self.scales.as_ref().map(select).transpose()?;
+        Ok(Self { values: select(&self.values)?, scales, ..*self })
+    }
+
+    /// The tensors of the pool: numbers, then scales where the storage has them.
+    pub fn tensors(&self) -> impl Iterator<Item = &Tensor> {
+        std::iter::once(&self.values).chain(&self.scales)
+    }
+
+    /// `rows` `[n, width]` as the pool stores them, one tensor for each of [`Pool::tensors`]: `[n, width]`, `[n, scales]`.
+    ///
+    /// # Errors
+    /// If the rows cannot be read.
+    pub fn encode(&self, rows: &Tensor) -> Result<Vec<Tensor>> {
+        if self.dtype != KvDtype::Q8_0 {
+            return Ok(vec![rows.to_dtype(self.dtype.tensor_dtype())?.contiguous()?]);
+        }
+        let (count, width) = rows.dims2()?;
+        let rows = rows.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
+        let (mut integers, mut scales) = (Vec::with_capacity(rows.len()), Vec::new());
+        for group in rows.chunks_exact(width).flat_map(|row| row.chunks(GROUP)) {
+            // NaN is not the maximum of anything, but must not vanish either.
+            let largest = group.iter().fold(0f32, |max, x| if x.is_nan() { f32::NAN } else { max.max(x.abs()) });
+            let scale = largest / 127.0;
+            let inverse = if scale == 0.0 { 0.0 } else { 1.0 / scale };
+            integers.extend(group.iter().map(|x| (x * inverse).round() as i8 as u8));
+            scales.push(f16::from_f32(scale));
+        }
+        let groups = self.dtype.scales(width);
+        let device = self.values.device();
+        Ok(vec![Tensor::from_vec(integers, (count, width), device)?, Tensor::from_vec(scales, (count, groups), device)?])
+    }
+
+    /// The rows of the pages `ids`, one after the other: `[ids * PAGE_SIZE, width]`, f32. Plain tensor code.
+    ///
+    /// # Errors
+    /// If the pages cannot be read.
+    pub fn read(&self, ids: &[u32]) -> Result<Tensor> {
+        let ids = Tensor::new(ids, self.values.device())?;
+        let rows = |tensor: &Tensor| -> Result<Tensor> {
+            let pages = tensor.index_select(&ids, 0)?.to_dtype(DType::F32)?;
+            match self.order {
+                Order::Tiles => pages.transpose(2, 3)?.flatten_to(2), // [ids * PAGE_SIZE, width]
+                Order::Rows => pages.flatten_to(1),
+            }
+        };
+        let values = rows(&self.values)?;
+        let Some(scales) = &self.scales else { return Ok(values) };
+        let scales = rows(scales)?; // [rows, groups]
+        let (count, groups) = scales.dims2()?;
+        let scales = scales.unsqueeze(2)?.broadcast_as((count, groups, GROUP))?.flatten_from(1)?.narrow(1, 0, self.width)?;
+        let negative = values.ge(128f64)?.to_dtype(DType::F32)?;
+        (values - (negative * 256f64)?)? * scales
+    }
+}

@@ -1,0 +1,229 @@
+//! 16 numbers at a time, on each instruction set.
+
+use half::{bf16, f16};
+
+/// 16 f32. All functions: the processor must have the instruction set, and pointers 16 readable (writable) elements.
+pub(super) trait Lanes: Copy {
+    /// Rows of [`super::dot_tiles`] and of [`super::add_weighted`], and vectors of a row of the latter, that fit the registers.
+    const WIDE: bool;
+    unsafe fn zero() -> Self;
+    unsafe fn splat(x: f32) -> Self;
+    unsafe fn load(from: *const f32) -> Self;
+    unsafe fn load_f16(from: *const f16) -> Self;
+    unsafe fn load_bf16(from: *const bf16) -> Self;
+    unsafe fn load_i8(from: *const i8) -> Self;
+    unsafe fn store(self, to: *mut f32);
+    /// `self * b`
+    unsafe fn times(self, b: Self) -> Self;
+    /// `self * b + c`, rounded once.
+    unsafe fn times_plus(self, b: Self, c: Self) -> Self;
+}
+
+/// Plain arrays. The compiler makes vectors of them where the target has them (NEON on aarch64).
+#[derive(Clone, Copy)]
+pub(super) struct Portable([f32; 16]);
+
+impl Portable {
+    #[inline(always)]
+    fn each(f: impl FnMut(usize) -> f32) -> Self {
+        Self(std::array::from_fn(f))
+    }
+}
+
+impl Lanes for Portable {
+    const WIDE: bool = false;
+
+    #[inline(always)]
+    unsafe fn zero() -> Self {
+        Self([0.0; 16])
+    }
+
+    #[inline(always)]
+    unsafe fn splat(x: f32) -> Self {
+        Self([x; 16])
+    }
+
+    #[inline(always)]
+    unsafe fn load(from: *const f32) -> Self {
+        // SAFETY: the caller's: 16 elements are readable.
+        Self(unsafe { from.cast::<[f32; 16]>().read_unaligned() })
+    }
+
+    #[inline(always)]
+    unsafe fn load_f16(from: *const f16) -> Self {
+        // SAFETY: the caller's: 16 elements are readable.
+        let values = unsafe { from.cast::<[u16; 16]>().read_unaligned() };
+        Self::each(|i| {
+            // The exponent moves by multiplying; only infinities and NaN need more. No branch, so that vectors work.
+            let magnitude = f32::from_bits(u32::from(values[i] & 0x7fff) << 13) * f32::from_bits(0x7780_0000);
+            let special = if values[i] & 0x7c00 == 0x7c00 { 0x7f80_0000 } else { 0 };
+            f32::from_bits(magnitude.to_bits() | special | u32::from(values[i] & 0x8000) << 16)
+        })
+    }
+
+    #[inline(always)]
+    unsafe fn load_bf16(from: *const bf16) -> Self {
+        // SAFETY: the caller's: 16 elements are readable.
+        let values = unsafe { from.cast::<[u16; 16]>().read_unaligned() };
+        Self::each(|i| f32::from_bits(u32::from(values[i]) << 16))
+    }
+
+    #[inline(always)]
+    unsafe fn load_i8(from: *const i8) -> Self {
+        // SAFETY: the caller's: 16 elements are readable.
+        let values = unsafe { from.cast::<[i8; 16]>().read_unaligned() };
+        Self::each(|i| f32::from(values[i]))
+    }
+
+    #[inline(always)]
+    unsafe fn store(self, to: *mut f32) {
+        // SAFETY: the caller's: 16 elements are writable.
+        unsafe { to.cast::<[f32; 16]>().write_unaligned(self.0) };
+    }
+
+    #[inline(always)]
+    unsafe fn times(self, b: Self) -> Self {
+        Self::each(|i| self.0[i] * b.0[i])
+    }
+
+    #[inline(always)]
+    unsafe fn times_plus(self, b: Self, c: Self) -> Self {
+        Self::each(|i| self.0[i].mul_add(b.0[i], c.0[i]))
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+pub(super) use x86::{Avx2, Avx512, has_avx2, has_avx512};
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use super::Lanes;
+    use half::{bf16, f16};
+    use std::arch::x86_64::*;
+
+    pub(in crate::simd) fn has_avx512() -> bool {
+        is_x86_feature_detected!("avx512f") && has_avx2()
+    }
+
+    pub(in crate::simd) fn has_avx2() -> bool {
+        is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")
+    }
+
+    /// One register.
+    #[derive(Clone, Copy)]
+    pub(in crate::simd) struct Avx512(__m512);
+
+    // SAFETY of all: the caller's, see the trait.
+    #[allow(clippy::undocumented_unsafe_blocks, reason = "each is the trait's contract")]
+    impl Lanes for Avx512 {
+        const WIDE: bool = true;
+
+        #[inline(always)]
+        unsafe fn zero() -> Self {
+            unsafe { Self(_mm512_setzero_ps()) }
+        }
+
+        #[inline(always)]
+        unsafe fn splat(x: f32) -> Self {
+            unsafe { Self(_mm512_set1_ps(x)) }
+        }
+
+        #[inline(always)]
+        unsafe fn load(from: *const f32) -> Self {
+            unsafe { Self(_mm512_loadu_ps(from)) }
+        }
+
+        #[inline(always)]
+        unsafe fn load_f16(from: *const f16) -> Self {
+            unsafe { Self(_mm512_cvtph_ps(_mm256_loadu_si256(from.cast()))) }
+        }
+
+        #[inline(always)]
+        unsafe fn load_bf16(from: *const bf16) -> Self {
+            unsafe { Self(_mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(_mm256_loadu_si256(from.cast()))))) }
+        }
+
+        #[inline(always)]
+        unsafe fn load_i8(from: *const i8) -> Self {
+            unsafe { Self(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(from.cast())))) }
+        }
+
+        #[inline(always)]
+        unsafe fn store(self, to: *mut f32) {
+            unsafe { _mm512_storeu_ps(to, self.0) }
+        }
+
+        #[inline(always)]
+        unsafe fn times(self, b: Self) -> Self {
+            unsafe { Self(_mm512_mul_ps(self.0, b.0)) }
+        }
+
+        #[inline(always)]
+        unsafe fn times_plus(self, b: Self, c: Self) -> Self {
+            unsafe { Self(_mm512_fmadd_ps(self.0, b.0, c.0)) }
+        }
+    }
+
+    /// Two registers.
+    #[derive(Clone, Copy)]
+    pub(in crate::simd) struct Avx2(__m256, __m256);
+
+    // SAFETY of all: the caller's, see the trait.
+    #[allow(clippy::undocumented_unsafe_blocks, reason = "each is the trait's contract")]
+    impl Lanes for Avx2 {
+        const WIDE: bool = false;
+
+        #[inline(always)]
+        unsafe fn zero() -> Self {
+            unsafe { Self(_mm256_setzero_ps(), _mm256_setzero_ps()) }
+        }
+
+        #[inline(always)]
+        unsafe fn splat(x: f32) -> Self {
+            unsafe { Self(_mm256_set1_ps(x), _mm256_set1_ps(x)) }
+        }
+
+        #[inline(always)]
+        unsafe fn load(from: *const f32) -> Self {
+            unsafe { Self(_mm256_loadu_ps(from), _mm256_loadu_ps(from.add(8))) }
+        }
+
+        #[inline(always)]
+        unsafe fn load_f16(from: *const f16) -> Self {
+            let half = |from: *const f16| unsafe { _mm256_cvtph_ps(_mm_loadu_si128(from.cast())) };
+            unsafe { Self(half(from), half(from.add(8))) }
+        }
+
+        #[inline(always)]
+        unsafe fn load_bf16(from: *const bf16) -> Self {
+            let half = |from: *const bf16| unsafe {
+                _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(_mm_loadu_si128(from.cast()))))
+            };
+            unsafe { Self(half(from), half(from.add(8))) }
+        }
+
+        #[inline(always)]
+        unsafe fn load_i8(from: *const i8) -> Self {
+            let half = |from: *const i8| unsafe { _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(from.cast()))) };
+            unsafe { Self(half(from), half(from.add(8))) }
+        }
+
+        #[inline(always)]
+        unsafe fn store(self, to: *mut f32) {
+            unsafe {
+                _mm256_storeu_ps(to, self.0);
+                _mm256_storeu_ps(to.add(8), self.1);
+            }
+        }
+
+        #[inline(always)]
+        unsafe fn times(self, b: Self) -> Self {
+            unsafe { Self(_mm256_mul_ps(self.0, b.0), _mm256_mul_ps(self.1, b.1)) }
+        }
+
+        #[inline(always)]
+        unsafe fn times_plus(self, b: Self, c: Self) -> Self {
+            unsafe { Self(_mm256_fmadd_ps(self.0, b.0, c.0), _mm256_fmadd_ps(self.1, b.1, c.1)) }
+        }
+    }
+}
