@@ -133,7 +133,8 @@ impl RoutedAttention {
         let routed = layer >= *dense_layers && store.sliding_window().is_none();
         let selection = if routed {
             store.finish_write(step, block_router.summary(), limits.block_size)?;
-            if step.end() <= limits.dense_len {
+            // What fits needs no scores: it is all selected.
+            if step.end() <= limits.dense_len || block_router.fills_budget() && limits.budget.limit(0) >= step.end() {
                 Selection::Every
             } else {
                 let scores = block_router.score(input.q, store, limits.block_size)?;

@@ -36,7 +36,20 @@ impl Linear {
     /// # Errors
     /// If the widths differ.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let y = self.weight.multiply(x)?;
+        self.add_bias(self.weight.multiply(x)?)
+    }
+
+    /// [`Linear::forward`] of projections that read the same `x`.
+    ///
+    /// # Errors
+    /// If a width differs.
+    pub fn forward_each<const N: usize>(projections: [&Self; N], x: &Tensor) -> Result<[Tensor; N]> {
+        let products = Matrix::multiply_each(&projections.map(|projection| &projection.weight), x)?;
+        let outputs = projections.iter().zip(products).map(|(projection, y)| projection.add_bias(y)).collect::<Result<Vec<_>>>()?;
+        outputs.try_into().map_err(|_| candle_core::Error::Msg("linear: a product is missing".into()))
+    }
+
+    fn add_bias(&self, y: Tensor) -> Result<Tensor> {
         match &self.bias {
             Some(bias) => y.broadcast_add(bias),
             None => Ok(y),

@@ -1,3 +1,4 @@
+use super::matvec;
 use candle_core::quantized::{GgmlDType, QMatMul, QTensor};
 use candle_core::{Module, Result, Tensor};
 use std::sync::Arc;
@@ -38,7 +39,25 @@ impl Matrix {
         match self {
             Self::Dense(weight) => x.matmul(&weight.t()?),
             Self::Quantized(weight) if x.dim(0)? >= UNPACK_ROWS && unpacks(weight) => x.matmul(&weight.dequantize(&weight.device())?.t()?),
+            Self::Quantized(weight) if x.dim(0)? < UNPACK_ROWS && matvec::supports(weight) => {
+                Ok(matvec::multiply(x, &[weight.as_ref()])?.remove(0))
+            }
             Self::Quantized(weight) => QMatMul::QTensor(weight.clone()).forward(x),
+        }
+    }
+
+    /// [`Matrix::multiply`] of several matrices with the same `x`, which is prepared once where that helps.
+    ///
+    /// # Errors
+    /// If a width differs.
+    pub fn multiply_each(matrices: &[&Self], x: &Tensor) -> Result<Vec<Tensor>> {
+        let quantized = matrices.iter().map(|matrix| match matrix {
+            Self::Quantized(weight) if matvec::supports(weight) => Some(weight.as_ref()),
+            _ => None,
+        });
+        match quantized.collect::<Option<Vec<&QTensor>>>() {
+            Some(weights) if x.dim(0)? < UNPACK_ROWS => matvec::multiply(x, &weights),
+            _ => matrices.iter().map(|matrix| matrix.multiply(x)).collect(),
         }
     }
 

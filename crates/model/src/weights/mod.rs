@@ -2,6 +2,7 @@
 
 pub mod gguf;
 mod matrix;
+mod matvec;
 pub mod safetensors;
 
 pub use matrix::Matrix;

@@ -54,6 +54,11 @@ pub trait BlockRouter: std::fmt::Debug + Send + Sync {
         Summary::None
     }
 
+    /// Whether it selects blocks as long as the budget lasts, so that what fits is all selected.
+    fn fills_budget(&self) -> bool {
+        true
+    }
+
     /// `q`: `[q_len, q_heads, head_dim]`, after rope. Blocks are of `block_size` positions and complete; the score of
     /// one is the maximum over the query heads that share a key/value head. Blocks without an admitted token have no
     /// meaning.

@@ -11,6 +11,10 @@ impl BlockRouter for Recent {
         "recent"
     }
 
+    fn fills_budget(&self) -> bool {
+        false
+    }
+
     fn score(&self, _q: &Tensor, _store: &LayerStore, _block_size: usize) -> Result<BlockScores> {
         Ok(BlockScores::Forced)
     }

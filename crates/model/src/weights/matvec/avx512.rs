@@ -1,0 +1,221 @@
+//! The same with AVX-512 VNNI: 64 products in an instruction.
+
+use super::activations::{Activations, QUAD};
+use super::blocks::{Format, STEP, scales_and_minima};
+use std::arch::x86_64::*;
+
+/// Whether the processor has what [`dot`] needs.
+pub(super) fn is_here() -> bool {
+    is_x86_feature_detected!("avx512f")
+        && is_x86_feature_detected!("avx512bw")
+        && is_x86_feature_detected!("avx512dq")
+        && is_x86_feature_detected!("avx512vnni")
+        && is_x86_feature_detected!("avx2")
+        && is_x86_feature_detected!("f16c")
+}
+
+/// Lanes (of four numbers) of 64 numbers: integers, and for each lane scale and minimum.
+type Step = (__m512i, __m512, __m512);
+
+/// `row . x`
+///
+/// # Safety
+/// The processor must have what [`is_here`] asks for, and `row` as many numbers as `x`.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vnni,avx2,f16c")]
+pub(super) unsafe fn dot(format: Format, row: &[u8], x: &Activations) -> f32 {
+    // SAFETY: the lengths agree: each block's numbers have their activations.
+    unsafe {
+        match format {
+            Format::Q4_0 => pairs::<8, false>(row.as_ptr(), x, 18, |p| q4(p, 2, 18)),
+            Format::Q4_1 => pairs::<0, true>(row.as_ptr(), x, 20, |p| q4(p, 4, 20)),
+            Format::Q5_0 => pairs::<16, false>(row.as_ptr(), x, 22, |p| q5(p, 2, 22)),
+            Format::Q5_1 => pairs::<0, true>(row.as_ptr(), x, 24, |p| q5(p, 4, 24)),
+            Format::Q8_0 => pairs::<128, false>(row.as_ptr(), x, 34, |p| q8(p)),
+            Format::Q4K => k_4_or_5::<false>(row, x),
+            Format::Q5K => k_4_or_5::<true>(row, x),
+            Format::Q6K => k_6(row, x),
+        }
+    }
+}
+
+/// Adds 64 products to `sum`.
+#[inline(always)]
+unsafe fn add<const OFFSET: i32, const MINIMUM: bool>(sum: __m512, (integers, scale, minimum): Step, x: &Activations, at: usize) -> __m512 {
+    // SAFETY: the caller's: `at + 64` activations are there, and the instructions.
+    unsafe {
+        let quads = at / QUAD;
+        let values = _mm512_loadu_si512(x.integers.as_ptr().add(at).cast());
+        let x_scale = _mm512_loadu_ps(x.scales.as_ptr().add(quads));
+        let mut products = _mm512_dpbusd_epi32(_mm512_setzero_si512(), integers, values);
+        let mut scaled;
+        if OFFSET != 0 {
+            let sums = _mm512_loadu_si512(x.sums.as_ptr().add(quads).cast());
+            products = _mm512_sub_epi32(products, _mm512_mullo_epi32(sums, _mm512_set1_epi32(OFFSET)));
+        }
+        scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(products), scale);
+        if MINIMUM {
+            let sums = _mm512_loadu_si512(x.sums.as_ptr().add(quads).cast());
+            scaled = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums), minimum, scaled);
+        }
+        _mm512_fmadd_ps(scaled, x_scale, sum)
+    }
+}
+
+/// Formats with blocks of 32: two at a time.
+#[inline(always)]
+unsafe fn pairs<const OFFSET: i32, const MINIMUM: bool>(
+    row: *const u8,
+    x: &Activations,
+    block_bytes: usize,
+    unpack: impl Fn(*const u8) -> Step,
+) -> f32 {
+    // SAFETY: the caller's: as many blocks as activations.
+    unsafe {
+        let steps = x.integers.len() / STEP;
+        let mut sums = [_mm512_setzero_ps(); 2];
+        for step in 0..steps {
+            let pair = row.add(step * 2 * block_bytes);
+            sums[step % 2] = add::<OFFSET, MINIMUM>(sums[step % 2], unpack(pair), x, step * STEP);
+        }
+        _mm512_reduce_add_ps(_mm512_add_ps(sums[0], sums[1]))
+    }
+}
+
+/// Scale and minimum of two blocks: the first two halves of each, the second one meaningless where there is no minimum.
+#[inline(always)]
+unsafe fn scales(block: *const u8, block_bytes: usize) -> (__m512, __m512) {
+    // SAFETY: the caller's: both blocks are there, and longer than 4 bytes.
+    unsafe {
+        let (a, b) = (block.cast::<i32>().read_unaligned(), block.add(block_bytes).cast::<i32>().read_unaligned());
+        let four = _mm512_castps128_ps512(_mm_cvtph_ps(_mm_set_epi32(0, 0, b, a)));
+        let scale = _mm512_set_epi32(2, 2, 2, 2, 2, 2, 2, 2, 0, 0, 0, 0, 0, 0, 0, 0);
+        let minimum = _mm512_set_epi32(3, 3, 3, 3, 3, 3, 3, 3, 1, 1, 1, 1, 1, 1, 1, 1);
+        (_mm512_permutexvar_ps(scale, four), _mm512_permutexvar_ps(minimum, four))
+    }
+}
+
+/// The 4-bit numbers of two blocks, low halves of the bytes first.
+#[inline(always)]
+unsafe fn nibbles(a: *const u8, b: *const u8) -> __m512i {
+    // SAFETY: the caller's: 16 bytes at each.
+    unsafe {
+        let (a, b) = (_mm_loadu_si128(a.cast()), _mm_loadu_si128(b.cast()));
+        let a = _mm256_inserti128_si256::<1>(_mm256_castsi128_si256(a), _mm_srli_epi16::<4>(a));
+        let b = _mm256_inserti128_si256::<1>(_mm256_castsi128_si256(b), _mm_srli_epi16::<4>(b));
+        _mm512_and_si512(_mm512_inserti64x4::<1>(_mm512_castsi256_si512(a), b), _mm512_set1_epi8(15))
+    }
+}
+
+#[inline(always)]
+unsafe fn q4(pair: *const u8, body: usize, block_bytes: usize) -> Step {
+    // SAFETY: the caller's: two blocks.
+    unsafe {
+        let (scale, minimum) = scales(pair, block_bytes);
+        (nibbles(pair.add(body), pair.add(block_bytes + body)), scale, minimum)
+    }
+}
+
+#[inline(always)]
+unsafe fn q5(pair: *const u8, body: usize, block_bytes: usize) -> Step {
+    // SAFETY: the caller's: two blocks.
+    unsafe {
+        let (scale, minimum) = scales(pair, block_bytes);
+        let low = nibbles(pair.add(body + 4), pair.add(block_bytes + body + 4));
+        let bits = |at: usize| u64::from(pair.add(at).cast::<u32>().read_unaligned());
+        let high = _mm512_maskz_set1_epi8(bits(body) | bits(block_bytes + body) << 32, 16);
+        (_mm512_or_si512(low, high), scale, minimum)
+    }
+}
+
+#[inline(always)]
+unsafe fn q8(pair: *const u8) -> Step {
+    // SAFETY: the caller's: two blocks of 34 bytes.
+    unsafe {
+        let (scale, minimum) = scales(pair, 34);
+        let (a, b) = (_mm256_loadu_si256(pair.add(2).cast()), _mm256_loadu_si256(pair.add(36).cast()));
+        let both = _mm512_inserti64x4::<1>(_mm512_castsi256_si512(a), b);
+        (_mm512_xor_si512(both, _mm512_set1_epi8(-128)), scale, minimum)
+    }
+}
+
+#[inline(always)]
+unsafe fn half(at: *const u8) -> f32 {
+    // SAFETY: the caller's: two bytes.
+    unsafe { _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(i32::from(at.cast::<u16>().read_unaligned())))) }
+}
+
+#[inline(always)]
+unsafe fn k_4_or_5<const FIVE: bool>(row: &[u8], x: &Activations) -> f32 {
+    let block_bytes = if FIVE { 176 } else { 144 };
+    // SAFETY: the caller's: as many blocks as activations.
+    unsafe {
+        let mut sum = _mm512_setzero_ps();
+        for (index, block) in row.chunks_exact(block_bytes).enumerate() {
+            let p = block.as_ptr();
+            let (scales, minima) = scales_and_minima(&block[4..16]);
+            let eight = |bytes: [u8; 8], factor: f32| {
+                let values = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(i64::from_le_bytes(bytes))));
+                _mm512_castps256_ps512(_mm256_mul_ps(values, _mm256_set1_ps(factor)))
+            };
+            let (scales, minima) = (eight(scales, half(p)), eight(minima, -half(p.add(2))));
+            for step in 0..4 {
+                let bytes = _mm256_loadu_si256(p.add(if FIVE { 48 } else { 16 } + 32 * step).cast());
+                let both = _mm512_inserti64x4::<1>(_mm512_castsi256_si512(bytes), _mm256_srli_epi16::<4>(bytes));
+                let mut integers = _mm512_and_si512(both, _mm512_set1_epi8(15));
+                if FIVE {
+                    let high = _mm256_loadu_si256(p.add(16).cast());
+                    let bit = |bit: usize| u64::from(bytes_with(high, 1 << bit));
+                    let mask = bit(2 * step) | bit(2 * step + 1) << 32;
+                    integers = _mm512_or_si512(integers, _mm512_maskz_set1_epi8(mask, 16));
+                }
+                let (a, b) = (2 * step as i32, 2 * step as i32 + 1);
+                let lanes = _mm512_set_epi32(b, b, b, b, b, b, b, b, a, a, a, a, a, a, a, a);
+                let scale = _mm512_permutexvar_ps(lanes, scales);
+                let minimum = _mm512_permutexvar_ps(lanes, minima);
+                sum = add::<0, true>(sum, (integers, scale, minimum), x, (index * 4 + step) * STEP);
+            }
+        }
+        _mm512_reduce_add_ps(sum)
+    }
+}
+
+/// The bytes of `x` that have a bit of `bits`, as a mask.
+#[inline(always)]
+unsafe fn bytes_with(x: __m256i, bits: u8) -> u32 {
+    // SAFETY: the caller's: the instructions.
+    unsafe {
+        let bits = _mm256_set1_epi8(bits as i8);
+        _mm256_movemask_epi8(_mm256_cmpeq_epi8(_mm256_and_si256(x, bits), bits)) as u32
+    }
+}
+
+#[inline(always)]
+unsafe fn k_6(row: &[u8], x: &Activations) -> f32 {
+    // SAFETY: the caller's: as many blocks as activations.
+    unsafe {
+        let mut sum = _mm512_setzero_ps();
+        for (index, block) in row.chunks_exact(210).enumerate() {
+            let p = block.as_ptr();
+            let scales = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(p.add(192).cast())));
+            let scales = _mm512_mul_ps(scales, _mm512_set1_ps(half(p.add(208))));
+            for step in 0..4 {
+                let low = _mm512_loadu_si512(p.add(64 * (step / 2)).cast());
+                let high = _mm256_loadu_si256(p.add(128 + 32 * (step / 2)).cast());
+                // Of each high byte, two bits for either half.
+                let (low, high) = if step % 2 == 0 {
+                    (low, _mm512_inserti64x4::<1>(_mm512_castsi256_si512(_mm256_slli_epi16::<4>(high)), _mm256_slli_epi16::<2>(high)))
+                } else {
+                    (_mm512_srli_epi16::<4>(low), _mm512_inserti64x4::<1>(_mm512_castsi256_si512(high), _mm256_srli_epi16::<2>(high)))
+                };
+                let low = _mm512_and_si512(low, _mm512_set1_epi8(15));
+                let integers = _mm512_or_si512(low, _mm512_and_si512(high, _mm512_set1_epi8(0x30)));
+                let s = 4 * step as i32;
+                let lanes =
+                    _mm512_set_epi32(s + 3, s + 3, s + 3, s + 3, s + 2, s + 2, s + 2, s + 2, s + 1, s + 1, s + 1, s + 1, s, s, s, s);
+                let scale = _mm512_permutexvar_ps(lanes, scales);
+                sum = add::<32, false>(sum, (integers, scale, scale), x, (index * 4 + step) * STEP);
+            }
+        }
+        _mm512_reduce_add_ps(sum)
+    }
+}

@@ -1,0 +1,138 @@
+//! Products of a few rows of activations with matrices in ggml blocks: what decoding is made of.
+//!
+//! Activations become 8-bit integers with a scale for every 32; each weight row is then unpacked 64 numbers at a time
+//! and multiplied in integers, straight from the checkpoint's own bytes: no second copy of the weights.
+
+mod activations;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+mod blocks;
+
+use activations::Activations;
+use blocks::Format;
+use candle_core::quantized::QTensor;
+use candle_core::{DType, Device, Result, Tensor};
+use std::ops::Range;
+
+/// Weight rows that a thread takes at a time, at least.
+const ROWS_AT_ONCE: usize = 16;
+
+/// Whether [`multiply`] has a kernel for this matrix.
+pub(super) fn supports(weight: &QTensor) -> bool {
+    let columns = weight.shape().dims().get(1).copied().unwrap_or(0);
+    weight.device().is_cpu() && Format::of(weight.dtype()).is_some_and(|format| columns % format.multiple() == 0 && columns > 0)
+}
+
+/// `x W'` for several matrices that read the same `x` `[tokens, columns]`: `[tokens, rows]` each, f32. All must be
+/// [`supports`]ed, and as wide as `x`.
+///
+/// # Errors
+/// If a width differs or the matrices are not on the CPU.
+pub(super) fn multiply(x: &Tensor, weights: &[&QTensor]) -> Result<Vec<Tensor>> {
+    let (tokens, columns) = x.dims2()?;
+    let x = x.to_dtype(DType::F32)?.contiguous()?.flatten_all()?.to_vec1::<f32>()?;
+    let rows_of_x: Vec<Activations> = x.chunks_exact(columns).map(Activations::new).collect();
+    let mut parts = Vec::with_capacity(weights.len());
+    let mut total = 0;
+    for weight in weights {
+        let (rows, width) = weight.shape().dims2()?;
+        let Some(format) = Format::of(weight.dtype()).filter(|format| width == columns && width % format.multiple() == 0) else {
+            candle_core::bail!("matvec: {:?} {:?} does not fit activations {:?}", weight.dtype(), weight.shape(), [tokens, columns]);
+        };
+        let bytes = weight.data()?;
+        let row_bytes = format.row_bytes(columns);
+        if bytes.len() != rows * row_bytes {
+            candle_core::bail!("matvec: {} bytes for {rows} rows of {row_bytes}", bytes.len());
+        }
+        parts.push(Part { format, bytes, row_bytes, rows: total..total + rows, out: vec![0f32; tokens * rows] });
+        total += rows;
+    }
+    let outs: Vec<Out> = parts.iter_mut().map(|part| Out(part.out.as_mut_ptr())).collect();
+    let chunks = total.div_ceil(ROWS_AT_ONCE);
+    candle_core::utils::barrier_pool().execute_chunked(chunks, |range| {
+        let range = range.start * ROWS_AT_ONCE..total.min(range.end * ROWS_AT_ONCE);
+        for (part, out) in parts.iter().zip(&outs) {
+            let here = range.start.max(part.rows.start)..range.end.min(part.rows.end);
+            for row in here {
+                let at = row - part.rows.start;
+                let weight = &part.bytes[at * part.row_bytes..(at + 1) * part.row_bytes];
+                for (token, x) in rows_of_x.iter().enumerate() {
+                    let value = part.format.dot(weight, x);
+                    // SAFETY: `out` holds tokens * rows numbers; each (token, row) is written by the one thread that
+                    // execute_chunked gave this row to, and none is read until it returns.
+                    unsafe { *out.0.add(token * part.rows.len() + at) = value };
+                }
+            }
+        }
+    });
+    parts.into_iter().map(|part| Tensor::from_vec(part.out, (tokens, part.rows.len()), &Device::Cpu)).collect()
+}
+
+/// One of the matrices.
+struct Part<'a> {
+    format: Format,
+    bytes: std::borrow::Cow<'a, [u8]>,
+    row_bytes: usize,
+    /// Of all rows.
+    rows: Range<usize>,
+    out: Vec<f32>, // [tokens, rows]
+}
+
+struct Out(*mut f32);
+
+// SAFETY: see the one write above.
+unsafe impl Sync for Out {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::quantized::GgmlDType;
+
+    #[test]
+    fn every_format_is_the_product_of_the_unpacked_matrix() -> Result<()> {
+        let formats = [
+            GgmlDType::Q4_0,
+            GgmlDType::Q4_1,
+            GgmlDType::Q5_0,
+            GgmlDType::Q5_1,
+            GgmlDType::Q8_0,
+            GgmlDType::Q4K,
+            GgmlDType::Q5K,
+            GgmlDType::Q6K,
+        ];
+        for dtype in formats {
+            let (rows, columns) = (70, 768);
+            let dense: Vec<f32> =
+                (0..rows * columns).map(|i| ((i * 7919 % 2003) as f32 / 1000.0 - 1.0) * (1.0 + (i / 97 % 5) as f32)).collect();
+            let weight = QTensor::quantize(&Tensor::from_vec(dense, (rows, columns), &Device::Cpu)?, dtype)?;
+            let unpacked = weight.dequantize(&Device::Cpu)?.to_vec2::<f32>()?;
+            let x: Vec<f32> = (0..3 * columns).map(|i| ((i * 31 % 1009) as f32 / 500.0 - 1.0) * (1.0 + (i / 40 % 7) as f32)).collect();
+            assert!(supports(&weight));
+            let x_tensor = Tensor::from_vec(x.clone(), (3, columns), &Device::Cpu)?;
+            let out = multiply(&x_tensor, &[&weight, &weight])?;
+            assert_eq!(out[0].to_vec2::<f32>()?, out[1].to_vec2::<f32>()?);
+            let out = out[0].to_vec2::<f32>()?;
+            let format = Format::of(dtype).expect("supported");
+            for token in 0..3 {
+                let x = &x[token * columns..(token + 1) * columns];
+                let activations = Activations::new(x);
+                let rounded = activations.values();
+                for row in 0..rows {
+                    // With activations rounded as the kernel rounds them, only the order of sums is left.
+                    let exact: f64 = rounded.iter().zip(&unpacked[row]).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum();
+                    let size: f64 = rounded.iter().zip(&unpacked[row]).map(|(a, b)| (f64::from(*a) * f64::from(*b)).abs()).sum();
+                    let got = out[token][row];
+                    assert!((f64::from(got) - exact).abs() <= 1e-5 * size, "{dtype:?} {token} {row}: {got}, not {exact}");
+                    // The plain code is the other instruction sets' twin.
+                    let bytes = weight.data()?;
+                    let plain = format.dot_plain(&bytes[row * format.row_bytes(columns)..][..format.row_bytes(columns)], &activations);
+                    assert!((f64::from(plain) - exact).abs() <= 1e-5 * size, "{dtype:?} plain: {plain}, not {exact}");
+                }
+                let error: f64 = x.iter().zip(&rounded).map(|(a, b)| f64::from((a - b).abs())).fold(0.0, f64::max);
+                let largest = x.iter().fold(0f32, |max, x| max.max(x.abs()));
+                assert!(error <= f64::from(largest) / 127.0, "{error}");
+            }
+        }
+        Ok(())
+    }
+}
