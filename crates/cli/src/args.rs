@@ -72,6 +72,8 @@ pub(crate) enum Command {
     /// What routed attention costs in quality
     #[command(subcommand)]
     Eval(Eval),
+    /// What the routers kept and read of a prompt: a picture, and how much of dense attention it caught
+    Route(Box<Route>),
     /// Check the machine, this build, the cache and the Hub
     Doctor,
     /// Print a completion script
@@ -210,8 +212,11 @@ pub(crate) struct AttentionArgs {
     /// First layers that read every block
     #[arg(long, value_name = "N", hide_short_help = true)]
     pub(crate) dense_layers: Option<u32>,
+    /// What the budget is multiplied by in each layer, e.g. 1,1,2,4; 1 where the list is over
+    #[arg(long, value_name = "F,...", hide_short_help = true, value_delimiter = ',', value_parser = parse_factor)]
+    pub(crate) layer_budgets: Option<Vec<f32>>,
     /// How blocks are scored
-    #[arg(long, value_name = "NAME", value_parser = clap::builder::PossibleValuesParser::new(["all", "recent", "mean", "bound", "oracle"]))]
+    #[arg(long, value_name = "NAME", value_parser = clap::builder::PossibleValuesParser::new(["all", "recent", "mean", "bound", "mass", "oracle"]))]
     pub(crate) block_router: Option<String>,
     /// Which tokens stay in memory: all, sink_window, random, or the file of a trained router [default: all]
     #[arg(long, value_name = "NAME|FILE")]
@@ -302,8 +307,9 @@ pub(crate) struct SamplingArgs {
     pub(crate) stop: Vec<String>,
 }
 
+/// What the model is given.
 #[derive(Debug, Args)]
-pub(crate) struct Generate {
+pub(crate) struct PromptArgs {
     /// The prompt
     #[arg(value_name = "PROMPT", conflicts_with = "prompt")]
     pub(crate) positional: Option<String>,
@@ -322,12 +328,21 @@ pub(crate) struct Generate {
     /// Do not put the model's start token before a raw prompt
     #[arg(long, help_heading = "Prompt")]
     pub(crate) no_bos: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Generate {
+    #[command(flatten)]
+    pub(crate) prompt: PromptArgs,
     /// Most tokens to generate [default: 512]
     #[arg(short = 'n', long, value_name = "N")]
     pub(crate) max_tokens: Option<usize>,
     /// Do not stop at the model's end tokens
     #[arg(long)]
     pub(crate) ignore_eos: bool,
+    /// Write what was kept and read, layer by layer and token by token, as lines of JSON
+    #[arg(long, value_name = "FILE")]
+    pub(crate) route_log: Option<PathBuf>,
     /// Log-probabilities of the N likeliest tokens at each position (to standard error, or in the JSON)
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=20))]
     pub(crate) logprobs: Option<u8>,
@@ -339,6 +354,27 @@ pub(crate) struct Generate {
     pub(crate) attention: AttentionArgs,
     #[command(flatten)]
     pub(crate) sampling: SamplingArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Route {
+    #[command(flatten)]
+    pub(crate) prompt: PromptArgs,
+    /// Tokens to decode and watch
+    #[arg(short = 'n', long, value_name = "N", default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..=4096))]
+    pub(crate) steps: u32,
+    /// Where the page and the lines of JSON go: this name with .html and .jsonl
+    #[arg(short, long, value_name = "PATH", default_value = "route")]
+    pub(crate) output: PathBuf,
+    /// Write no files
+    #[arg(long)]
+    pub(crate) no_files: bool,
+    #[command(flatten)]
+    pub(crate) template: TemplateArgs,
+    #[command(flatten)]
+    pub(crate) model: ModelArgs,
+    #[command(flatten)]
+    pub(crate) attention: AttentionArgs,
 }
 
 #[derive(Debug, Args)]
@@ -380,6 +416,8 @@ pub(crate) enum OutputFormat {
 pub(crate) enum Eval {
     /// Perplexity of a text, dense and routed, and how far the predictions differ
     Ppl(Box<EvalPpl>),
+    /// Facts hidden in a text, asked for after it: dense beside routed, over lengths and depths
+    Needle(Box<EvalNeedle>),
 }
 
 #[derive(Debug, Args)]
@@ -402,6 +440,55 @@ pub(crate) struct EvalPpl {
     pub(crate) model: ModelArgs,
     #[command(flatten)]
     pub(crate) attention: AttentionArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct EvalNeedle {
+    /// The text to hide things in
+    #[arg(short, long, value_name = "PATH")]
+    pub(crate) file: PathBuf,
+    /// Lengths of the text in tokens, e.g. 4096,8192 [default: most of the context, at most 8192]
+    #[arg(short, long, value_name = "N", value_delimiter = ',', value_parser = clap::value_parser!(u32).range(256..=1 << 28))]
+    pub(crate) length: Vec<u32>,
+    /// Where in it, in percent from its beginning
+    #[arg(short, long, value_name = "P", value_delimiter = ',', default_value = "10,30,50,70,90", value_parser = clap::value_parser!(u8).range(0..=100))]
+    pub(crate) depth: Vec<u8>,
+    /// Texts for each length and depth
+    #[arg(short, long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub(crate) samples: u32,
+    /// Tasks to run
+    #[arg(long, value_enum, value_delimiter = ',', default_values_t = [NeedleTask::Single, NeedleTask::MultiKey, NeedleTask::MultiValue, NeedleTask::Variables, NeedleTask::Copy])]
+    pub(crate) tasks: Vec<NeedleTask>,
+    /// Seed of names, numbers and places
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub(crate) seed: u64,
+    /// Another setting instead of that of the other flags; may be repeated
+    #[arg(long, value_name = "FLAGS", value_parser = parse_setting, allow_hyphen_values = true)]
+    pub(crate) with: Vec<AttentionArgs>,
+    /// Exit with 10 if a setting finds less than this part of what dense finds
+    #[arg(long, value_name = "F", value_parser = parse_fraction)]
+    pub(crate) min_acc: Option<f32>,
+    #[command(flatten)]
+    pub(crate) template: TemplateArgs,
+    #[command(flatten)]
+    pub(crate) model: ModelArgs,
+    #[command(flatten)]
+    pub(crate) attention: AttentionArgs,
+}
+
+/// What is hidden, and asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum NeedleTask {
+    /// One number
+    Single,
+    /// One of several numbers that differ by name
+    MultiKey,
+    /// All of several numbers of one name
+    MultiValue,
+    /// A number, through names that stand for names
+    Variables,
+    /// The text itself, word for word
+    Copy,
 }
 
 /// Attention flags alone, as `--with` takes them.
@@ -456,6 +543,13 @@ fn parse_budget(text: &str) -> Result<BudgetChoice, String> {
             Ok(tokens @ 1..) => Ok(BudgetChoice::Tokens(tokens)),
             _ => Err(wrong()),
         },
+    }
+}
+
+fn parse_factor(text: &str) -> Result<f32, String> {
+    match text.trim().parse::<f32>() {
+        Ok(factor) if factor > 0.0 && factor <= 1000.0 => Ok(factor),
+        _ => Err(format!("{text:?} is not a number above 0")),
     }
 }
 

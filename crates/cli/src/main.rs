@@ -47,6 +47,8 @@ fn run(cli: Cli) -> Result<u8> {
         Command::Models(Models::Path(args)) => commands::models::path(&args, &hub()?, ui),
         Command::Bench(args) => commands::bench::run(&args, &hub()?, ui, &interrupt),
         Command::Eval(Eval::Ppl(args)) => commands::eval::ppl(&args, &hub()?, ui, &interrupt),
+        Command::Eval(Eval::Needle(args)) => commands::needle::run(&args, &hub()?, ui, &interrupt),
+        Command::Route(args) => commands::route::run(&args, &hub()?, ui, &interrupt),
         Command::Doctor => commands::doctor::run(&hub()?, ui),
         Command::Completions { shell } => commands::completions::run(shell),
     }
@@ -68,6 +70,8 @@ fn set_threads(command: &Command) {
         Command::Chat(args) => args.model.threads,
         Command::Bench(args) => args.model.threads,
         Command::Eval(Eval::Ppl(args)) => args.model.threads,
+        Command::Eval(Eval::Needle(args)) => args.model.threads,
+        Command::Route(args) => args.model.threads,
         _ => None,
     };
     if let Some(threads) = threads {

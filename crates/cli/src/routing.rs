@@ -34,11 +34,13 @@ pub(crate) struct RoutingDefaults {
     pub(crate) window: usize,
     /// First layers that read every block: their attention is diffuse (Quest, arXiv:2406.10774).
     pub(crate) dense_layers: usize,
+    /// What each layer's budget is multiplied by; 1 where the list is over.
+    pub(crate) layer_budgets: Vec<f32>,
 }
 
 impl Default for RoutingDefaults {
     fn default() -> Self {
-        Self { block_router: "bound".into(), budget: 2048, part: 0.125, block: 32, window: 256, dense_layers: 2 }
+        Self { block_router: "bound".into(), budget: 2048, part: 0.125, block: 32, window: 256, dense_layers: 2, layer_budgets: Vec::new() }
     }
 }
 
@@ -98,7 +100,9 @@ pub(crate) fn resolve(args: &AttentionArgs, known: &Known<'_>) -> Result<Routing
         return Err(Failure::new(Kind::Usage, what).hint(format!("--block {window}")).into());
     }
     let limits = Limits { window, sinks, block_size, budget, dense_len, tile: args.tile.map_or(TILE, |tile| tile as usize) };
-    Ok(Routing { token_router, block_router, limits, dense_layers: args.dense_layers.map_or(defaults.dense_layers, |n| n as usize) })
+    let dense_layers = args.dense_layers.map_or(defaults.dense_layers, |n| n as usize);
+    let layer_budgets = args.layer_budgets.clone().unwrap_or_else(|| defaults.layer_budgets.clone());
+    Ok(Routing { token_router, block_router, limits, dense_layers, layer_budgets })
 }
 
 /// The token router, and the window and sinks that a trained one was made for.
@@ -165,7 +169,7 @@ fn budget(budget: Budget) -> String {
 
 /// As in JSON.
 pub(crate) fn document(attention: &RoutedAttention) -> Value {
-    let Routing { token_router, block_router, limits, dense_layers } = attention.routing();
+    let Routing { token_router, block_router, limits, dense_layers, layer_budgets } = attention.routing();
     let mut document = json!({"mode": if limits.dense_len < usize::MAX { "routed" } else { "dense" }, "token_router": token_router.name()});
     if limits.dense_len < usize::MAX {
         document["block_router"] = block_router.name().into();
@@ -174,6 +178,7 @@ pub(crate) fn document(attention: &RoutedAttention) -> Value {
         document["block"] = limits.block_size.into();
         document["min_ctx"] = limits.dense_len.into();
         document["dense_layers"] = (*dense_layers).into();
+        document["layer_budgets"] = layer_budgets.clone().into();
     }
     if is_routed(attention) {
         document["window"] = limits.window.into();

@@ -640,3 +640,81 @@ fn a_directory_takes_a_quant() {
     let output = run(&mut case.command(&["generate", "--raw", "hello", "-m", &wrong]), 2);
     assert!(stderr(&output).contains("q9_9") && stderr(&output).contains("q8_0"), "{}", stderr(&output));
 }
+
+#[test]
+fn route_shows_what_was_read_and_writes_a_page_and_lines() {
+    let case = Case::new();
+    let text: String = (0..700).map(|i| format!("</script> word{} ", i * 7919 % 97)).collect();
+    let file = case.file("text.txt", text);
+    let output = case.home.path().join("map");
+    let route = |extra: &[&str], code: i32| {
+        let mut command = case.llama(&["route", "--raw", "-f", &file, "-c", "20000", "-n", "3", "--window", "64", "--block", "16"]);
+        run(command.args(["--min-ctx", "0", "-o"]).arg(&output).args(extra), code)
+    };
+    let seen = route(&["--budget", "256", "--token-router", "random", "--keep", "0.7"], 0);
+    let picture = stdout(&seen);
+    assert!(picture.contains("recall of dense attention 0.") && picture.contains(" L2 "), "{picture}");
+    assert!(picture.lines().filter(|line| line.starts_with(" read by")).count() == 5, "{picture}");
+    let page = std::fs::read_to_string(output.with_extension("html")).unwrap();
+    // Self-contained, and the prompt cannot end its script.
+    assert!(page.matches("</script>").count() == 1 && !page.contains("http"), "{}", &page[..2000]);
+    let lines = std::fs::read_to_string(output.with_extension("jsonl")).unwrap();
+    let lines: Vec<Value> = lines.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!(lines.len(), 4);
+    assert_eq!((&lines[0]["schema"], &lines[0]["steps"]), (&"foveate.route/1".into(), &3.into()));
+    let layers = lines[0]["layers"].as_array().unwrap();
+    let recall = |layer: usize| layers[layer]["recall"].as_f64().unwrap();
+    // The token router drops in every layer, the block router chooses in the third: it catches the least.
+    assert!(0.0 < recall(2) && recall(2) < recall(1) && recall(1) < 1.0, "{} {}", recall(1), recall(2));
+    let kept = layers[0]["kept"][20].as_f64().unwrap();
+    assert!((0.3..1.0).contains(&kept), "{kept}");
+    // What was read stands in the lines: position by position, up to the query itself.
+    let reads = &lines[1]["reads"][2][0];
+    let last = reads.as_array().unwrap().last().unwrap();
+    assert_eq!(last[1].as_u64().unwrap(), lines[1]["position"].as_u64().unwrap() + 1);
+
+    let whole = route(&["--budget", "100%", "--no-files", "--json"], 0);
+    let whole: Value = serde_json::from_slice(&whole.stdout).unwrap();
+    assert!(whole["layers"].as_array().unwrap().iter().all(|layer| layer["reads_everything"] == true && layer["recall"] == 1.0), "{whole}");
+    route(&["--attn", "dense"], 2);
+    let log = case.home.path().join("log.jsonl");
+    let log_name = log.display().to_string();
+    let mut command = case.llama(&["generate", "--raw", "-f", &file, "-c", "20000", "-n", "2", "--min-ctx", "0", "--budget", "256"]);
+    run(command.args(["--route-log", &log_name]), 0);
+    let lines = std::fs::read_to_string(&log).unwrap();
+    let last: Value = serde_json::from_str(lines.lines().last().unwrap()).unwrap();
+    assert!(last["layer"] == 2 && last["selected"][0]["blocks"][0].as_array().unwrap().len() <= 8, "{last}");
+    run(case.llama(&["generate", "hi", "--route-log", "/nonexistent/log"]).arg("-q"), 9);
+}
+
+#[test]
+fn needles_are_asked_for_dense_and_routed() {
+    let case = Case::new();
+    let text: String = (0..900).map(|i| format!("The word number {} is here. ", i * 7919 % 997)).collect();
+    let file = case.file("text.txt", text);
+    let needle = |extra: &[&str], code: i32| {
+        run(
+            case.llama(&["eval", "needle", "-f", &file, "-c", "4000", "-l", "700", "-d", "20,60", "--window", "64", "--block", "16"])
+                .args(extra),
+            code,
+        )
+    };
+    let document = |extra: &[&str]| serde_json::from_slice::<Value>(&needle(&[&["--json"], extra].concat(), 0).stdout).unwrap();
+    let same = document(&["--budget", "100%", "--min-ctx", "0"]);
+    assert_eq!(same["settings"].as_array().unwrap().len(), 2);
+    assert_eq!(same["rows"].as_array().unwrap().len(), 2 * 5 * 2);
+    // The whole budget finds exactly what dense finds.
+    let scores = |setting: u64| -> Vec<f64> {
+        let rows = same["rows"].as_array().unwrap().iter().filter(|row| row["setting"] == setting);
+        rows.map(|row| row["score"].as_f64().unwrap()).collect()
+    };
+    assert_eq!(scores(0), scores(1));
+    assert_eq!(document(&["--budget", "100%", "--min-ctx", "0"])["rows"], same["rows"], "the same texts every time");
+    let table = stdout(&needle(&["--tasks", "single,copy", "--min-ctx", "0", "--budget", "128"], 0));
+    assert!(
+        table.contains("700 tokens") && table.contains("copy") && !table.contains("variables") && table.contains("% of dense"),
+        "{table}"
+    );
+    let long = needle(&["-l", "900000"], 2);
+    assert!(stderr(&long).contains("too short"), "{}", stderr(&long));
+}

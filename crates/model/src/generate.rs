@@ -87,6 +87,11 @@ impl Session {
         &self.model
     }
 
+    /// Its keys and values.
+    pub fn cache(&self) -> &KvCache {
+        &self.cache
+    }
+
     /// Bytes allocated for keys and values.
     pub fn kv_bytes(&self) -> usize {
         self.cache.allocated_bytes()
@@ -167,19 +172,37 @@ impl Session {
         Ok(kept)
     }
 
-    /// Generates tokens after a [`Session::prefill`]; the iterator ends at an end token or a limit.
-    pub fn generate<'a>(&'a mut self, sampler: &'a mut Sampler, options: GenerateOptions) -> Generation<'a> {
-        Generation { session: self, sampler, options, made: 0, finished: None }
+    /// A sequence of its own that begins with the same tokens.
+    ///
+    /// # Errors
+    /// If the device has no memory for it.
+    pub fn fork(&self) -> Result<Self> {
+        Ok(Self {
+            model: self.model.clone(),
+            attention: self.attention.clone(),
+            cache: self.cache.fork()?,
+            tokens: self.tokens.clone(),
+            next_logits: self.next_logits.clone(),
+        })
     }
 
-    fn logits_of_next(&mut self) -> Result<Vec<f32>> {
+    /// Scores of the token that follows, `[vocab_size]`, computing what is not in the cache yet.
+    ///
+    /// # Errors
+    /// If nothing was prefilled, or memory runs out.
+    pub fn logits(&mut self) -> Result<&[f32]> {
         if self.next_logits.is_none() {
             self.prefill(&[], 1, |_, _| ControlFlow::Continue(()))?;
         }
         match &self.next_logits {
-            Some(logits) => Ok(logits.clone()),
+            Some(logits) => Ok(logits),
             None => bail!("nothing was prefilled: nothing to continue"),
         }
+    }
+
+    /// Generates tokens after a [`Session::prefill`]; the iterator ends at an end token or a limit.
+    pub fn generate<'a>(&'a mut self, sampler: &'a mut Sampler, options: GenerateOptions) -> Generation<'a> {
+        Generation { session: self, sampler, options, made: 0, finished: None }
     }
 }
 
@@ -205,7 +228,7 @@ impl Generation<'_> {
     }
 
     fn step(&mut self) -> Result<Token> {
-        let logits = self.session.logits_of_next()?;
+        let logits = self.session.logits()?.to_vec();
         let id = self.sampler.sample(&logits, &self.session.tokens)?;
         let is_end = self.options.end_tokens.contains(&id);
         self.session.tokens.push(id);

@@ -15,6 +15,7 @@ pub mod layers;
 mod router_file;
 pub mod sampler;
 pub mod score;
+pub mod trace;
 pub mod weights;
 
 pub use arch::{CausalLm, load};

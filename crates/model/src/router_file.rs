@@ -181,3 +181,87 @@ impl RouterFile {
 fn between(a: (f32, f32), b: (f32, f32), x: f32) -> f32 {
     if b.0 == a.0 { a.1 } else { a.1 + (b.1 - a.1) * (x - a.0) / (b.0 - a.0) }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use sparse_attn::token_router::TokenRouter;
+
+    fn file(hidden: bool) -> RouterFile {
+        let tensor = |rows: usize, columns: usize| Tensor::randn(0f32, 1.0, (rows, columns), &Device::Cpu).unwrap();
+        let layer = |_| {
+            let inner = hidden.then(|| (tensor(12, 8), tensor(1, 12).squeeze(0).unwrap()));
+            GateLayer { weight: tensor(2, if hidden { 12 } else { 8 }), bias: tensor(1, 2).squeeze(0).unwrap(), hidden: inner }
+        };
+        RouterFile {
+            fingerprint: "0123".into(),
+            window: 256,
+            sinks: 4,
+            tau: 0.5,
+            curve: vec![(-1.0, 0.9), (0.0, 0.6), (1.0, 0.2)],
+            training: serde_json::json!({"labels": "none"}),
+            layers: (0..3).map(layer).collect(),
+        }
+    }
+
+    fn near(a: f32, b: f32) -> bool {
+        (a - b).abs() < 1e-6
+    }
+
+    #[test]
+    fn what_is_saved_is_read_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("router.safetensors");
+        for hidden in [false, true] {
+            let saved = file(hidden);
+            saved.save(&path).unwrap();
+            let read = RouterFile::open(&path).unwrap();
+            assert_eq!((&read.fingerprint, read.window, read.sinks, read.tau), (&saved.fingerprint, 256, 4, 0.5));
+            assert_eq!((&read.curve, &read.training), (&saved.curve, &saved.training));
+            for (a, b) in read.layers.iter().zip(&saved.layers) {
+                let values = |tensor: &Tensor| tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+                assert_eq!((values(&a.weight), values(&a.bias)), (values(&b.weight), values(&b.bias)));
+                assert_eq!(a.hidden.is_some(), hidden);
+            }
+        }
+    }
+
+    #[test]
+    fn thresholds_and_kept_fractions_are_read_off_the_curve() {
+        let file = file(false);
+        assert!(near(file.gate(None).unwrap().kept_fraction(), 0.4));
+        assert!(near(file.tau_of(0.6).unwrap(), 0.0) && near(file.tau_of(0.4).unwrap(), 0.5) && near(file.tau_of(0.9).unwrap(), -1.0));
+        let error = file.gate(Some(0.95)).unwrap_err().to_string();
+        assert!(error.contains("0.95") && error.contains("0.2 to 0.9"), "{error}");
+    }
+
+    #[test]
+    fn a_damaged_file_is_refused_and_says_where() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("router.safetensors");
+        let refused = |change: &dyn Fn(&mut RouterFile), words: &str| {
+            let mut file = file(true);
+            change(&mut file);
+            file.save(&path).unwrap();
+            let error = RouterFile::open(&path).unwrap_err().to_string();
+            assert!(error.contains(words), "{error}");
+        };
+        refused(&|file| file.curve.clear(), "curve");
+        refused(&|file| file.curve.reverse(), "curve");
+        refused(&|file| file.tau = f32::NAN, "tau");
+        refused(&|file| file.layers[1].bias = file.layers[1].bias.narrow(0, 0, 1).unwrap(), "layer 1");
+        refused(&|file| file.layers[0].hidden = None, "hidden");
+        file(false).save(&path).unwrap();
+        let bytes = std::fs::read(&path).unwrap();
+        for cut in 0..bytes.len() {
+            assert!(RouterFile::from_bytes(&bytes[..cut]).is_err(), "cut after {cut} of {} bytes", bytes.len());
+        }
+        for (from, to) in [("foveate.router/1", "foveate.router/2"), ("\"linear\"", "\"convol\""), ("layers.2", "layers.7")] {
+            let text = String::from_utf8_lossy(&bytes).into_owned();
+            let at = text.find(from).expect("it is in the header");
+            let mut changed = bytes.clone();
+            changed[at..at + to.len()].copy_from_slice(to.as_bytes());
+            assert!(RouterFile::from_bytes(&changed).is_err(), "{from} -> {to}");
+        }
+    }
+}

@@ -2,7 +2,7 @@
 
 use crate::backend::AttentionBackend;
 use crate::block_router::{self, BlockRouter};
-use crate::cache::{KvCache, KvDtypes, LayerSpec, Local, Step};
+use crate::cache::{KvCache, KvDtypes, LayerSpec, LayerStore, Local, Step};
 use crate::select::{Budget, Limits, Selection, TILE, select};
 use crate::token_router::{self, RouterInput, TokenRouter};
 use candle_core::{Result, Tensor, bail};
@@ -34,9 +34,17 @@ pub struct Routing {
     pub limits: Limits,
     /// The first layers stay dense: their attention is diffuse (Quest, arXiv:2406.10774).
     pub dense_layers: usize,
+    /// What the budget is multiplied by in each layer; 1 where the list is over. Layers that attend diffusely want more.
+    pub layer_budgets: Vec<f32>,
 }
 
 impl Routing {
+    /// The limits in a layer.
+    pub fn limits_of(&self, layer: usize) -> Limits {
+        let factor = self.layer_budgets.get(layer).copied().unwrap_or(1.0);
+        Limits { budget: self.limits.budget.times(factor), ..self.limits }
+    }
+
     /// Every token kept, every block read.
     pub fn dense() -> Self {
         Self {
@@ -44,8 +52,35 @@ impl Routing {
             block_router: Arc::new(block_router::All),
             limits: Limits { window: 256, sinks: 4, block_size: 32, budget: Budget::ALL, dense_len: usize::MAX, tile: TILE },
             dense_layers: 0,
+            layer_budgets: Vec::new(),
         }
     }
+}
+
+/// What a layer read in a step.
+#[derive(Debug, Clone, Copy)]
+pub struct Attended<'a> {
+    /// The decoder layer.
+    pub layer: usize,
+    /// The step.
+    pub step: Step,
+    /// Queries after rope, `[tokens, q_heads, head_dim]`.
+    pub q: &'a Tensor,
+    /// Factor of `q . k`.
+    pub scale: f32,
+    /// The layer's keys and values, those of the step included.
+    pub store: &'a LayerStore,
+    /// What its queries read of them.
+    pub selection: &'a Selection,
+}
+
+/// Sees what every layer reads: for pictures, logs and measurements.
+pub trait Observer: std::fmt::Debug + Send + Sync {
+    /// Called after each layer of each step.
+    ///
+    /// # Errors
+    /// If what it does with it fails; the step fails then too.
+    fn attended(&self, seen: Attended<'_>) -> Result<()>;
 }
 
 /// The two routers and the backend that computes. Holds no state of a sequence: the cache is passed.
@@ -53,6 +88,7 @@ impl Routing {
 pub struct RoutedAttention {
     routing: Routing,
     backend: Arc<dyn AttentionBackend>,
+    observer: Option<Arc<dyn Observer>>,
 }
 
 impl RoutedAttention {
@@ -65,17 +101,22 @@ impl RoutedAttention {
         if window == 0 || block_size == 0 || tile == 0 {
             bail!("routing: window {window}, block {block_size} and tile {tile} must be above 0");
         }
-        Ok(Self { routing, backend })
+        Ok(Self { routing, backend, observer: None })
     }
 
     /// Dense attention: every token kept, every block read.
     pub fn dense(backend: Arc<dyn AttentionBackend>) -> Self {
-        Self { routing: Routing::dense(), backend }
+        Self { routing: Routing::dense(), backend, observer: None }
     }
 
     /// Dense attention on the same backend.
     pub fn to_dense(&self) -> Self {
         Self::dense(self.backend.clone())
+    }
+
+    /// The same attention with someone watching.
+    pub fn observed(&self, observer: Arc<dyn Observer>) -> Self {
+        Self { observer: Some(observer), ..self.clone() }
     }
 
     /// Attention by `routing` on the same backend.
@@ -124,7 +165,8 @@ impl RoutedAttention {
     /// # Errors
     /// If a shape does not fit the layer. The cache's committed tokens never change here.
     pub fn forward(&self, layer: usize, input: AttentionInput<'_>, step: Step, cache: &mut KvCache) -> Result<Tensor> {
-        let Routing { token_router, block_router, limits, dense_layers } = &self.routing;
+        let Routing { token_router, block_router, dense_layers, .. } = &self.routing;
+        let limits = self.routing.limits_of(layer);
         let store = cache.layer_mut(layer);
         let admission = token_router.admit(layer, RouterInput { hidden: input.hidden, k: input.k, step })?;
         store.admit(step, &admission, limits.sinks)?;
@@ -137,13 +179,16 @@ impl RoutedAttention {
             if step.end() <= limits.dense_len || block_router.fills_budget() && limits.budget.limit(0) >= step.end() {
                 Selection::Every
             } else {
-                let scores = block_router.score(input.q, store, limits.block_size)?;
-                select(&scores, limits, step, store)
+                let scores = block_router.score(input.q, input.scale, store, limits.block_size)?;
+                select(&scores, &limits, step, store)
             }
         } else {
             Selection::Every
         };
         let out = self.backend.attend(input.q, input.scale, store, step, &selection)?;
+        if let Some(observer) = &self.observer {
+            observer.attended(Attended { layer, step, q: input.q, scale: input.scale, store, selection: &selection })?;
+        }
         self.count(layer, step, &selection, cache);
         Ok(out)
     }

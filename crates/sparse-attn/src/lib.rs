@@ -24,6 +24,6 @@ pub mod shape;
 mod simd;
 pub mod token_router;
 
-pub use attention::{AttentionInput, RoutedAttention, Routing};
+pub use attention::{Attended, AttentionInput, Observer, RoutedAttention, Routing};
 pub use cache::{KvCache, KvDtype, KvDtypes, LayerSpec, LayerStore, Step};
 pub use shape::HeadShape;

@@ -26,6 +26,12 @@ impl Budget {
         Self { tokens, part: 0.0 }
     }
 
+    /// Both limits times `factor`.
+    pub fn times(self, factor: f32) -> Self {
+        let tokens = if self.tokens == usize::MAX { self.tokens } else { (self.tokens as f64 * f64::from(factor)).round() as usize };
+        Self { tokens, part: self.part * factor }
+    }
+
     /// The limit where `kept` tokens lie beyond the window.
     pub fn limit(&self, kept: usize) -> usize {
         let part = if self.part >= 1.0 { usize::MAX } else { (f64::from(self.part) * kept as f64).ceil() as usize };
@@ -145,6 +151,16 @@ impl Selection {
             Self::Every => cut(step.start..step.end()).collect(),
             Self::Blocks(blocks) => blocks.tiles().flat_map(cut).collect(),
         }
+    }
+
+    /// The positions that the query at `t` reads, ascending: selected, visible, and admitted or still in the window.
+    pub fn positions(&self, store: &LayerStore, t: usize, kv_head: usize) -> Vec<usize> {
+        let read = |position: &usize| {
+            let in_window = store.local_window().is_some_and(|window| position + window > t);
+            in_window || store.admitted(kv_head).is_none_or(|admitted| admitted.contains(*position))
+        };
+        let from = store.first_visible(t);
+        self.ranges(t, kv_head, t + 1, store).into_iter().flatten().filter(|p| (from..=t).contains(p)).filter(read).collect()
     }
 
     /// See [`BlockSelection::ranges`].

@@ -56,7 +56,7 @@ impl Case {
 
     fn attention(&self, limits: Limits, backend: Arc<dyn AttentionBackend>) -> Result<RoutedAttention> {
         let (token_router, block_router) = (token_router::all()[self.token_router].clone(), block_router::all()[self.block_router].clone());
-        RoutedAttention::new(Routing { token_router, block_router, limits, dense_layers: 0 }, backend)
+        RoutedAttention::new(Routing { token_router, block_router, limits, ..Routing::dense() }, backend)
     }
 
     /// The output, the selection of every query, and the cache.
@@ -76,7 +76,7 @@ impl Case {
             let selection = if step.end() <= limits.dense_len {
                 Selection::Every
             } else {
-                select(&attention.routing().block_router.score(&q, store, limits.block_size)?, limits, step, store)
+                select(&attention.routing().block_router.score(&q, scale, store, limits.block_size)?, limits, step, store)
             };
             for t in step.start..step.end() {
                 let of_head = |head| match &selection {

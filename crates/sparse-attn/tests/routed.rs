@@ -90,7 +90,8 @@ impl Data {
         let mut all = Vec::new();
         self.run_with(attention, chunk, |step, q, cache| {
             let store = cache.layer(0);
-            let scores = attention.routing().block_router.score(q, store, limits.block_size).unwrap();
+            let scale = (self.q.dims()[2] as f32).powf(-0.5);
+            let scores = attention.routing().block_router.score(q, scale, store, limits.block_size).unwrap();
             let selection = select(&scores, &limits, step, store);
             for t in step.start..step.end() {
                 let of_head = |head| match &selection {
@@ -155,7 +156,7 @@ fn every_golden_case_gives_its_selection_and_its_output() -> Result<()> {
             if name.contains("keep100") { Arc::new(token_router::All) } else { Arc::new(Listed(admit)) };
         let attention = |backend: Arc<dyn AttentionBackend>| {
             let block_router = block_router::by_name(&meta["router"]).expect("a listed router");
-            RoutedAttention::new(Routing { token_router: token_router.clone(), block_router, limits, dense_layers: 0 }, backend)
+            RoutedAttention::new(Routing { token_router: token_router.clone(), block_router, limits, ..Routing::dense() }, backend)
         };
         let mut chunks = vec![data.tokens(), 64, 128];
         // Token by token each query selects for itself. A block that reaches beyond its query would count tokens to come.
@@ -190,7 +191,7 @@ fn every_router_runs_on_every_backend_in_parity() -> Result<()> {
         for block_router in block_router::all() {
             let outs = backends().map(|backend| {
                 let routing =
-                    Routing { token_router: token_router.clone(), block_router: block_router.clone(), limits: LIMITS, dense_layers: 0 };
+                    Routing { token_router: token_router.clone(), block_router: block_router.clone(), limits: LIMITS, ..Routing::dense() };
                 let attention = RoutedAttention::new(routing, backend)?;
                 Ok::<_, candle_core::Error>([data.run(&attention, 64)?, data.run(&attention, 1)?])
             });
@@ -272,7 +273,7 @@ fn the_bound_is_never_below_a_true_score() -> Result<()> {
     let data = Data::new(200, 4, 2, 16)?;
     data.run_with(&routed("bound", LIMITS, Arc::new(Cpu))?, 200, |_, q, cache| {
         let store = cache.layer(0);
-        let score = |name: &str| match block_router::by_name(name).unwrap().score(q, store, 16).unwrap() {
+        let score = |name: &str| match block_router::by_name(name).unwrap().score(q, 0.25, store, 16).unwrap() {
             BlockScores::PerQuery(scores) => scores,
             other => panic!("{name} gives {other:?}"),
         };
@@ -426,5 +427,21 @@ fn a_fork_goes_its_own_way() -> Result<()> {
     let mut straight = data.cache(&attention, KvDtype::F16)?;
     feed(&mut straight, 0, 256)?;
     assert_eq!(max_difference(&feed(&mut straight, 256, 64)?, &own)?, 0.0);
+    Ok(())
+}
+
+#[test]
+fn a_layer_may_have_a_budget_of_its_own() -> Result<()> {
+    let data = Data::new(600, 4, 2, 32)?;
+    let read = |layer_budgets: Vec<f32>| -> Result<u64> {
+        let mut attention = routed("bound", LIMITS, Arc::new(Cpu))?;
+        attention = attention.with_routing(Routing { layer_budgets, ..attention.routing().clone() })?;
+        let mut last = 0;
+        data.run_with(&attention, 1, |_, _, cache| last = cache.read_count().read)?;
+        Ok(last)
+    };
+    // Of 96 tokens beyond the window; twice that is six blocks more, half is three fewer.
+    let (own, double, half) = (read(vec![])?, read(vec![2.0])?, read(vec![0.5, 7.0])?);
+    assert_eq!((double - own, own - half), (2 * 96, 2 * 48));
     Ok(())
 }

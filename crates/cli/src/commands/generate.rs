@@ -1,30 +1,29 @@
 //! `foveate generate`: one prompt, one text.
 
-use super::input::{read_file, read_stdin};
+use super::input::{prompt_ids, prompt_text};
 use super::reply::{Reply, density, kv_use, reply};
+use super::route_log::RouteLog;
 use crate::args::Generate;
-use crate::engine::{Checkpoint, Engine, chat_prompt};
+use crate::engine::{Checkpoint, Engine};
 use crate::failure::{Failure, Kind};
 use crate::interrupt::Interrupt;
 use crate::plan;
 use crate::routing;
 use crate::source::Hub;
-use crate::text::Message;
 use crate::ui::{Ui, bytes, stdout};
 use anyhow::Result;
 use model::message;
 use model::{FinishReason, GenerateOptions, Sampler, SamplerOptions, Session};
 use serde_json::{Value, json};
-use std::io::IsTerminal;
-use std::path::Path;
+use std::sync::Arc;
 
 /// Base models never stop by themselves.
 const DEFAULT_MAX_TOKENS: usize = 512;
 
 pub(crate) fn run(args: &Generate, hub: &Hub, ui: Ui, interrupt: &Interrupt) -> Result<u8> {
-    let text = if args.prompt_ids.is_empty() { Some(prompt_text(args)?) } else { None };
+    let text = prompt_text(&args.prompt)?;
     let checkpoint = Checkpoint::open(&args.model, &args.template, &args.attention, hub)?;
-    let prompt = prompt_ids(args, text.as_deref(), &checkpoint, ui)?;
+    let prompt = prompt_ids(&args.prompt, text.as_deref(), &args.template, &checkpoint, ui)?;
     let options = checkpoint.sampler_options(&args.sampling)?;
     let mut sampler = Sampler::new(options.clone()).map_err(|error| Failure::new(Kind::Usage, message(&error)))?;
 
@@ -45,7 +44,10 @@ pub(crate) fn run(args: &Generate, hub: &Hub, ui: Ui, interrupt: &Interrupt) -> 
         context,
         logprobs: args.logprobs.map_or(0, usize::from),
     };
-    let mut session = engine.session(room)?;
+    let log = args.route_log.as_deref().map(RouteLog::create).transpose()?.map(Arc::new);
+    let attention = engine.checkpoint.attention.clone();
+    let attention = log.iter().fold(attention, |attention, log| attention.observed(log.clone()));
+    let mut session = engine.session_with(attention, room)?;
     let streamed = !ui.json;
     let reply = reply(&engine, &mut session, &prompt, &mut sampler, &args.sampling.stop, generate, ui, interrupt, |text, token| {
         if !streamed {
@@ -66,70 +68,14 @@ pub(crate) fn run(args: &Generate, hub: &Hub, ui: Ui, interrupt: &Interrupt) -> 
     } else {
         stdout(&format!("{}\n", document(&engine, &reply, &session, &prompt, &options)))?;
     }
+    if let Some(log) = log {
+        log.finish()?;
+    }
     Ok(match reply.finish {
         FinishReason::Stop | FinishReason::Length => 0,
         FinishReason::Overflow => Kind::ContextOverflow as u8,
         FinishReason::Interrupt => Kind::Interrupted as u8,
     })
-}
-
-/// The prompt: file first, then text; a pipe if neither is given.
-fn prompt_text(args: &Generate) -> Result<String> {
-    let text = args.prompt.as_ref().or(args.positional.as_ref());
-    let piped = || !std::io::stdin().is_terminal();
-    let file = match (&args.file, text) {
-        (Some(path), _) if path == Path::new("-") => Some(read_stdin()?),
-        (Some(path), _) => Some(read_file(path)?),
-        (None, Some(text)) if text == "-" => return read_stdin(),
-        (None, None) if piped() => Some(read_stdin()?),
-        (None, None) => {
-            return Err(Failure::new(Kind::Usage, "no prompt")
-                .hint("foveate generate \"The capital of France is\", or -f FILE, or a pipe")
-                .into());
-        }
-        (None, Some(_)) => None,
-    };
-    let prompt = match (file, text) {
-        (Some(file), Some(text)) => format!("{file}\n{text}"),
-        (Some(file), None) => file,
-        (None, text) => text.cloned().unwrap_or_default(),
-    };
-    if prompt.is_empty() {
-        return Err(Failure::new(Kind::Usage, "the prompt is empty").into());
-    }
-    Ok(prompt)
-}
-
-fn prompt_ids(args: &Generate, text: Option<&str>, checkpoint: &Checkpoint, ui: Ui) -> Result<Vec<u32>> {
-    let vocab_size = checkpoint.config().vocab_size;
-    if let Some(id) = args.prompt_ids.iter().find(|id| **id as usize >= vocab_size) {
-        return Err(Failure::new(Kind::Usage, format!("--prompt-ids: {id} is beyond the vocabulary of {vocab_size}")).into());
-    }
-    let Some(text) = text else { return Ok(args.prompt_ids.clone()) };
-    let template = if args.raw { None } else { checkpoint.template.as_ref() };
-    let (shown, ids) = match template {
-        Some(template) => {
-            let system = args.template.system.iter().map(|text| Message::new("system", text));
-            let messages: Vec<Message> = system.chain([Message::new("user", text)]).collect();
-            chat_prompt(checkpoint, template, &messages)?
-        }
-        None => {
-            if !args.raw {
-                ui.say("this model has no chat template: it continues the text as it stands (--raw says so)");
-            }
-            if args.template.system.is_some() {
-                ui.warn("--system is ignored: there is no chat template to put it in");
-            }
-            (text.to_string(), checkpoint.tokenizer.encode(text, !args.no_bos)?)
-        }
-    };
-    if args.template.show_prompt {
-        ui.say(format!("prompt: {shown:?}\n{} tokens: {ids:?}", ids.len()));
-    }
-    if args.file.is_some() {
-        ui.say(format!("read {} tokens", ids.len()));
-    }
-    Ok(ids)
 }
 
 fn check_context(prompt: usize, asked: Option<usize>, context: usize, checkpoint: &Checkpoint) -> Result<()> {

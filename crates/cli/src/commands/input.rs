@@ -1,9 +1,12 @@
-//! Text of the user's: files and pipes.
+//! Text of the user's: prompts, files and pipes.
 
+use crate::args::{PromptArgs, TemplateArgs};
+use crate::engine::{Checkpoint, chat_prompt};
 use crate::failure::{Failure, Kind};
-use crate::ui::bytes;
+use crate::text::Message;
+use crate::ui::{Ui, bytes};
 use anyhow::Result;
-use std::io::Read;
+use std::io::{IsTerminal, Read};
 use std::path::Path;
 
 /// Longest prompt that is read: some 50 million tokens.
@@ -55,4 +58,72 @@ fn decode(bytes: Vec<u8>, name: &str) -> Result<String> {
             Ok(text.strip_prefix('\u{feff}').map(str::to_string).unwrap_or(text))
         }
     }
+}
+
+/// The prompt: file first, then text; a pipe if neither is given. `None`: it is given as ids.
+pub(super) fn prompt_text(args: &PromptArgs) -> Result<Option<String>> {
+    if !args.prompt_ids.is_empty() {
+        return Ok(None);
+    }
+    let text = args.prompt.as_ref().or(args.positional.as_ref());
+    let piped = || !std::io::stdin().is_terminal();
+    let file = match (&args.file, text) {
+        (Some(path), _) if path == Path::new("-") => Some(read_stdin()?),
+        (Some(path), _) => Some(read_file(path)?),
+        (None, Some(text)) if text == "-" => return read_stdin().map(Some),
+        (None, None) if piped() => Some(read_stdin()?),
+        (None, None) => {
+            return Err(Failure::new(Kind::Usage, "no prompt")
+                .hint("foveate generate \"The capital of France is\", or -f FILE, or a pipe")
+                .into());
+        }
+        (None, Some(_)) => None,
+    };
+    let prompt = match (file, text) {
+        (Some(file), Some(text)) => format!("{file}\n{text}"),
+        (Some(file), None) => file,
+        (None, text) => text.cloned().unwrap_or_default(),
+    };
+    if prompt.is_empty() {
+        return Err(Failure::new(Kind::Usage, "the prompt is empty").into());
+    }
+    Ok(Some(prompt))
+}
+
+pub(super) fn prompt_ids(
+    args: &PromptArgs,
+    text: Option<&str>,
+    template: &TemplateArgs,
+    checkpoint: &Checkpoint,
+    ui: Ui,
+) -> Result<Vec<u32>> {
+    let vocab_size = checkpoint.config().vocab_size;
+    if let Some(id) = args.prompt_ids.iter().find(|id| **id as usize >= vocab_size) {
+        return Err(Failure::new(Kind::Usage, format!("--prompt-ids: {id} is beyond the vocabulary of {vocab_size}")).into());
+    }
+    let Some(text) = text else { return Ok(args.prompt_ids.clone()) };
+    let own = if args.raw { None } else { checkpoint.template.as_ref() };
+    let (shown, ids) = match own {
+        Some(own) => {
+            let system = template.system.iter().map(|text| Message::new("system", text));
+            let messages: Vec<Message> = system.chain([Message::new("user", text)]).collect();
+            chat_prompt(checkpoint, own, &messages)?
+        }
+        None => {
+            if !args.raw {
+                ui.say("this model has no chat template: it continues the text as it stands (--raw says so)");
+            }
+            if template.system.is_some() {
+                ui.warn("--system is ignored: there is no chat template to put it in");
+            }
+            (text.to_string(), checkpoint.tokenizer.encode(text, !args.no_bos)?)
+        }
+    };
+    if template.show_prompt {
+        ui.say(format!("prompt: {shown:?}\n{} tokens: {ids:?}", ids.len()));
+    }
+    if args.file.is_some() {
+        ui.say(format!("read {} tokens", ids.len()));
+    }
+    Ok(ids)
 }

@@ -9,5 +9,8 @@ pub(crate) mod eval;
 pub(crate) mod generate;
 mod input;
 pub(crate) mod models;
+pub(crate) mod needle;
 mod reply;
+pub(crate) mod route;
+mod route_log;
 mod statistics;

@@ -45,8 +45,9 @@ impl AttentionBackend for Reference {
             let q = q.narrow(1, kv_head * group_size, group_size)?.to_dtype(DType::F32)?; // [q_len, group_size, head_dim]
             let mut rows = Vec::with_capacity(step.len);
             for t in step.start..step.end() {
-                let read = |position: usize| reads(store, selection, t, kv_head, position);
-                let index: Vec<u32> = positions.iter().zip(0..).filter(|(position, _)| read(**position)).map(|(_, i)| i).collect();
+                let read = selection.positions(store, t, kv_head);
+                let index: Vec<u32> =
+                    positions.iter().zip(0..).filter(|(position, _)| read.binary_search(position).is_ok()).map(|(_, i)| i).collect();
                 let index = Tensor::new(index, q.device())?;
                 let (k, v) = (k.index_select(&index, 0)?, v.index_select(&index, 0)?);
                 let q = q.i(t - step.start)?.contiguous()?;
@@ -59,16 +60,6 @@ impl AttentionBackend for Reference {
         }
         Tensor::cat(&heads, 1) // [q_len, q_heads, head_dim]
     }
-}
-
-/// Whether the query at `t` reads the key at `position`.
-fn reads(store: &LayerStore, selection: &Selection, t: usize, kv_head: usize, position: usize) -> bool {
-    if position > t || position < store.first_visible(t) {
-        return false;
-    }
-    let in_window = store.local_window().is_some_and(|window| position + window > t);
-    let admitted = in_window || store.admitted(kv_head).is_none_or(|admitted| admitted.contains(position));
-    admitted && selection.ranges(t, kv_head, t + 1, store).iter().any(|range| range.contains(&position))
 }
 
 /// One page of a tensor of a pool, row after row: `[PAGE_SIZE, width]`.

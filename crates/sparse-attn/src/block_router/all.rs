@@ -11,7 +11,7 @@ impl BlockRouter for All {
         "all"
     }
 
-    fn score(&self, _q: &Tensor, _store: &LayerStore, _block_size: usize) -> Result<BlockScores> {
+    fn score(&self, _q: &Tensor, _scale: f32, _store: &LayerStore, _block_size: usize) -> Result<BlockScores> {
         Ok(BlockScores::Every)
     }
 }

@@ -17,7 +17,7 @@ impl BlockRouter for Bound {
         Summary::MaxMin
     }
 
-    fn score(&self, q: &Tensor, store: &LayerStore, _block_size: usize) -> Result<BlockScores> {
+    fn score(&self, q: &Tensor, _scale: f32, store: &LayerStore, _block_size: usize) -> Result<BlockScores> {
         score_summaries(q, store, |q, out| {
             out.extend(q.iter().map(|x| x.max(0.0)));
             out.extend(q.iter().map(|x| x.min(0.0)));

@@ -16,7 +16,7 @@ impl BlockRouter for Mean {
         Summary::Mean
     }
 
-    fn score(&self, q: &Tensor, store: &LayerStore, _block_size: usize) -> Result<BlockScores> {
+    fn score(&self, q: &Tensor, _scale: f32, store: &LayerStore, _block_size: usize) -> Result<BlockScores> {
         score_summaries(q, store, |q, out| out.extend_from_slice(q))
     }
 }

@@ -2,12 +2,14 @@
 
 mod all;
 mod bound;
+mod mass;
 mod mean;
 mod oracle;
 mod recent;
 
 pub use all::All;
 pub use bound::Bound;
+pub use mass::Mass;
 pub use mean::Mean;
 pub use oracle::Oracle;
 pub use recent::Recent;
@@ -59,18 +61,18 @@ pub trait BlockRouter: std::fmt::Debug + Send + Sync {
         true
     }
 
-    /// `q`: `[q_len, q_heads, head_dim]`, after rope. Blocks are of `block_size` positions and complete; the score of
+    /// `q`: `[q_len, q_heads, head_dim]`, after rope; `scale`: the factor of `q . k`. Blocks are of `block_size` positions and complete; the score of
     /// one is the maximum over the query heads that share a key/value head. Blocks without an admitted token have no
     /// meaning.
     ///
     /// # Errors
     /// If `q` does not fit the store.
-    fn score(&self, q: &Tensor, store: &LayerStore, block_size: usize) -> Result<BlockScores>;
+    fn score(&self, q: &Tensor, scale: f32, store: &LayerStore, block_size: usize) -> Result<BlockScores>;
 }
 
 /// One of every block router.
 pub fn all() -> Vec<Arc<dyn BlockRouter>> {
-    vec![Arc::new(All), Arc::new(Recent), Arc::new(Mean), Arc::new(Bound), Arc::new(Oracle)]
+    vec![Arc::new(All), Arc::new(Recent), Arc::new(Mean), Arc::new(Bound), Arc::new(Mass), Arc::new(Oracle)]
 }
 
 /// The router of this name.

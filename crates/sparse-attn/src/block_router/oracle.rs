@@ -11,7 +11,7 @@ impl BlockRouter for Oracle {
         "oracle"
     }
 
-    fn score(&self, q: &Tensor, store: &LayerStore, block_size: usize) -> Result<BlockScores> {
+    fn score(&self, q: &Tensor, _scale: f32, store: &LayerStore, block_size: usize) -> Result<BlockScores> {
         let (blocks, head_dim) = (store.written() / block_size, store.shape().head_dim());
         let heads = (0..store.shape().kv_heads()).map(|head| store.admitted_keys(head, 0..blocks * block_size));
         let heads = heads.collect::<Result<Vec<_>>>()?;

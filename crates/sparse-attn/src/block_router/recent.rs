@@ -15,7 +15,7 @@ impl BlockRouter for Recent {
         false
     }
 
-    fn score(&self, _q: &Tensor, _store: &LayerStore, _block_size: usize) -> Result<BlockScores> {
+    fn score(&self, _q: &Tensor, _scale: f32, _store: &LayerStore, _block_size: usize) -> Result<BlockScores> {
         Ok(BlockScores::Forced)
     }
 }

@@ -13,6 +13,8 @@ pub enum Summary {
     Mean,
     /// The largest value of each dimension, then the smallest: `2 * head_dim` numbers.
     MaxMin,
+    /// The mean of its keys, then the variance of each dimension: `2 * head_dim` numbers.
+    MeanVariance,
 }
 
 impl Summary {
@@ -21,7 +23,7 @@ impl Summary {
         match self {
             Self::None => 0,
             Self::Mean => head_dim,
-            Self::MaxMin => 2 * head_dim,
+            Self::MaxMin | Self::MeanVariance => 2 * head_dim,
         }
     }
 
@@ -39,11 +41,21 @@ impl Summary {
             rows().for_each(|row| out.iter_mut().zip(row).for_each(|(out, x)| *out = f(*out, *x)));
             out
         };
+        let mean = || {
+            let count = rows().count() as f32;
+            fold(0.0, |sum, x| sum + x).into_iter().map(|sum| sum / count).collect::<Vec<f32>>()
+        };
         match self {
             Self::None => Vec::new(),
-            Self::Mean => {
+            Self::Mean => mean(),
+            Self::MeanVariance => {
+                let mean = mean();
+                let mut variance = vec![0f32; head_dim];
+                for row in rows() {
+                    variance.iter_mut().zip(row).zip(&mean).for_each(|((sum, x), mean)| *sum += (x - mean) * (x - mean));
+                }
                 let count = rows().count() as f32;
-                fold(0.0, |sum, x| sum + x).into_iter().map(|sum| sum / count).collect()
+                mean.into_iter().chain(variance.into_iter().map(|sum| sum / count)).collect()
             }
             Self::MaxMin => {
                 let high = fold(f32::NEG_INFINITY, f32::max).into_iter().map(|x| round_up(x, dtype));
