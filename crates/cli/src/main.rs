@@ -20,6 +20,10 @@ use source::Hub;
 use std::process::ExitCode;
 use ui::{PipeClosed, Ui};
 
+/// Tensors come and go with every operation: the system's allocator would map and fault their pages anew each time.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 fn main() -> ExitCode {
     let cli = Cli::parse();
     log_to_stderr(cli.global.verbose);

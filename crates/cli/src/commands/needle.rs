@@ -302,8 +302,8 @@ fn report(args: &EvalNeedle, engine: &Engine, settings: &[Setting], found: &[Fou
     if let Some(least) = args.min_acc {
         for (index, setting) in settings.iter().enumerate().skip(1) {
             let part = total(index) / total(0);
-            // A NaN, of a dense model that finds nothing, passes nothing.
-            if !(part >= f64::from(least)) {
+            // A dense model that finds nothing lets nothing pass.
+            if part.is_nan() || part < f64::from(least) {
                 let what = format!("{} finds {part:.3} of what dense finds, below --min-acc {least}", name(setting));
                 return Err(Failure::new(Kind::Gate, what).hint("a larger --budget").into());
             }

@@ -1,4 +1,4 @@
-use super::matvec;
+use super::product;
 use candle_core::quantized::{GgmlDType, QMatMul, QTensor};
 use candle_core::{Module, Result, Tensor};
 use std::sync::Arc;
@@ -38,10 +38,8 @@ impl Matrix {
     pub fn multiply(&self, x: &Tensor) -> Result<Tensor> {
         match self {
             Self::Dense(weight) => x.matmul(&weight.t()?),
+            Self::Quantized(weight) if product::supports(weight, x.dim(0)?) => Ok(product::multiply(x, &[weight.as_ref()])?.remove(0)),
             Self::Quantized(weight) if x.dim(0)? >= UNPACK_ROWS && unpacks(weight) => x.matmul(&weight.dequantize(&weight.device())?.t()?),
-            Self::Quantized(weight) if x.dim(0)? < UNPACK_ROWS && matvec::supports(weight) => {
-                Ok(matvec::multiply(x, &[weight.as_ref()])?.remove(0))
-            }
             Self::Quantized(weight) => QMatMul::QTensor(weight.clone()).forward(x),
         }
     }
@@ -51,13 +49,14 @@ impl Matrix {
     /// # Errors
     /// If a width differs.
     pub fn multiply_each(matrices: &[&Self], x: &Tensor) -> Result<Vec<Tensor>> {
+        let tokens = x.dim(0)?;
         let quantized = matrices.iter().map(|matrix| match matrix {
-            Self::Quantized(weight) if matvec::supports(weight) => Some(weight.as_ref()),
+            Self::Quantized(weight) if product::supports(weight, tokens) => Some(weight.as_ref()),
             _ => None,
         });
         match quantized.collect::<Option<Vec<&QTensor>>>() {
-            Some(weights) if x.dim(0)? < UNPACK_ROWS => matvec::multiply(x, &weights),
-            _ => matrices.iter().map(|matrix| matrix.multiply(x)).collect(),
+            Some(weights) => product::multiply(x, &weights),
+            None => matrices.iter().map(|matrix| matrix.multiply(x)).collect(),
         }
     }
 

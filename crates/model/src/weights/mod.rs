@@ -2,7 +2,7 @@
 
 pub mod gguf;
 mod matrix;
-mod matvec;
+mod product;
 pub mod safetensors;
 
 pub use matrix::Matrix;
@@ -78,7 +78,8 @@ impl Weights {
 
     /// Bytes the weights take in memory once loaded and used.
     pub fn loaded_bytes(&self) -> u64 {
-        let packed = |dtype: GgmlDType, elements: u64| if self.device.is_cpu() { packed_bytes(dtype, elements) } else { 0 };
+        let packs = self.device.is_cpu() && !product::unpacks_fast();
+        let packed = |dtype: GgmlDType, elements: u64| if packs { packed_bytes(dtype, elements) } else { 0 };
         match &self.source {
             Source::Gguf(file) => file
                 .tensors()
@@ -155,7 +156,7 @@ fn read_config(path: &Path) -> Result<String> {
     std::fs::read_to_string(path).map_err(|error| fail(error.to_string()))
 }
 
-/// Bytes of the second copy that candle 0.11 packs for its CPU kernels when a matrix of these types is first used
+/// Bytes of the second copy that candle 0.11 packs for its CPU kernels when a matrix of these types first meets many tokens
 /// (candle-core, quantized/repack_x86.rs and repack.rs): 6 bits a weight for Q4_K, about 8.5 for the others.
 fn packed_bytes(dtype: GgmlDType, elements: u64) -> u64 {
     match dtype {

@@ -1,4 +1,8 @@
 //! The two kernels, over any lanes and any storage.
+//!
+//! In loops over indices: a closure would not be compiled for the instructions of the function around it.
+
+#![allow(clippy::needless_range_loop, reason = "lists in registers, side by side")]
 
 use super::lanes::Lanes;
 #[cfg(target_arch = "x86_64")]
@@ -174,22 +178,27 @@ unsafe fn dot_block<L: Lanes, S: Source<L>, const R: usize, const T: usize>(
     // SAFETY: the caller's: see `dot_rows`.
     unsafe {
         let mut sums = [[L::zero(); T]; R];
-        let tile: [usize; T] = std::array::from_fn(|t| tiles[t] as usize);
         for group in 0..groups {
-            let scales: [S::Scale; T] = std::array::from_fn(|t| source.scales((tile[t] * groups + group) * LANES));
+            let mut scales = [source.scales((tiles[0] as usize * groups + group) * LANES); T];
+            for t in 1..T {
+                scales[t] = source.scales((tiles[t] as usize * groups + group) * LANES);
+            }
             for d in group * GROUP..width.min((group + 1) * GROUP) {
-                let keys: [L; T] = std::array::from_fn(|t| source.load((tile[t] * width + d) * LANES, scales[t]));
-                for (row, sums) in sums.iter_mut().enumerate() {
+                let mut keys = [L::zero(); T];
+                for t in 0..T {
+                    keys[t] = source.load((tiles[t] as usize * width + d) * LANES, scales[t]);
+                }
+                for row in 0..R {
                     let x = L::splat(*q.add(row * width + d));
-                    for (sum, key) in sums.iter_mut().zip(keys) {
-                        *sum = x.times_plus(key, *sum);
+                    for t in 0..T {
+                        sums[row][t] = x.times_plus(keys[t], sums[row][t]);
                     }
                 }
             }
         }
-        for (row, sums) in sums.into_iter().enumerate() {
-            for (t, sum) in sums.into_iter().enumerate() {
-                sum.store(out.add(row * stride + t * LANES));
+        for row in 0..R {
+            for t in 0..T {
+                sums[row][t].store(out.add(row * stride + t * LANES));
             }
         }
     }
@@ -272,23 +281,29 @@ unsafe fn add_block<L: Lanes, S: Source<L>, const R: usize, const C: usize>(
     let (weights, out) = (weights.as_ptr(), out.as_mut_ptr());
     // SAFETY: the caller's: see `add_rows`.
     unsafe {
-        let mut sums: [[L; C]; R] = std::array::from_fn(|row| std::array::from_fn(|c| L::load(out.add(row * width + d + c * LANES))));
+        let mut sums = [[L::zero(); C]; R];
+        for row in 0..R {
+            for c in 0..C {
+                sums[row][c] = L::load(out.add(row * width + d + c * LANES));
+            }
+        }
         for column in columns {
             let slot = column.slot as usize;
-            let values: [L; C] = std::array::from_fn(|c| {
+            let mut values = [L::zero(); C];
+            for c in 0..C {
                 let d = d + c * LANES;
-                source.load(slot * width + d, source.one_scale(slot * groups + d / GROUP))
-            });
-            for (row, sums) in sums.iter_mut().enumerate() {
+                values[c] = source.load(slot * width + d, source.one_scale(slot * groups + d / GROUP));
+            }
+            for row in 0..R {
                 let weight = L::splat(*weights.add(row * stride + column.weight as usize));
-                for (sum, value) in sums.iter_mut().zip(values) {
-                    *sum = weight.times_plus(value, *sum);
+                for c in 0..C {
+                    sums[row][c] = weight.times_plus(values[c], sums[row][c]);
                 }
             }
         }
-        for (row, sums) in sums.into_iter().enumerate() {
-            for (c, sum) in sums.into_iter().enumerate() {
-                sum.store(out.add(row * width + d + c * LANES));
+        for row in 0..R {
+            for c in 0..C {
+                sums[row][c].store(out.add(row * width + d + c * LANES));
             }
         }
     }

@@ -190,22 +190,25 @@ mod x86 {
 
         #[inline(always)]
         unsafe fn load_f16(from: *const f16) -> Self {
-            let half = |from: *const f16| unsafe { _mm256_cvtph_ps(_mm_loadu_si128(from.cast())) };
-            unsafe { Self(half(from), half(from.add(8))) }
+            unsafe { Self(_mm256_cvtph_ps(_mm_loadu_si128(from.cast())), _mm256_cvtph_ps(_mm_loadu_si128(from.add(8).cast()))) }
         }
 
         #[inline(always)]
         unsafe fn load_bf16(from: *const bf16) -> Self {
-            let half = |from: *const bf16| unsafe {
-                _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(_mm_loadu_si128(from.cast()))))
-            };
-            unsafe { Self(half(from), half(from.add(8))) }
+            unsafe {
+                let (a, b) =
+                    (_mm256_cvtepu16_epi32(_mm_loadu_si128(from.cast())), _mm256_cvtepu16_epi32(_mm_loadu_si128(from.add(8).cast())));
+                Self(_mm256_castsi256_ps(_mm256_slli_epi32::<16>(a)), _mm256_castsi256_ps(_mm256_slli_epi32::<16>(b)))
+            }
         }
 
         #[inline(always)]
         unsafe fn load_i8(from: *const i8) -> Self {
-            let half = |from: *const i8| unsafe { _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(from.cast()))) };
-            unsafe { Self(half(from), half(from.add(8))) }
+            unsafe {
+                let (a, b) =
+                    (_mm256_cvtepi8_epi32(_mm_loadl_epi64(from.cast())), _mm256_cvtepi8_epi32(_mm_loadl_epi64(from.add(8).cast())));
+                Self(_mm256_cvtepi32_ps(a), _mm256_cvtepi32_ps(b))
+            }
         }
 
         #[inline(always)]

@@ -11,7 +11,7 @@ use half::f16;
 pub(super) const STEP: usize = 64;
 
 /// Neighbours that share a scale, in every format.
-const RUN: usize = 16;
+pub(super) const RUN: usize = 16;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Format {
@@ -26,10 +26,10 @@ pub(super) enum Format {
 }
 
 /// 64 numbers.
-struct Unpacked {
-    integers: [u8; STEP],
-    scales: [f32; STEP / RUN],
-    minima: [f32; STEP / RUN],
+pub(super) struct Unpacked {
+    pub(super) integers: [u8; STEP],
+    pub(super) scales: [f32; STEP / RUN],
+    pub(super) minima: [f32; STEP / RUN],
 }
 
 impl Format {
@@ -108,25 +108,31 @@ impl Format {
     /// In plain loops, which the compiler turns into the vectors of its caller.
     #[inline(always)]
     pub(super) fn dot_plain(self, row: &[u8], x: &Activations) -> f32 {
+        let mut sum = 0f32;
+        self.each_step(row, |step, unpacked| {
+            for run in 0..STEP / RUN {
+                let from = step * STEP + run * RUN;
+                let integers = &x.integers[from..from + RUN];
+                let products = unpacked.integers[run * RUN..].iter().zip(integers).map(|(u, x)| i32::from(*u) * i32::from(*x));
+                let total: i32 = x.sums[from / QUAD..(from + RUN) / QUAD].iter().sum();
+                let product = products.sum::<i32>() - self.offset() * total;
+                sum += x.scales[from / QUAD] * (unpacked.scales[run] * product as f32 + unpacked.minima[run] * total as f32);
+            }
+        });
+        sum
+    }
+
+    /// Calls `f` with every 64 numbers of a row.
+    #[inline(always)]
+    pub(super) fn each_step(self, row: &[u8], mut f: impl FnMut(usize, Unpacked)) {
         let (numbers, bytes) = self.block();
         let bytes_at_once = if numbers < STEP { 2 * bytes } else { bytes };
         let steps_at_once = numbers.max(STEP) / STEP;
-        let mut sum = 0f32;
         for (at, bytes) in row.chunks_exact(bytes_at_once).enumerate() {
             for step in 0..steps_at_once {
-                let first = (at * steps_at_once + step) * STEP;
-                let unpacked = self.unpack(bytes, step);
-                for run in 0..STEP / RUN {
-                    let from = first + run * RUN;
-                    let integers = &x.integers[from..from + RUN];
-                    let products = unpacked.integers[run * RUN..].iter().zip(integers).map(|(u, x)| i32::from(*u) * i32::from(*x));
-                    let total: i32 = x.sums[from / QUAD..(from + RUN) / QUAD].iter().sum();
-                    let product = products.sum::<i32>() - self.offset() * total;
-                    sum += x.scales[from / QUAD] * (unpacked.scales[run] * product as f32 + unpacked.minima[run] * total as f32);
-                }
+                f(at * steps_at_once + step, self.unpack(bytes, step));
             }
         }
-        sum
     }
 
     /// Numbers `64 * step ..` of `bytes`: two blocks of 32, or one of 256.

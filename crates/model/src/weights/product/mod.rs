@@ -1,4 +1,4 @@
-//! Products of a few rows of activations with matrices in ggml blocks: what decoding is made of.
+//! Products of activations with matrices in ggml blocks.
 //!
 //! Activations become 8-bit integers with a scale for every 32; each weight row is then unpacked 64 numbers at a time
 //! and multiplied in integers, straight from the checkpoint's own bytes: no second copy of the weights.
@@ -7,6 +7,8 @@ mod activations;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 mod blocks;
+#[cfg(target_arch = "x86_64")]
+mod many;
 
 use activations::Activations;
 use blocks::Format;
@@ -17,10 +19,22 @@ use std::ops::Range;
 /// Weight rows that a thread takes at a time, at least.
 const ROWS_AT_ONCE: usize = 16;
 
-/// Whether [`multiply`] has a kernel for this matrix.
-pub(super) fn supports(weight: &QTensor) -> bool {
+/// From this many tokens on, weights are unpacked once for all.
+const MANY_TOKENS: usize = 8;
+
+/// Whether [`multiply`] is the fast way for this matrix and that many tokens.
+pub(super) fn supports(weight: &QTensor, tokens: usize) -> bool {
     let columns = weight.shape().dims().get(1).copied().unwrap_or(0);
-    weight.device().is_cpu() && Format::of(weight.dtype()).is_some_and(|format| columns % format.multiple() == 0 && columns > 0)
+    let fits = weight.device().is_cpu() && Format::of(weight.dtype()).is_some_and(|format| columns % format.multiple() == 0 && columns > 0);
+    fits && (tokens < MANY_TOKENS || unpacks_fast())
+}
+
+/// Whether unpacked weights meet many tokens in vector code here.
+pub(super) fn unpacks_fast() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    return avx512::is_here();
+    #[cfg(not(target_arch = "x86_64"))]
+    false
 }
 
 /// `x W'` for several matrices that read the same `x` `[tokens, columns]`: `[tokens, rows]` each, f32. All must be
@@ -31,7 +45,7 @@ pub(super) fn supports(weight: &QTensor) -> bool {
 pub(super) fn multiply(x: &Tensor, weights: &[&QTensor]) -> Result<Vec<Tensor>> {
     let (tokens, columns) = x.dims2()?;
     let x = x.to_dtype(DType::F32)?.contiguous()?.flatten_all()?.to_vec1::<f32>()?;
-    let rows_of_x: Vec<Activations> = x.chunks_exact(columns).map(Activations::new).collect();
+    let rows_of_x = prepare(&x, columns, tokens);
     let mut parts = Vec::with_capacity(weights.len());
     let mut total = 0;
     for weight in weights {
@@ -47,7 +61,12 @@ pub(super) fn multiply(x: &Tensor, weights: &[&QTensor]) -> Result<Vec<Tensor>> 
         parts.push(Part { format, bytes, row_bytes, rows: total..total + rows, out: vec![0f32; tokens * rows] });
         total += rows;
     }
-    let outs: Vec<Out> = parts.iter_mut().map(|part| Out(part.out.as_mut_ptr())).collect();
+    let outs: Vec<Slots<f32>> = parts.iter_mut().map(|part| Slots(part.out.as_mut_ptr())).collect();
+    #[cfg(target_arch = "x86_64")]
+    if tokens >= MANY_TOKENS && unpacks_fast() {
+        multiply_many(&many::Batch::new(&rows_of_x, columns), columns, &parts, &outs);
+        return finish(parts, tokens);
+    }
     let chunks = total.div_ceil(ROWS_AT_ONCE);
     candle_core::utils::barrier_pool().execute_chunked(chunks, |range| {
         let range = range.start * ROWS_AT_ONCE..total.min(range.end * ROWS_AT_ONCE);
@@ -60,12 +79,54 @@ pub(super) fn multiply(x: &Tensor, weights: &[&QTensor]) -> Result<Vec<Tensor>> 
                     let value = part.format.dot(weight, x);
                     // SAFETY: `out` holds tokens * rows numbers; each (token, row) is written by the one thread that
                     // execute_chunked gave this row to, and none is read until it returns.
-                    unsafe { *out.0.add(token * part.rows.len() + at) = value };
+                    unsafe { *out.at(token * part.rows.len() + at) = value };
                 }
             }
         }
     });
+    finish(parts, tokens)
+}
+
+/// The rows of `x` `[tokens, columns]` in 8 bits.
+fn prepare(x: &[f32], columns: usize, tokens: usize) -> Vec<Activations> {
+    if tokens < MANY_TOKENS {
+        return x.chunks_exact(columns).map(Activations::new).collect();
+    }
+    let mut rows: Vec<Activations> = (0..tokens).map(|_| Activations::default()).collect();
+    let slots = Slots(rows.as_mut_ptr());
+    candle_core::utils::barrier_pool().execute_chunked(tokens, |range| {
+        for token in range {
+            // SAFETY: `rows` has as many members as tokens; each is written by the one thread that got its index, and none is
+            // read until execute_chunked returns.
+            unsafe { *slots.at(token) = Activations::new(&x[token * columns..(token + 1) * columns]) };
+        }
+    });
+    rows
+}
+
+fn finish(parts: Vec<Part<'_>>, tokens: usize) -> Result<Vec<Tensor>> {
     parts.into_iter().map(|part| Tensor::from_vec(part.out, (tokens, part.rows.len()), &Device::Cpu)).collect()
+}
+
+/// All tokens against panels of unpacked rows.
+#[cfg(target_arch = "x86_64")]
+fn multiply_many(x: &many::Batch, columns: usize, parts: &[Part<'_>], outs: &[Slots<f32>]) {
+    let panels: Vec<(usize, usize)> =
+        parts.iter().enumerate().flat_map(|(part, of)| (0..of.rows.len()).step_by(many::LANES).map(move |row| (part, row))).collect();
+    candle_core::utils::barrier_pool().execute_chunked(panels.len(), |range| {
+        let mut panel = many::Panel::default();
+        for (index, first) in &panels[range] {
+            let (part, out) = (&parts[*index], &outs[*index]);
+            let lanes = many::LANES.min(part.rows.len() - first);
+            let rows = part.bytes[first * part.row_bytes..(first + lanes) * part.row_bytes].chunks_exact(part.row_bytes);
+            // SAFETY: the caller asked for the instructions. `out` holds tokens * rows numbers; these columns of it are
+            // written by the one thread that got this panel.
+            unsafe {
+                panel.fill(part.format, rows, columns);
+                many::multiply(part.format, &panel, x, out.at(*first), part.rows.len(), lanes);
+            }
+        }
+    });
 }
 
 /// One of the matrices.
@@ -78,15 +139,49 @@ struct Part<'a> {
     out: Vec<f32>, // [tokens, rows]
 }
 
-struct Out(*mut f32);
+/// Places that threads fill, each its own.
+struct Slots<T>(*mut T);
 
-// SAFETY: see the one write above.
-unsafe impl Sync for Out {}
+impl<T> Slots<T> {
+    fn at(&self, index: usize) -> *mut T {
+        self.0.wrapping_add(index)
+    }
+}
+
+// SAFETY: the users above give every place to one thread only.
+unsafe impl<T: Send> Sync for Slots<T> {}
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use candle_core::quantized::GgmlDType;
+
+    #[test]
+    fn many_tokens_give_what_one_gives() -> Result<()> {
+        for dtype in [
+            GgmlDType::Q4_0,
+            GgmlDType::Q4_1,
+            GgmlDType::Q5_0,
+            GgmlDType::Q5_1,
+            GgmlDType::Q8_0,
+            GgmlDType::Q4K,
+            GgmlDType::Q5K,
+            GgmlDType::Q6K,
+        ] {
+            let (rows, columns, tokens) = (37, 512, 29);
+            let weight = QTensor::quantize(&Tensor::randn(0f32, 1.0, (rows, columns), &Device::Cpu)?, dtype)?;
+            let x = Tensor::randn(0f32, 1.0, (tokens, columns), &Device::Cpu)?;
+            let many = multiply(&x, &[&weight, &weight])?;
+            for token in 0..tokens {
+                let one = multiply(&x.narrow(0, token, 1)?, &[&weight])?;
+                for many in &many {
+                    let difference = (many.narrow(0, token, 1)? - &one[0])?.abs()?.flatten_all()?.max(0)?.to_scalar::<f32>()?;
+                    assert!(difference < 2e-4, "{dtype:?} token {token}: {difference}");
+                }
+            }
+        }
+        Ok(())
+    }
 
     #[test]
     fn every_format_is_the_product_of_the_unpacked_matrix() -> Result<()> {
@@ -107,7 +202,7 @@ mod tests {
             let weight = QTensor::quantize(&Tensor::from_vec(dense, (rows, columns), &Device::Cpu)?, dtype)?;
             let unpacked = weight.dequantize(&Device::Cpu)?.to_vec2::<f32>()?;
             let x: Vec<f32> = (0..3 * columns).map(|i| ((i * 31 % 1009) as f32 / 500.0 - 1.0) * (1.0 + (i / 40 % 7) as f32)).collect();
-            assert!(supports(&weight));
+            assert!(supports(&weight, 1));
             let x_tensor = Tensor::from_vec(x.clone(), (3, columns), &Device::Cpu)?;
             let out = multiply(&x_tensor, &[&weight, &weight])?;
             assert_eq!(out[0].to_vec2::<f32>()?, out[1].to_vec2::<f32>()?);

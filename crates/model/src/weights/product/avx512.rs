@@ -26,11 +26,11 @@ pub(super) unsafe fn dot(format: Format, row: &[u8], x: &Activations) -> f32 {
     // SAFETY: the lengths agree: each block's numbers have their activations.
     unsafe {
         match format {
-            Format::Q4_0 => pairs::<8, false>(row.as_ptr(), x, 18, |p| q4(p, 2, 18)),
-            Format::Q4_1 => pairs::<0, true>(row.as_ptr(), x, 20, |p| q4(p, 4, 20)),
-            Format::Q5_0 => pairs::<16, false>(row.as_ptr(), x, 22, |p| q5(p, 2, 22)),
-            Format::Q5_1 => pairs::<0, true>(row.as_ptr(), x, 24, |p| q5(p, 4, 24)),
-            Format::Q8_0 => pairs::<128, false>(row.as_ptr(), x, 34, |p| q8(p)),
+            Format::Q4_0 => pairs::<8, false, 4, 18>(row.as_ptr(), x),
+            Format::Q4_1 => pairs::<0, true, 4, 20>(row.as_ptr(), x),
+            Format::Q5_0 => pairs::<16, false, 5, 22>(row.as_ptr(), x),
+            Format::Q5_1 => pairs::<0, true, 5, 24>(row.as_ptr(), x),
+            Format::Q8_0 => pairs::<128, false, 8, 34>(row.as_ptr(), x),
             Format::Q4K => k_4_or_5::<false>(row, x),
             Format::Q5K => k_4_or_5::<true>(row, x),
             Format::Q6K => k_6(row, x),
@@ -61,23 +61,28 @@ unsafe fn add<const OFFSET: i32, const MINIMUM: bool>(sum: __m512, (integers, sc
     }
 }
 
-/// Formats with blocks of 32: two at a time.
+/// Formats with blocks of 32 numbers of `BITS` and of `BYTES`: two at a time.
 #[inline(always)]
-unsafe fn pairs<const OFFSET: i32, const MINIMUM: bool>(
-    row: *const u8,
-    x: &Activations,
-    block_bytes: usize,
-    unpack: impl Fn(*const u8) -> Step,
-) -> f32 {
+unsafe fn pairs<const OFFSET: i32, const MINIMUM: bool, const BITS: usize, const BYTES: usize>(row: *const u8, x: &Activations) -> f32 {
     // SAFETY: the caller's: as many blocks as activations.
     unsafe {
         let steps = x.integers.len() / STEP;
-        let mut sums = [_mm512_setzero_ps(); 2];
+        let body = if MINIMUM { 4 } else { 2 };
+        let (mut even, mut odd) = (_mm512_setzero_ps(), _mm512_setzero_ps());
         for step in 0..steps {
-            let pair = row.add(step * 2 * block_bytes);
-            sums[step % 2] = add::<OFFSET, MINIMUM>(sums[step % 2], unpack(pair), x, step * STEP);
+            let pair = row.add(step * 2 * BYTES);
+            let unpacked = match BITS {
+                4 => q4(pair, body, BYTES),
+                5 => q5(pair, body, BYTES),
+                _ => q8(pair),
+            };
+            if step % 2 == 0 {
+                even = add::<OFFSET, MINIMUM>(even, unpacked, x, step * STEP);
+            } else {
+                odd = add::<OFFSET, MINIMUM>(odd, unpacked, x, step * STEP);
+            }
         }
-        _mm512_reduce_add_ps(_mm512_add_ps(sums[0], sums[1]))
+        _mm512_reduce_add_ps(_mm512_add_ps(even, odd))
     }
 }
 
@@ -121,8 +126,8 @@ unsafe fn q5(pair: *const u8, body: usize, block_bytes: usize) -> Step {
     unsafe {
         let (scale, minimum) = scales(pair, block_bytes);
         let low = nibbles(pair.add(body + 4), pair.add(block_bytes + body + 4));
-        let bits = |at: usize| u64::from(pair.add(at).cast::<u32>().read_unaligned());
-        let high = _mm512_maskz_set1_epi8(bits(body) | bits(block_bytes + body) << 32, 16);
+        let (a, b) = (pair.add(body).cast::<u32>().read_unaligned(), pair.add(block_bytes + body).cast::<u32>().read_unaligned());
+        let high = _mm512_maskz_set1_epi8(u64::from(a) | u64::from(b) << 32, 16);
         (_mm512_or_si512(low, high), scale, minimum)
     }
 }
@@ -144,6 +149,16 @@ unsafe fn half(at: *const u8) -> f32 {
     unsafe { _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(i32::from(at.cast::<u16>().read_unaligned())))) }
 }
 
+/// Eight bytes as numbers, times `factor`.
+#[inline(always)]
+unsafe fn eight(bytes: [u8; 8], factor: f32) -> __m512 {
+    // SAFETY: the caller's: the instructions.
+    unsafe {
+        let values = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(i64::from_le_bytes(bytes))));
+        _mm512_castps256_ps512(_mm256_mul_ps(values, _mm256_set1_ps(factor)))
+    }
+}
+
 #[inline(always)]
 unsafe fn k_4_or_5<const FIVE: bool>(row: &[u8], x: &Activations) -> f32 {
     let block_bytes = if FIVE { 176 } else { 144 };
@@ -153,10 +168,6 @@ unsafe fn k_4_or_5<const FIVE: bool>(row: &[u8], x: &Activations) -> f32 {
         for (index, block) in row.chunks_exact(block_bytes).enumerate() {
             let p = block.as_ptr();
             let (scales, minima) = scales_and_minima(&block[4..16]);
-            let eight = |bytes: [u8; 8], factor: f32| {
-                let values = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(i64::from_le_bytes(bytes))));
-                _mm512_castps256_ps512(_mm256_mul_ps(values, _mm256_set1_ps(factor)))
-            };
             let (scales, minima) = (eight(scales, half(p)), eight(minima, -half(p.add(2))));
             for step in 0..4 {
                 let bytes = _mm256_loadu_si256(p.add(if FIVE { 48 } else { 16 } + 32 * step).cast());
@@ -164,8 +175,7 @@ unsafe fn k_4_or_5<const FIVE: bool>(row: &[u8], x: &Activations) -> f32 {
                 let mut integers = _mm512_and_si512(both, _mm512_set1_epi8(15));
                 if FIVE {
                     let high = _mm256_loadu_si256(p.add(16).cast());
-                    let bit = |bit: usize| u64::from(bytes_with(high, 1 << bit));
-                    let mask = bit(2 * step) | bit(2 * step + 1) << 32;
+                    let mask = u64::from(bytes_with(high, 1 << (2 * step))) | u64::from(bytes_with(high, 2 << (2 * step))) << 32;
                     integers = _mm512_or_si512(integers, _mm512_maskz_set1_epi8(mask, 16));
                 }
                 let (a, b) = (2 * step as i32, 2 * step as i32 + 1);

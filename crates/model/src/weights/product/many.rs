@@ -1,0 +1,176 @@
+//! Products with many rows of activations: what prefill is made of, with AVX-512 VNNI.
+//!
+//! Sixteen weight rows are unpacked side by side, so that one instruction multiplies four numbers of each with four
+//! activations; sums stay integers as long as a scale lasts. The unpacking is paid once for all tokens of a chunk.
+
+use super::activations::{Activations, QUAD};
+use super::blocks::{Format, RUN, STEP};
+use std::arch::x86_64::*;
+
+/// Weight rows side by side.
+pub(super) const LANES: usize = 16;
+
+/// Activations of all tokens, each token's row after the other.
+pub(super) struct Batch {
+    tokens: usize,
+    columns: usize,
+    integers: Vec<i8>,
+    /// One for each [`RUN`].
+    scales: Vec<f32>,
+    /// The sum of the integers of each [`RUN`].
+    sums: Vec<i32>,
+}
+
+impl Batch {
+    pub(super) fn new(rows: &[Activations], columns: usize) -> Self {
+        let runs = columns / RUN;
+        let mut batch = Self {
+            tokens: rows.len(),
+            columns,
+            integers: Vec::with_capacity(rows.len() * columns),
+            scales: Vec::with_capacity(rows.len() * runs),
+            sums: Vec::with_capacity(rows.len() * runs),
+        };
+        for row in rows {
+            batch.integers.extend_from_slice(&row.integers);
+            batch.scales.extend(row.scales.iter().step_by(RUN / QUAD));
+            batch.sums.extend(row.sums.chunks_exact(RUN / QUAD).map(|quads| quads.iter().sum::<i32>()));
+        }
+        batch
+    }
+}
+
+/// Up to [`LANES`] unpacked rows.
+#[derive(Default)]
+pub(super) struct Panel {
+    integers: Vec<u8>, // [columns / QUAD, LANES, QUAD]
+    scales: Vec<f32>,  // [columns / RUN, LANES]
+    minima: Vec<f32>,  // [columns / RUN, LANES]
+}
+
+impl Panel {
+    /// Unpacks `rows`, at most [`LANES`] of them.
+    ///
+    /// # Safety
+    /// The processor must have AVX-512.
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vnni,avx2,f16c")]
+    pub(super) unsafe fn fill<'a>(&mut self, format: Format, rows: impl Iterator<Item = &'a [u8]>, columns: usize) {
+        self.integers.clear();
+        self.integers.resize(columns * LANES, 0);
+        self.scales.clear();
+        self.scales.resize(columns / RUN * LANES, 0.0);
+        self.minima.clear();
+        self.minima.resize(columns / RUN * LANES, 0.0);
+        for (lane, row) in rows.enumerate() {
+            format.each_step(row, |step, unpacked| {
+                let quads = &mut self.integers[step * STEP * LANES..][..STEP * LANES];
+                for (to, from) in quads.chunks_exact_mut(LANES * QUAD).zip(unpacked.integers.chunks_exact(QUAD)) {
+                    to[lane * QUAD..(lane + 1) * QUAD].copy_from_slice(from);
+                }
+                for run in 0..STEP / RUN {
+                    let at = (step * (STEP / RUN) + run) * LANES + lane;
+                    (self.scales[at], self.minima[at]) = (unpacked.scales[run], unpacked.minima[run]);
+                }
+            });
+        }
+    }
+}
+
+/// `out[token * stride + lane] = panel[lane] . x[token]` for `lanes` lanes.
+///
+/// # Safety
+/// The processor must have AVX-512 VNNI; `out` must have room for `x.tokens` rows of `stride`, the last one `lanes` long; the panel
+/// must be as wide as `x`.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vnni,avx2,f16c")]
+pub(super) unsafe fn multiply(format: Format, panel: &Panel, x: &Batch, out: *mut f32, stride: usize, lanes: usize) {
+    assert!(panel.integers.len() == x.columns * LANES && lanes <= LANES, "product: a panel of another width");
+    // SAFETY: the caller's; the panel's length was checked.
+    unsafe {
+        match (format.offset() == 0, format == Format::Q6K) {
+            (true, _) => tokens::<true, 2>(format, panel, x, out, stride, lanes),
+            (false, true) => tokens::<false, 1>(format, panel, x, out, stride, lanes),
+            (false, false) => tokens::<false, 2>(format, panel, x, out, stride, lanes),
+        }
+    }
+}
+
+/// `RUNS`: runs of weights that share a scale.
+#[inline(always)]
+unsafe fn tokens<const MINIMUM: bool, const RUNS: usize>(
+    format: Format,
+    panel: &Panel,
+    x: &Batch,
+    out: *mut f32,
+    stride: usize,
+    lanes: usize,
+) {
+    let mut token = 0;
+    while token < x.tokens {
+        // SAFETY: as many tokens are left as each takes.
+        token += unsafe {
+            match x.tokens - token {
+                8.. => tile::<MINIMUM, RUNS, 8>(format, panel, x, token, out, stride, lanes),
+                4.. => tile::<MINIMUM, RUNS, 4>(format, panel, x, token, out, stride, lanes),
+                _ => tile::<MINIMUM, RUNS, 1>(format, panel, x, token, out, stride, lanes),
+            }
+        };
+    }
+}
+
+/// `T` tokens from `token` on; returns `T`.
+#[inline(always)]
+#[allow(clippy::needless_range_loop, reason = "lists in registers, side by side")]
+unsafe fn tile<const MINIMUM: bool, const RUNS: usize, const T: usize>(
+    format: Format,
+    panel: &Panel,
+    x: &Batch,
+    token: usize,
+    out: *mut f32,
+    stride: usize,
+    lanes: usize,
+) -> usize {
+    let runs = x.columns / RUN;
+    let offset = format.offset();
+    // SAFETY: the caller's: T tokens from `token` on, and a panel of `x.columns`.
+    unsafe {
+        // Loops, not closures: those would not be compiled for the instructions.
+        let x_integers = x.integers.as_ptr().add(token * x.columns);
+        let x_scales = x.scales.as_ptr().add(token * runs);
+        let x_sums = x.sums.as_ptr().add(token * runs);
+        let mut total = [_mm512_setzero_ps(); T];
+        let mut run = 0;
+        while run < runs {
+            let mut sums = [0i32; T];
+            let mut products = [_mm512_setzero_si512(); T];
+            for t in 0..T {
+                let at = x_sums.add(t * runs + run);
+                sums[t] = if RUNS == 2 { *at + *at.add(1) } else { *at };
+                if !MINIMUM {
+                    products[t] = _mm512_set1_epi32(-offset * sums[t]);
+                }
+            }
+            for quad in run * (RUN / QUAD)..(run + RUNS) * (RUN / QUAD) {
+                let weights = _mm512_loadu_si512(panel.integers.as_ptr().add(quad * LANES * QUAD).cast());
+                for t in 0..T {
+                    let four = _mm512_set1_epi32(x_integers.add(t * x.columns + quad * QUAD).cast::<i32>().read_unaligned());
+                    products[t] = _mm512_dpbusd_epi32(products[t], weights, four);
+                }
+            }
+            let scale = _mm512_loadu_ps(panel.scales.as_ptr().add(run * LANES));
+            let minimum = _mm512_loadu_ps(panel.minima.as_ptr().add(run * LANES));
+            for t in 0..T {
+                let mut scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(products[t]), scale);
+                if MINIMUM {
+                    scaled = _mm512_fmadd_ps(minimum, _mm512_set1_ps(sums[t] as f32), scaled);
+                }
+                total[t] = _mm512_fmadd_ps(scaled, _mm512_set1_ps(*x_scales.add(t * runs + run)), total[t]);
+            }
+            run += RUNS;
+        }
+        let mask = ((1u32 << lanes) - 1) as u16;
+        for t in 0..T {
+            _mm512_mask_storeu_ps(out.add((token + t) * stride), mask, total[t]);
+        }
+    }
+    T
+}
