@@ -1,7 +1,7 @@
 //! Attention of one layer in one step: admit, write, score, select, attend.
 
 use crate::backend::AttentionBackend;
-use crate::block_router::{self, BlockRouter};
+use crate::block_router::{self, BlockRouter, Queries};
 use crate::cache::{KvCache, KvDtypes, LayerSpec, LayerStore, Local, Step};
 use crate::select::{Budget, Limits, Selection, TILE, select};
 use crate::token_router::{self, RouterInput, TokenRouter};
@@ -179,7 +179,7 @@ impl RoutedAttention {
             if step.end() <= limits.dense_len || block_router.fills_budget() && limits.budget.limit(0) >= step.end() {
                 Selection::Every
             } else {
-                let scores = block_router.score(input.q, input.scale, store, limits.block_size)?;
+                let scores = block_router.score(&Queries { q: input.q, scale: input.scale, step, block_size: limits.block_size }, store)?;
                 select(&scores, &limits, step, store)
             }
         } else {

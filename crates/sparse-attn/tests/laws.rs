@@ -4,6 +4,7 @@ use candle_core::{Device, Result, Tensor};
 use proptest::prelude::*;
 use proptest::test_runner::RngSeed;
 use sparse_attn::backend::{AttentionBackend, Cpu, Reference};
+use sparse_attn::block_router::Queries;
 use sparse_attn::select::{Budget, Limits, Selection, TILE, select};
 use sparse_attn::{AttentionInput, HeadShape, KvCache, KvDtype, LayerSpec, RoutedAttention, Routing, block_router, token_router};
 use std::sync::Arc;
@@ -24,7 +25,7 @@ struct Case {
 
 fn cases() -> impl Strategy<Value = Case> {
     let shape = (1..=3usize, 1..=16usize, prop::sample::select(vec![16, 64, 80, 96, 128, 256]), 1..=260usize);
-    let limits = (1..=80usize, 0..=8usize, 1..=40usize, 1..=200usize, 0..=150usize, prop::sample::select(vec![1, TILE]));
+    let limits = (1..=80usize, 0..=8usize, 1..=40usize, 1..=200usize, 0..=150usize, prop::sample::select(vec![1, TILE, 64]));
     let limits = limits.prop_map(|(window, sinks, block_size, budget, dense_len, tile)| Limits {
         window,
         sinks,
@@ -76,7 +77,12 @@ impl Case {
             let selection = if step.end() <= limits.dense_len {
                 Selection::Every
             } else {
-                select(&attention.routing().block_router.score(&q, scale, store, limits.block_size)?, limits, step, store)
+                select(
+                    &attention.routing().block_router.score(&Queries { q: &q, scale, step, block_size: limits.block_size }, store)?,
+                    limits,
+                    step,
+                    store,
+                )
             };
             for t in step.start..step.end() {
                 let of_head = |head| match &selection {
@@ -116,7 +122,7 @@ proptest! {
         // A block that reaches beyond its query would count tokens to come (see Limits).
         prop_assume!(case.limits.window + 1 >= case.limits.block_size);
         // Shared selections: whole tiles. Selections of their own: any chunks.
-        let chunks = if case.limits.tile == 1 { [case.tokens, case.chunk, 1] } else { [case.tokens, TILE, 2 * TILE] };
+        let chunks = if case.limits.tile == 1 { [case.tokens, case.chunk, 1] } else { [case.tokens, 64, 128] };
         let runs: Vec<_> = chunks.iter().map(|chunk| case.run(&attention, *chunk).unwrap()).collect();
         let all = |selected: &Selected| selected.iter().all(Option::is_none);
         for run in &runs[1..] {

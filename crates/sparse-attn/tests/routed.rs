@@ -2,7 +2,7 @@
 
 use candle_core::{DType, Device, IndexOp, Result, Tensor};
 use sparse_attn::backend::{AttentionBackend, Cpu, Reference};
-use sparse_attn::block_router::{self, BlockScores};
+use sparse_attn::block_router::{self, BlockScores, Queries};
 use sparse_attn::select::{Budget, Limits, Selection, TILE, select};
 use sparse_attn::token_router::{self, Admission, RouterInput, TokenRouter};
 use sparse_attn::{AttentionInput, HeadShape, KvCache, KvDtype, LayerSpec, RoutedAttention, Routing, Step};
@@ -91,7 +91,7 @@ impl Data {
         self.run_with(attention, chunk, |step, q, cache| {
             let store = cache.layer(0);
             let scale = (self.q.dims()[2] as f32).powf(-0.5);
-            let scores = attention.routing().block_router.score(q, scale, store, limits.block_size).unwrap();
+            let scores = attention.routing().block_router.score(&Queries { q, scale, step, block_size: limits.block_size }, store).unwrap();
             let selection = select(&scores, &limits, step, store);
             for t in step.start..step.end() {
                 let of_head = |head| match &selection {
@@ -271,9 +271,13 @@ fn a_larger_budget_selects_a_superset_and_the_budget_holds() -> Result<()> {
 #[test]
 fn the_bound_is_never_below_a_true_score() -> Result<()> {
     let data = Data::new(200, 4, 2, 16)?;
-    data.run_with(&routed("bound", LIMITS, Arc::new(Cpu))?, 200, |_, q, cache| {
+    data.run_with(&routed("bound", LIMITS, Arc::new(Cpu))?, 200, |step, q, cache| {
         let store = cache.layer(0);
-        let score = |name: &str| match block_router::by_name(name).unwrap().score(q, 0.25, store, 16).unwrap() {
+        let score = |name: &str| match block_router::by_name(name)
+            .unwrap()
+            .score(&Queries { q, scale: 0.25, step, block_size: 16 }, store)
+            .unwrap()
+        {
             BlockScores::PerQuery(scores) => scores,
             other => panic!("{name} gives {other:?}"),
         };

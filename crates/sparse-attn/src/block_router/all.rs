@@ -1,6 +1,6 @@
-use super::{BlockRouter, BlockScores};
+use super::{BlockRouter, BlockScores, Queries};
 use crate::LayerStore;
-use candle_core::{Result, Tensor};
+use candle_core::Result;
 
 /// Every query reads every block: dense attention.
 #[derive(Debug, Clone, Copy, Default)]
@@ -11,7 +11,7 @@ impl BlockRouter for All {
         "all"
     }
 
-    fn score(&self, _q: &Tensor, _scale: f32, _store: &LayerStore, _block_size: usize) -> Result<BlockScores> {
+    fn score(&self, _queries: &Queries<'_>, _store: &LayerStore) -> Result<BlockScores> {
         Ok(BlockScores::Every)
     }
 }

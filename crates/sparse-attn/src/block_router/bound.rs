@@ -1,7 +1,7 @@
-use super::{BlockRouter, BlockScores, score_summaries};
+use super::{BlockRouter, BlockScores, Queries, score_summaries};
 use crate::LayerStore;
 use crate::cache::Summary;
-use candle_core::{Result, Tensor};
+use candle_core::Result;
 
 /// `sum_j max(q_j min_j, q_j max_j) = relu(q) . max - relu(-q) . min`: never below `q . k` of any key in the block.
 /// Quest, arXiv:2406.10774.
@@ -17,8 +17,8 @@ impl BlockRouter for Bound {
         Summary::MaxMin
     }
 
-    fn score(&self, q: &Tensor, _scale: f32, store: &LayerStore, _block_size: usize) -> Result<BlockScores> {
-        score_summaries(q, store, |q, out| {
+    fn score(&self, queries: &Queries<'_>, store: &LayerStore) -> Result<BlockScores> {
+        score_summaries(queries, store, |q, out| {
             out.extend(q.iter().map(|x| x.max(0.0)));
             out.extend(q.iter().map(|x| x.min(0.0)));
         })

@@ -1,7 +1,7 @@
-use super::{BlockRouter, BlockScores, score_summaries};
+use super::{BlockRouter, BlockScores, Queries, score_summaries};
 use crate::LayerStore;
 use crate::cache::Summary;
-use candle_core::{Result, Tensor};
+use candle_core::Result;
 
 /// `q . mean(keys)`: MoBA, arXiv:2502.13189.
 #[derive(Debug, Clone, Copy, Default)]
@@ -16,7 +16,7 @@ impl BlockRouter for Mean {
         Summary::Mean
     }
 
-    fn score(&self, q: &Tensor, _scale: f32, store: &LayerStore, _block_size: usize) -> Result<BlockScores> {
-        score_summaries(q, store, |q, out| out.extend_from_slice(q))
+    fn score(&self, queries: &Queries<'_>, store: &LayerStore) -> Result<BlockScores> {
+        score_summaries(queries, store, |q, out| out.extend_from_slice(q))
     }
 }

@@ -15,8 +15,8 @@ pub use oracle::Oracle;
 pub use recent::Recent;
 
 use crate::LayerStore;
-use crate::cache::{LANES, PAGE_SIZE, Summary};
-use crate::simd::{Rows, dot_tiles, with_rows};
+use crate::cache::{LANES, PAGE_SIZE, Step, Summary};
+use crate::simd::{dot_tiles, with_rows};
 use candle_core::{DType, Result, Tensor};
 use std::sync::Arc;
 
@@ -46,6 +46,19 @@ impl QueryScores {
     }
 }
 
+/// What blocks are scored for.
+#[derive(Debug, Clone, Copy)]
+pub struct Queries<'a> {
+    /// `[q_len, q_heads, head_dim]`, after rope.
+    pub q: &'a Tensor,
+    /// The factor of `q . k`.
+    pub scale: f32,
+    /// Their positions.
+    pub step: Step,
+    /// Positions per block.
+    pub block_size: usize,
+}
+
 /// Scores the blocks of a layer's store for the queries of a step.
 pub trait BlockRouter: std::fmt::Debug + Send + Sync {
     /// The name users type.
@@ -61,13 +74,12 @@ pub trait BlockRouter: std::fmt::Debug + Send + Sync {
         true
     }
 
-    /// `q`: `[q_len, q_heads, head_dim]`, after rope; `scale`: the factor of `q . k`. Blocks are of `block_size` positions and complete; the score of
-    /// one is the maximum over the query heads that share a key/value head. Blocks without an admitted token have no
-    /// meaning.
+    /// The score of a complete block is the maximum over the query heads that share a key/value head. Blocks without an
+    /// admitted token, or with a key from a query's future, have no meaning.
     ///
     /// # Errors
-    /// If `q` does not fit the store.
-    fn score(&self, q: &Tensor, scale: f32, store: &LayerStore, block_size: usize) -> Result<BlockScores>;
+    /// If the queries do not fit the store.
+    fn score(&self, queries: &Queries<'_>, store: &LayerStore) -> Result<BlockScores>;
 }
 
 /// One of every block router.
@@ -87,7 +99,7 @@ fn host_queries(q: &Tensor) -> Result<Vec<f32>> {
 
 /// Scores that are products of the block's summary with what `expand` makes of a query `[head_dim]`, which it appends to
 /// its second argument.
-fn score_summaries(q: &Tensor, store: &LayerStore, expand: impl Fn(&[f32], &mut Vec<f32>) + Sync) -> Result<BlockScores> {
+fn score_summaries(queries: &Queries<'_>, store: &LayerStore, expand: impl Fn(&[f32], &mut Vec<f32>) + Sync) -> Result<BlockScores> {
     let summaries = store.summaries()?;
     let (shape, blocks) = (store.shape(), summaries.blocks());
     let tiles_of = |head: usize| -> Vec<u32> {
@@ -97,23 +109,19 @@ fn score_summaries(q: &Tensor, store: &LayerStore, expand: impl Fn(&[f32], &mut 
         tiles.take(blocks.div_ceil(LANES)).collect()
     };
     let tiles: Vec<Vec<u32>> = (0..shape.kv_heads()).map(tiles_of).collect();
-    let q = host_queries(q)?;
+    let q = host_queries(queries.q)?;
     with_rows(summaries.pool(), |rows| {
         score_groups(&q, store, blocks, |head, q, out| {
             let mut expanded = Vec::with_capacity(q.len() / shape.head_dim() * rows.width);
             q.chunks_exact(shape.head_dim()).for_each(|row| expand(row, &mut expanded));
-            dot_rows(rows, &expanded, &tiles[head], out);
+            out.resize(expanded.len() / rows.width * tiles[head].len() * LANES, 0.0);
+            dot_tiles(rows, &expanded, &tiles[head], out);
         })
     })
 }
 
-fn dot_rows(rows: Rows<'_>, q: &[f32], tiles: &[u32], out: &mut Vec<f32>) {
-    out.resize(q.len() / rows.width * tiles.len() * LANES, 0.0);
-    dot_tiles(rows, q, tiles, out);
-}
-
-/// Per query and key/value head, `score_head` gets the rows `[group_size, head_dim]` and leaves `[group_size, >= blocks]`
-/// scores, of which the maximum over the group is kept. Queries are spread over the threads.
+/// Per query and key/value head, `score_head` gets the head and the rows `[group_size, head_dim]`, and leaves
+/// `[group_size, >= blocks]` scores, of which the maximum over the group is kept. Queries are spread over the threads.
 fn score_groups(q: &[f32], store: &LayerStore, blocks: usize, score_head: impl Fn(usize, &[f32], &mut Vec<f32>) + Sync) -> BlockScores {
     if blocks == 0 {
         return BlockScores::Forced; // nothing is complete yet

@@ -1,6 +1,6 @@
-use super::{BlockRouter, BlockScores, host_queries, score_groups};
+use super::{BlockRouter, BlockScores, Queries, host_queries, score_groups};
 use crate::LayerStore;
-use candle_core::{Result, Tensor};
+use candle_core::Result;
 
 /// The largest `q . k` of the block itself: reads every key, so it saves nothing. What estimators are measured against.
 #[derive(Debug, Clone, Copy, Default)]
@@ -11,11 +11,12 @@ impl BlockRouter for Oracle {
         "oracle"
     }
 
-    fn score(&self, q: &Tensor, _scale: f32, store: &LayerStore, block_size: usize) -> Result<BlockScores> {
+    fn score(&self, queries: &Queries<'_>, store: &LayerStore) -> Result<BlockScores> {
+        let block_size = queries.block_size;
         let (blocks, head_dim) = (store.written() / block_size, store.shape().head_dim());
         let heads = (0..store.shape().kv_heads()).map(|head| store.admitted_keys(head, 0..blocks * block_size));
         let heads = heads.collect::<Result<Vec<_>>>()?;
-        Ok(score_groups(&host_queries(q)?, store, blocks, |head, q, out| {
+        Ok(score_groups(&host_queries(queries.q)?, store, blocks, |head, q, out| {
             out.clear();
             let (positions, keys) = &heads[head];
             for q in q.chunks_exact(head_dim) {

@@ -1,6 +1,6 @@
-use super::{BlockRouter, BlockScores};
+use super::{BlockRouter, BlockScores, Queries};
 use crate::LayerStore;
-use candle_core::{Result, Tensor};
+use candle_core::Result;
 
 /// The first block and the window only: StreamingLLM, arXiv:2309.17453. A baseline; what lies between is lost.
 #[derive(Debug, Clone, Copy, Default)]
@@ -15,7 +15,7 @@ impl BlockRouter for Recent {
         false
     }
 
-    fn score(&self, _q: &Tensor, _scale: f32, _store: &LayerStore, _block_size: usize) -> Result<BlockScores> {
+    fn score(&self, _queries: &Queries<'_>, _store: &LayerStore) -> Result<BlockScores> {
         Ok(BlockScores::Forced)
     }
 }

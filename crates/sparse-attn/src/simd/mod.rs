@@ -6,6 +6,7 @@
 
 mod kernels;
 mod lanes;
+mod softmax;
 
 use crate::cache::{GROUP, KvDtype, LANES, Pool};
 use candle_core::{CpuStorage, Result, Storage, bail};
@@ -15,6 +16,7 @@ use kernels::Column;
 use lanes::Portable;
 
 pub(crate) use kernels::Column as ValueColumn;
+pub(crate) use softmax::exp_sum;
 
 /// The numbers of a pool on the host.
 #[derive(Debug, Clone, Copy)]

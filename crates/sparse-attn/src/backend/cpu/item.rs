@@ -2,10 +2,9 @@
 
 use super::Work;
 use super::reads::{Reads, TileRef};
-use super::softmax::exp_sum;
 use crate::HeadShape;
 use crate::cache::{LANES, Step};
-use crate::simd::{Numbers, Rows, ValueColumn, add_weighted, dot_tiles};
+use crate::simd::{Numbers, Rows, ValueColumn, add_weighted, dot_tiles, exp_sum};
 
 /// Key tiles that are scored at a time: scores and widened keys stay in the caches next to the core.
 const BLOCK_TILES: usize = 8;

@@ -2,7 +2,6 @@
 
 mod item;
 mod reads;
-mod softmax;
 mod write;
 
 use super::AttentionBackend;

@@ -1,7 +1,7 @@
 //! The exponentials of a running softmax, vectorised.
 
 /// Replaces each score by `exp(score - max)` and returns their sum. `-inf` becomes exactly 0.
-pub(super) fn exp_sum(scores: &mut [f32], max: f32) -> f32 {
+pub(crate) fn exp_sum(scores: &mut [f32], max: f32) -> f32 {
     #[cfg(target_arch = "x86_64")]
     {
         if std::arch::is_x86_feature_detected!("avx512f") {
