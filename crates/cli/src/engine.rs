@@ -32,6 +32,8 @@ pub(crate) struct Checkpoint {
     pub(crate) device: Device,
     pub(crate) attention: RoutedAttention,
     pub(crate) dtypes: KvDtypes,
+    /// Tokens of a prompt that are computed at once.
+    pub(crate) chunk: usize,
 }
 
 /// A checkpoint with its weights in memory.
@@ -102,6 +104,7 @@ impl Checkpoint {
             device,
             attention: RoutedAttention::dense(backend),
             dtypes: routing::dtypes(attention),
+            chunk: args.batch_size as usize,
         };
         checkpoint.attention = checkpoint.attention_of(attention)?;
         Ok(checkpoint)
@@ -122,7 +125,7 @@ impl Checkpoint {
 
     /// How keys and values are kept, for planning.
     pub(crate) fn storage(&self) -> plan::Storage<'_> {
-        plan::Storage { attention: &self.attention, dtypes: self.dtypes }
+        plan::Storage { attention: &self.attention, dtypes: self.dtypes, chunk: self.chunk }
     }
 
     pub(crate) fn config(&self) -> &Config {

@@ -11,9 +11,6 @@ use sparse_attn::{KvDtype, KvDtypes, RoutedAttention};
 const MARGIN: u64 = 128 << 20;
 /// Below this many tokens, or the trained length if that is shorter, a context is not lowered unasked.
 const LEAST_CONTEXT: usize = 4096;
-/// Tokens computed at once in prefill.
-pub(crate) const CHUNK: usize = 512;
-
 /// Where the memory of a run goes, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Plan {
@@ -27,13 +24,15 @@ pub(crate) struct Plan {
 pub(crate) struct Storage<'a> {
     pub(crate) attention: &'a RoutedAttention,
     pub(crate) dtypes: KvDtypes,
+    /// Tokens computed at once in prefill.
+    pub(crate) chunk: usize,
 }
 
 impl Plan {
     /// For `context` tokens.
     pub(crate) fn new(config: &Config, weights: u64, storage: Storage<'_>, context: usize) -> Self {
         let kv = storage.attention.planned_bytes(&config.layer_specs(), storage.dtypes, context) as u64;
-        let rows = CHUNK.min(context) as u64;
+        let rows = storage.chunk.min(context) as u64;
         // Activations of one layer (a chunk wide, several alive at once) and the logits of one position.
         let width = (8 * config.hidden_size + 4 * config.intermediate_size) as u64;
         let work = 4 * (rows * width + 6 * config.vocab_size as u64) + (32 << 20);
@@ -147,7 +146,7 @@ mod tests {
     fn mistral_7b_takes_128_kib_a_token_at_16_bit_and_68_at_8() {
         let attention = dense();
         for (dtype, kib) in [(KvDtype::F16, 128), (KvDtype::Q8_0, 68)] {
-            let plan = Plan::new(&config(), 0, Storage { attention: &attention, dtypes: dtype.into() }, 32768);
+            let plan = Plan::new(&config(), 0, Storage { attention: &attention, dtypes: dtype.into(), chunk: 512 }, 32768);
             assert_eq!(plan.kv, 32768 * (kib << 10));
         }
     }
@@ -156,7 +155,7 @@ mod tests {
     fn the_context_is_lowered_to_fit_and_an_asked_one_is_not() {
         let (config, gib) = (config(), 1u64 << 30);
         let attention = dense();
-        let storage = Storage { attention: &attention, dtypes: KvDtype::F16.into() };
+        let storage = Storage { attention: &attention, dtypes: KvDtype::F16.into(), chunk: 512 };
         let choose = |asked, free| choose_context(asked, &config, 4 * gib, storage, free);
         assert_eq!(choose(None, 16 * gib).unwrap(), 32768);
         let lowered = choose(None, 6 * gib).unwrap();

@@ -143,7 +143,28 @@ fn routed_attention_reads_less_and_is_dense_while_all_fits() {
     let density = sparse["density"].as_f64().unwrap();
     assert!((0.75..0.78).contains(&density), "{density}");
     assert!(sparse["kv_read_bytes_per_token"].as_u64() < dense["kv_read_bytes_per_token"].as_u64());
-    for router in ["recent", "mean", "oracle"] {
+    // Neither the chunks of a prompt nor the threads change what is selected.
+    let log = case.home.path().join("log.jsonl");
+    let selected = |batch: &str, threads: &str| {
+        let flags = ["--min-ctx", "0", "--budget", "128", "-b", batch, "-t", threads, "--route-log"];
+        let document = routed(&[&flags[..], &[log.to_str().unwrap()]].concat());
+        // Of every tile of queries, layer by layer.
+        let mut tiles: Vec<String> = Vec::new();
+        for line in std::fs::read_to_string(&log).unwrap().lines() {
+            let line: Value = serde_json::from_str(line).unwrap();
+            // A step in which all fits the budget says so without a list.
+            let chosen = line["selected"].as_array().into_iter().flatten().filter(|tile| tile["from"].as_u64().unwrap() >= 192);
+            tiles.extend(chosen.map(|tile| format!("{} {tile}", line["layer"])));
+        }
+        tiles.sort();
+        (tiles, document["token_ids"].clone())
+    };
+    let whole = selected("1024", "1");
+    assert!(whole.0.len() > 100, "{}", whole.0.len());
+    for (batch, threads) in [("64", "2"), ("128", "1")] {
+        assert!(selected(batch, threads) == whole, "chunks of {batch}, {threads} threads");
+    }
+    for router in ["recent", "mean", "mass", "oracle"] {
         assert_eq!(routed(&["--min-ctx", "0", "--budget", "128", "--block-router", router])["attn"]["block_router"], router);
     }
     run(&mut case.llama(&["generate", "hi", "--attn", "routed", "--block-router", "magic"]), 2);

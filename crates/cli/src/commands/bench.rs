@@ -5,7 +5,6 @@ use crate::args::{Bench, OutputFormat};
 use crate::engine::{Checkpoint, Engine};
 use crate::failure::{Failure, Kind, unexpected};
 use crate::interrupt::Interrupt;
-use crate::plan::CHUNK;
 use crate::routing;
 use crate::source::Hub;
 use crate::ui::{Ui, bytes, stdout};
@@ -94,7 +93,7 @@ fn measure(
             if interrupt.is_set() && done < part.len() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
         };
         if !part.is_empty() {
-            session.prefill(part, CHUNK, go_on).map_err(unexpected)?;
+            session.prefill(part, engine.checkpoint.chunk, go_on).map_err(unexpected)?;
         }
         bar.inc(part.len() as u64);
         stopped()
@@ -113,7 +112,7 @@ fn measure(
             feed(&mut session, &ids[depth..depth + prompt])?;
             prefill.push(prompt as f64 / started.elapsed().as_secs_f64());
             // Of the last chunk, per token.
-            kv_read[0] = session.read_count().bytes / ((prompt - 1) % CHUNK + 1) as u64;
+            kv_read[0] = session.read_count().bytes / ((prompt - 1) % engine.checkpoint.chunk + 1) as u64;
         }
         if generated > 0 {
             back(&mut session)?;

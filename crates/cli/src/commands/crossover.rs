@@ -5,7 +5,6 @@ use crate::crossover;
 use crate::engine::{Checkpoint, Engine};
 use crate::failure::{Failure, Kind, unexpected};
 use crate::interrupt::Interrupt;
-use crate::plan::CHUNK;
 use crate::source::Hub;
 use crate::ui::{Ui, stdout};
 use anyhow::Result;
@@ -94,7 +93,7 @@ fn extend(engine: &Engine, session: &mut Session, depth: usize, interrupt: &Inte
     session.rewind(session.cached().min(depth)).map_err(unexpected)?;
     let ids: Vec<u32> = (session.tokens().len()..depth).map(|i| ((1000 + i * 7919) % vocab_size) as u32).collect();
     let go_on = |_, _| if interrupt.is_set() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) };
-    if !ids.is_empty() && !session.prefill(&ids, CHUNK, go_on).map_err(unexpected)? {
+    if !ids.is_empty() && !session.prefill(&ids, engine.checkpoint.chunk, go_on).map_err(unexpected)? {
         return Err(Failure::new(Kind::Interrupted, "stopped").into());
     }
     Ok(())

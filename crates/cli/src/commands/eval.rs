@@ -6,7 +6,6 @@ use crate::args::EvalPpl;
 use crate::engine::Checkpoint;
 use crate::failure::{Failure, Kind, unexpected};
 use crate::interrupt::Interrupt;
-use crate::plan::CHUNK;
 use crate::routing;
 use crate::source::Hub;
 use crate::ui::{Ui, bytes, stdout};
@@ -52,7 +51,7 @@ pub(crate) fn ppl(args: &EvalPpl, hub: &Hub, ui: Ui, interrupt: &Interrupt) -> R
     ui.say(engine.banner(context));
     let reference = Setting { attention: engine.checkpoint.attention.to_dense(), dtypes: KvDtype::F16.into() };
     let bar = ui.token_bar("eval", tokens.len() as u64);
-    let scores = compare(engine.model.as_ref(), &reference, &settings, &tokens, from, CHUNK, |done| {
+    let scores = compare(engine.model.as_ref(), &reference, &settings, &tokens, from, engine.checkpoint.chunk, |done| {
         bar.set_position(done as u64);
         if interrupt.is_set() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
     });

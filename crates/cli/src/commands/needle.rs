@@ -5,7 +5,6 @@ use crate::args::{EvalNeedle, NeedleTask};
 use crate::engine::{Checkpoint, Engine};
 use crate::failure::{Failure, Kind, unexpected};
 use crate::interrupt::Interrupt;
-use crate::plan::CHUNK;
 use crate::routing;
 use crate::source::Hub;
 use crate::ui::{Ui, stdout};
@@ -109,7 +108,7 @@ pub(crate) fn run(args: &EvalNeedle, hub: &Hub, ui: Ui, interrupt: &Interrupt) -
                     )
                     .map_err(unexpected)?;
                     let go_on = |_, _| if interrupt.is_set() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) };
-                    if !session.prefill(&haystack.ids, CHUNK, go_on).map_err(unexpected)? {
+                    if !session.prefill(&haystack.ids, engine.checkpoint.chunk, go_on).map_err(unexpected)? {
                         return Err(Failure::new(Kind::Interrupted, "stopped").into());
                     }
                     for question in &haystack.questions {
@@ -227,7 +226,7 @@ fn insert(text: String, mut hidden: Vec<(f64, String)>) -> String {
 /// Asks after the text, in a copy of the sequence: 0 to 1.
 fn ask(engine: &Engine, session: &Session, question: &Question) -> Result<f64> {
     let mut session = session.fork().map_err(unexpected)?;
-    session.prefill(&question.ids, CHUNK, |_, _| ControlFlow::Continue(())).map_err(unexpected)?;
+    session.prefill(&question.ids, engine.checkpoint.chunk, |_, _| ControlFlow::Continue(())).map_err(unexpected)?;
     match &question.answer {
         Answer::Words(words) => {
             let mut sampler = Sampler::new(SamplerOptions::greedy()).map_err(unexpected)?;

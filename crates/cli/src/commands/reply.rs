@@ -3,7 +3,6 @@
 use crate::engine::Engine;
 use crate::failure::unexpected;
 use crate::interrupt::Interrupt;
-use crate::plan::CHUNK;
 use crate::text::TextStream;
 use crate::ui::{Ui, bytes};
 use anyhow::Result;
@@ -12,7 +11,7 @@ use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
 /// Prompts longer than this get a progress bar.
-const LONG_PROMPT: usize = 2 * CHUNK;
+const LONG_PROMPT: usize = 1024;
 
 /// A finished reply.
 #[derive(Debug)]
@@ -69,7 +68,7 @@ pub(crate) fn reply(
     let bar = (prompt.len() > LONG_PROMPT).then(|| ui.token_bar("prefill", prompt.len() as u64));
     let mut computed = 0;
     let whole = session
-        .prefill(prompt, CHUNK, |done, _| {
+        .prefill(prompt, engine.checkpoint.chunk, |done, _| {
             computed = done.min(prompt.len());
             if let Some(bar) = &bar {
                 bar.set_position(done as u64);

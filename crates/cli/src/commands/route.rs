@@ -5,7 +5,6 @@ use crate::args::Route;
 use crate::engine::{Checkpoint, Engine};
 use crate::failure::{Failure, Kind, unexpected};
 use crate::interrupt::Interrupt;
-use crate::plan::CHUNK;
 use crate::routing;
 use crate::source::Hub;
 use crate::ui::{Ui, stdout};
@@ -47,7 +46,7 @@ pub(crate) fn run(args: &Route, hub: &Hub, ui: Ui, interrupt: &Interrupt) -> Res
     ui.say(engine.banner(context));
     let bar = ui.token_bar("prefill", 2 * prompt.len() as u64);
     let attention = &engine.checkpoint.attention;
-    let seen = trace(&engine.model, attention, engine.checkpoint.dtypes, &prompt, args.steps as usize, CHUNK, |done| {
+    let seen = trace(&engine.model, attention, engine.checkpoint.dtypes, &prompt, args.steps as usize, engine.checkpoint.chunk, |done| {
         bar.set_position(done as u64);
         if interrupt.is_set() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
     });
