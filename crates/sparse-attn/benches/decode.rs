@@ -1,0 +1,120 @@
+//! Attention of one token, alone: microseconds and bytes per second of keys and values read, beside what the machine reads.
+//!
+//! `cargo bench -p sparse-attn` (`-- 1024 4096` for these contexts only). Mistral 7B's shape, f16 and q8_0; as many layers as it
+//! takes to be larger than the caches. Medians.
+
+#![allow(clippy::print_stdout, reason = "a table is what it is for")]
+
+use candle_core::utils::{barrier_pool, get_num_threads};
+use candle_core::{Device, Result, Tensor};
+use sparse_attn::backend::{AttentionBackend, Cpu};
+use sparse_attn::block_router::Mass;
+use sparse_attn::select::{Budget, Limits};
+use sparse_attn::{AttentionInput, HeadShape, KvCache, KvDtype, LayerSpec, RoutedAttention, Routing};
+use std::hint::black_box;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// More than any cache holds.
+const BEYOND_CACHES: usize = 192 << 20;
+
+/// Tokens written at once.
+const CHUNK: usize = 512;
+
+fn main() -> Result<()> {
+    let asked: Vec<usize> = std::env::args().skip(1).filter_map(|arg| arg.parse().ok()).collect();
+    let contexts = if asked.is_empty() { vec![1024, 4096, 16384, 32768, 131_072] } else { asked };
+    let read = bandwidth();
+    println!("{} threads, the machine reads {:.1} GB/s", get_num_threads(), read / 1e9);
+    println!("| keys and values | context | attention | us per layer | KV read | GB/s | of the machine's |");
+    println!("| --- | --- | --- | --- | --- | --- | --- |");
+    let shape = HeadShape::new(32, 8, 128)?;
+    for dtype in [KvDtype::F16, KvDtype::Q8_0] {
+        for context in &contexts {
+            let bytes = shape.kv_heads() * 2 * dtype.row_bytes(shape.head_dim());
+            let layers = (BEYOND_CACHES / (context * bytes)).clamp(1, 64);
+            let mut cache = filled(shape, dtype, *context, layers)?;
+            let limits = Limits { budget: Budget::tokens(2048), block_size: 16, dense_len: 0, ..Routing::dense().limits };
+            let routed = Routing { block_router: Arc::new(Mass), limits, ..Routing::dense() };
+            for (name, routing) in [("dense", Routing::dense()), ("mass 2048, blocks of 16", routed)] {
+                let attention = RoutedAttention::new(routing, Arc::new(Cpu))?;
+                let (time, kv) = measure(&attention, shape, &mut cache, layers)?;
+                let rate = kv / time.as_secs_f64();
+                println!(
+                    "| {} | {context} | {name} | {:.0} | {:.2} MiB | {:.1} | {:.0} % |",
+                    dtype.name(),
+                    time.as_secs_f64() * 1e6,
+                    kv / f64::from(1 << 20),
+                    rate / 1e9,
+                    100.0 * rate / read
+                );
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Bytes per second that all threads read together.
+fn bandwidth() -> f64 {
+    let buffer = vec![1u64; 512 << 20 >> 3];
+    let parts: Vec<&[u64]> = buffer.chunks(1 << 16).collect();
+    let run = || {
+        barrier_pool().execute_chunked(parts.len(), |range| {
+            for part in &parts[range] {
+                black_box(part.iter().fold(0u64, |sum, x| sum.wrapping_add(*x)));
+            }
+        });
+    };
+    (buffer.len() * 8) as f64 / median(5, run).as_secs_f64()
+}
+
+fn median(times: usize, mut run: impl FnMut()) -> Duration {
+    let mut taken: Vec<Duration> = (0..times)
+        .map(|_| {
+            let started = Instant::now();
+            run();
+            started.elapsed()
+        })
+        .collect();
+    taken.sort_unstable();
+    taken[times / 2]
+}
+
+/// A cache of random keys and values.
+fn filled(shape: HeadShape, dtype: KvDtype, tokens: usize, layers: usize) -> Result<KvCache> {
+    let mut cache = KvCache::new(&vec![LayerSpec::full(shape); layers], dtype.into(), &Device::Cpu, tokens + 1)?;
+    let kv = Tensor::randn(0f32, 1.0, (CHUNK, shape.kv_heads(), shape.head_dim()), &Device::Cpu)?;
+    while cache.len() < tokens {
+        let step = cache.reserve(CHUNK.min(tokens - cache.len()))?;
+        let part = kv.narrow(0, 0, step.len)?;
+        for layer in 0..layers {
+            Cpu.write(&part, &part, step, cache.layer_mut(layer))?;
+        }
+        cache.commit(step)?;
+    }
+    Ok(cache)
+}
+
+/// The median time of one layer, and the bytes that it read.
+fn measure(attention: &RoutedAttention, shape: HeadShape, cache: &mut KvCache, layers: usize) -> Result<(Duration, f64)> {
+    let token = |heads: usize| Tensor::randn(0f32, 1.0, (1, heads, shape.head_dim()), &Device::Cpu);
+    let (q, kv) = (token(shape.q_heads())?, token(shape.kv_heads())?);
+    let input = AttentionInput { hidden: &q, q: &q, k: &kv, v: &kv, scale: (shape.head_dim() as f32).powf(-0.5) };
+    // The step is never committed: each time it is the same.
+    let step = |cache: &mut KvCache| -> Result<()> {
+        let step = cache.reserve(1)?;
+        for layer in 0..layers {
+            black_box(attention.forward(layer, input, step, cache)?);
+        }
+        Ok(())
+    };
+    step(cache)?;
+    let mut failed = Ok(());
+    let time = median(15, || {
+        if let Err(error) = step(cache) {
+            failed = Err(error);
+        }
+    });
+    failed?;
+    Ok((time / layers as u32, cache.read_count().bytes as f64 / layers as f64))
+}
