@@ -72,6 +72,8 @@ pub(crate) enum Command {
     /// What routed attention costs in quality
     #[command(subcommand)]
     Eval(Eval),
+    /// Train a token router for a model, from texts: which tokens stay in memory
+    TrainRouter(Box<TrainRouter>),
     /// What the routers kept and read of a prompt: a picture, and how much of dense attention it caught
     Route(Box<Route>),
     /// Check the machine, this build, the cache and the Hub
@@ -254,7 +256,7 @@ pub(crate) enum BudgetChoice {
 }
 
 /// How the prompt becomes tokens.
-#[derive(Debug, Clone, Args)]
+#[derive(Debug, Clone, Default, Args)]
 #[command(next_help_heading = "Prompt")]
 pub(crate) struct TemplateArgs {
     /// The system message
@@ -494,12 +496,43 @@ pub(crate) enum NeedleTask {
     Copy,
 }
 
+#[derive(Debug, Args)]
+pub(crate) struct TrainRouter {
+    /// A text to learn from; may be repeated
+    #[arg(short, long, value_name = "PATH", required = true)]
+    pub(crate) file: Vec<PathBuf>,
+    /// Where the router goes
+    #[arg(short, long, value_name = "FILE", default_value = "router.safetensors")]
+    pub(crate) output: PathBuf,
+    /// Tokens of a sequence; texts are cut into them [default: 4096, or the context if that is less]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(256..=1 << 20))]
+    pub(crate) length: Option<u32>,
+    /// The part of the tokens that the threshold is set for; the same flag chooses another at use
+    #[arg(long, value_name = "F", default_value_t = 0.5, value_parser = parse_fraction)]
+    pub(crate) keep: f32,
+    /// Weight of the ridge, relative to the mean square of a feature
+    #[arg(long, value_name = "F", default_value_t = 1e-3, hide_short_help = true)]
+    pub(crate) ridge: f64,
+    /// Newest tokens, which are always there
+    #[arg(long, value_name = "N", default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..=1 << 20))]
+    pub(crate) window: u32,
+    #[command(flatten)]
+    pub(crate) model: ModelArgs,
+}
+
 /// Attention flags alone, as `--with` takes them.
 #[derive(Debug, Parser)]
 #[command(no_binary_name = true, disable_help_flag = true)]
 struct Setting {
     #[command(flatten)]
     attention: AttentionArgs,
+}
+
+impl AttentionArgs {
+    /// No flag at all: the defaults.
+    pub(crate) fn none() -> Self {
+        Setting::parse_from(std::iter::empty::<&str>()).attention
+    }
 }
 
 fn parse_setting(text: &str) -> Result<AttentionArgs, String> {

@@ -52,6 +52,7 @@ fn run(cli: Cli) -> Result<u8> {
         Command::Bench(args) => commands::bench::run(&args, &hub()?, ui, &interrupt),
         Command::Eval(Eval::Ppl(args)) => commands::eval::ppl(&args, &hub()?, ui, &interrupt),
         Command::Eval(Eval::Needle(args)) => commands::needle::run(&args, &hub()?, ui, &interrupt),
+        Command::TrainRouter(args) => commands::train_router::run(&args, &hub()?, ui, &interrupt),
         Command::Route(args) => commands::route::run(&args, &hub()?, ui, &interrupt),
         Command::Doctor => commands::doctor::run(&hub()?, ui),
         Command::Completions { shell } => commands::completions::run(shell),
@@ -76,6 +77,7 @@ fn set_threads(command: &Command) {
         Command::Eval(Eval::Ppl(args)) => args.model.threads,
         Command::Eval(Eval::Needle(args)) => args.model.threads,
         Command::Route(args) => args.model.threads,
+        Command::TrainRouter(args) => args.model.threads,
         _ => None,
     };
     if let Some(threads) = threads {

@@ -739,3 +739,36 @@ fn needles_are_asked_for_dense_and_routed() {
     let long = needle(&["-l", "900000"], 2);
     assert!(stderr(&long).contains("too short"), "{}", stderr(&long));
 }
+
+#[test]
+fn a_router_that_was_trained_here_is_used_here_and_nowhere_else() {
+    let case = Case::new();
+    let text: String = (0..900).map(|i| format!("word{} ", i * 7919 % 97)).collect();
+    let file = case.file("text.txt", text);
+    let router = case.home.path().join("router.safetensors").display().to_string();
+    let train = ["train-router", "-f", &file, "-o", &router, "--length", "600", "--window", "64", "-c", "4000", "--json"];
+    let output = run(&mut case.llama(&train), 0);
+    let trained: Value = serde_json::from_slice(&output.stdout).unwrap();
+    // Random weights attend at random, but what is learnt is better than nothing.
+    assert!((0.0..=1.0).contains(&trained["correlation"].as_f64().unwrap()), "{trained}");
+    let ids: Vec<String> = (0..900).map(|i| (5 + i * 31 % 500).to_string()).collect();
+    let ids = ids.join(",");
+    let generate = |extra: &[&str]| {
+        let args = ["generate", "--greedy", "-n", "2", "--attn", "dense", "--prompt-ids", &ids, "--token-router", &router];
+        case.json(&[&args[..], extra].concat())
+    };
+    let (half, some) = (generate(&[]), generate(&["--keep", "0.2"]));
+    assert_eq!((&half["attn"]["token_router"], &half["attn"]["window"]), (&"gate".into(), &64.into()));
+    assert!(some["memory"]["kv_bytes"].as_u64() < half["memory"]["kv_bytes"].as_u64(), "{some}");
+    let narrow = run(&mut case.llama(&["generate", "hi", "--token-router", &router, "--window", "8"]), 2);
+    assert!(stderr(&narrow).contains("--window 64"), "{}", stderr(&narrow));
+    run(&mut case.llama(&["generate", "hi", "--token-router", &router, "--keep", "0.01"]), 2);
+    let mut other = foveate(case.home.path());
+    other.args(["generate", "hi", "-m"]).arg(tiny("qwen2")).args(["--token-router", &router]);
+    let refused = run(&mut other, 5);
+    assert!(stderr(&refused).contains("another model"), "{}", stderr(&refused));
+    let damaged = case.file("damaged.safetensors", &std::fs::read(&router).unwrap()[..100]);
+    run(&mut case.llama(&["generate", "hi", "--token-router", &damaged]), 5);
+    let short = case.file("short.txt", "too short");
+    run(&mut case.llama(&["train-router", "-f", &short, "-o", &router]), 2);
+}

@@ -16,6 +16,7 @@ mod router_file;
 pub mod sampler;
 pub mod score;
 pub mod trace;
+pub mod train;
 pub mod weights;
 
 pub use arch::{CausalLm, load};

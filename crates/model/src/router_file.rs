@@ -109,6 +109,15 @@ impl RouterFile {
             layers,
         };
         file.gate(None)?; // shapes fit each other
+        for (index, layer) in file.layers.iter().enumerate() {
+            let tensors =
+                [Some(&layer.weight), Some(&layer.bias), layer.hidden.as_ref().map(|h| &h.0), layer.hidden.as_ref().map(|h| &h.1)];
+            for tensor in tensors.into_iter().flatten() {
+                if tensor.flatten_all()?.to_vec1::<f32>()?.iter().any(|x| !x.is_finite()) {
+                    bail!("layers.{index} holds a number that is not finite");
+                }
+            }
+        }
         Ok(file)
     }
 
@@ -251,6 +260,7 @@ mod tests {
         refused(&|file| file.tau = f32::NAN, "tau");
         refused(&|file| file.layers[1].bias = file.layers[1].bias.narrow(0, 0, 1).unwrap(), "layer 1");
         refused(&|file| file.layers[0].hidden = None, "hidden");
+        refused(&|file| file.layers[2].bias = (&file.layers[2].bias * f64::NAN).unwrap(), "layers.2");
         file(false).save(&path).unwrap();
         let bytes = std::fs::read(&path).unwrap();
         for cut in 0..bytes.len() {

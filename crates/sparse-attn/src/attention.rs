@@ -64,6 +64,8 @@ pub struct Attended<'a> {
     pub layer: usize,
     /// The step.
     pub step: Step,
+    /// The attention input, `[tokens, hidden_size]`.
+    pub hidden: &'a Tensor,
     /// Queries after rope, `[tokens, q_heads, head_dim]`.
     pub q: &'a Tensor,
     /// Factor of `q . k`.
@@ -187,7 +189,8 @@ impl RoutedAttention {
         };
         let out = self.backend.attend(input.q, input.scale, store, step, &selection)?;
         if let Some(observer) = &self.observer {
-            observer.attended(Attended { layer, step, q: input.q, scale: input.scale, store, selection: &selection })?;
+            let AttentionInput { hidden, q, scale, .. } = input;
+            observer.attended(Attended { layer, step, hidden, q, scale, store, selection: &selection })?;
         }
         self.count(layer, step, &selection, cache);
         Ok(out)

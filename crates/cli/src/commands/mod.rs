@@ -14,3 +14,4 @@ mod reply;
 pub(crate) mod route;
 mod route_log;
 mod statistics;
+pub(crate) mod train_router;

@@ -1,0 +1,123 @@
+//! `foveate train-router`: a token router for any model, from texts.
+
+use super::input::read_file;
+use crate::args::{AttentionArgs, TemplateArgs, TrainRouter};
+use crate::engine::Checkpoint;
+use crate::failure::{Failure, Kind, damaged, unexpected};
+use crate::interrupt::Interrupt;
+use crate::plan;
+use crate::source::Hub;
+use crate::ui::{Ui, bytes, stdout};
+use anyhow::Result;
+use model::train::{TrainOptions, train};
+use serde_json::json;
+use std::ops::ControlFlow;
+use std::time::Instant;
+
+/// Of the sequences, every so-manieth is held out.
+const HELD_OUT: usize = 8;
+
+/// Tokens of a sequence, where nothing is asked for.
+const LENGTH: usize = 4096;
+
+pub(crate) fn run(args: &TrainRouter, hub: &Hub, ui: Ui, interrupt: &Interrupt) -> Result<u8> {
+    let texts = args.file.iter().map(|path| read_file(path)).collect::<Result<Vec<_>>>()?;
+    let checkpoint = Checkpoint::open(&args.model, &TemplateArgs::default(), &AttentionArgs::none(), hub)?;
+    let options = TrainOptions {
+        window: args.window as usize,
+        keep: args.keep,
+        ridge: args.ridge,
+        chunk: checkpoint.chunk,
+        ..TrainOptions::default()
+    };
+    let context = checkpoint.context(&args.model, ui)?;
+    let length = args.length.map_or(LENGTH, |length| length as usize).min(context);
+    if length <= 4 * options.window {
+        let what = format!("sequences of {length} tokens are too short for a window of {}", options.window);
+        return Err(Failure::new(Kind::Usage, what).hint("a larger --length, or a smaller --window").into());
+    }
+    let mut sequences: Vec<Vec<u32>> = Vec::new();
+    for text in &texts {
+        let ids = checkpoint.tokenizer.encode(text, true)?;
+        sequences.extend(ids.chunks(length).filter(|part| part.len() > 4 * options.window).map(<[u32]>::to_vec));
+    }
+    let total = sequences.len();
+    let (mut learn, mut held_out) = (Vec::new(), Vec::new());
+    for (index, sequence) in sequences.into_iter().enumerate() {
+        // The last one too, so that two are enough.
+        let hold = index % HELD_OUT == HELD_OUT - 1 || (index + 1 == total && held_out.is_empty());
+        if hold { held_out.push(sequence) } else { learn.push(sequence) }
+    }
+    if learn.is_empty() || held_out.is_empty() {
+        let why = format!("{total} sequences of up to {length} tokens; one to learn from and one to set the threshold on are the least");
+        return Err(Failure::new(Kind::Usage, "the texts are too short").why(why).hint("more text, or a smaller --length").into());
+    }
+    check_memory(&checkpoint, length, args)?;
+    let fingerprint = checkpoint.weights.fingerprint().map_err(damaged)?;
+    let tokens = |texts: &[Vec<u32>]| texts.iter().map(Vec::len).sum::<usize>();
+    let (learn_tokens, held_out_tokens) = (tokens(&learn), tokens(&held_out));
+    let names: Vec<String> = args.file.iter().filter_map(|path| Some(path.file_name()?.to_string_lossy().into_owned())).collect();
+    let engine = checkpoint.load(length, &args.model)?;
+    ui.say(engine.banner(context));
+    ui.say(format!("{learn_tokens} tokens to learn from, {held_out_tokens} held out, in sequences of up to {length}"));
+    let training = json!({
+        "command": "foveate train-router", "texts": names, "tokens": learn_tokens, "held_out_tokens": held_out_tokens, "length": length,
+        "label": "largest later attention beyond the window, logarithm", "ridge": options.ridge, "floor": options.floor,
+        "model": engine.checkpoint.located.id, "quant": engine.checkpoint.weights.dtype_name(),
+    });
+    let bar = ui.token_bar("train", (learn_tokens + held_out_tokens) as u64);
+    let lengths: Vec<u64> = learn.iter().chain(&held_out).map(|text| text.len() as u64).collect();
+    let started = Instant::now();
+    let dense = engine.checkpoint.attention.to_dense();
+    let trained = train(engine.model.as_ref(), &dense, [&learn, &held_out], &options, fingerprint, training, |done| {
+        bar.set_position(lengths[..done].iter().sum());
+        if interrupt.is_set() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+    });
+    bar.finish_and_clear();
+    let Some(trained) = trained.map_err(unexpected)? else {
+        return Err(Failure::new(Kind::Interrupted, "stopped: no router was written").into());
+    };
+    let path = &args.output;
+    trained.router.save(path).map_err(|error| Failure::new(Kind::Disk, format!("{}: {}", path.display(), model::message(&error))))?;
+    let seconds = started.elapsed().as_secs_f64();
+    if ui.json {
+        let document = json!({
+            "schema": "foveate.train_router/1", "router": path, "model": engine.checkpoint.located.id, "tokens": learn_tokens,
+            "held_out_tokens": held_out_tokens, "correlation": trained.correlation, "tau": trained.router.tau, "keep": options.keep,
+            "curve": trained.router.curve, "seconds": seconds,
+        });
+        stdout(&format!("{document}\n"))?;
+    } else {
+        stdout(&format!(
+            "{}: keeps {:.0} % beyond {} tokens; correlation with the labels of held-out text {:.3}; {seconds:.0} s\n",
+            path.display(),
+            100.0 * options.keep,
+            options.window,
+            trained.correlation
+        ))?;
+        ui.say(format!("use it: foveate generate -m {} --token-router {} ...", args.model.model, path.display()));
+    }
+    Ok(0)
+}
+
+/// The sums of all layers, and the attention inputs and labels of one sequence.
+fn check_memory(checkpoint: &Checkpoint, length: usize, args: &TrainRouter) -> Result<()> {
+    let config = checkpoint.config();
+    let (layers, width) = (config.num_layers as u64, config.hidden_size as u64);
+    let sums = layers * (width + 1) * (width + 1) * 8;
+    let sequence = layers * length as u64 * (width + config.heads.kv_heads() as u64) * 4;
+    let scores = 3 * (checkpoint.chunk * config.heads.q_heads() * length * 4) as u64;
+    let (needed, free) = (checkpoint.weights_bytes() + sums + sequence + scores, plan::available(args.model.mem_limit));
+    if needed <= free {
+        return Ok(());
+    }
+    let why = format!(
+        "weights {} + sums {} + a sequence {} + attention {}, and {} may be used",
+        bytes(checkpoint.weights_bytes()),
+        bytes(sums),
+        bytes(sequence),
+        bytes(scores),
+        bytes(free)
+    );
+    Err(Failure::new(Kind::OutOfMemory, "training this model does not fit in memory").why(why).hint("a smaller --length").into())
+}

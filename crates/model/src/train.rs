@@ -1,0 +1,347 @@
+//! Training a token router: a linear gate for every head, by ridge regression in closed form.
+//!
+//! The label of a token is how much it is missed once it leaves the window: the largest attention that any later query beyond
+//! the window gives to it, over the queries of its head's group; its logarithm is what the gate learns to predict from the
+//! attention input. One ordinary pass over a text gives all labels (KVzap, arXiv:2601.07891); nothing but sums is kept
+//! of it, so texts may be as many as there is time for.
+
+use crate::CausalLm;
+use crate::router_file::RouterFile;
+use candle_core::{DType, Device, Result, Tensor, bail};
+use nalgebra::{Cholesky, DMatrix};
+use rayon::prelude::*;
+use serde_json::Value;
+use sparse_attn::token_router::GateLayer;
+use sparse_attn::{Attended, KvCache, KvDtype, Observer, RoutedAttention};
+use std::ops::{ControlFlow, Range};
+use std::sync::{Arc, Mutex};
+
+/// Labels below this are as good as none: the logarithm has to end somewhere.
+const LEAST: f32 = 1e-7;
+
+/// Kept fractions that the curve of a router is measured at, from many to few.
+const FRACTIONS: [f32; 17] = [0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5, 0.45, 0.4, 0.35, 0.3, 0.25, 0.2, 0.15];
+
+/// How a router is trained.
+#[derive(Debug, Clone)]
+pub struct TrainOptions {
+    /// Newest tokens, which are always there: a label counts queries beyond them.
+    pub window: usize,
+    /// First tokens, which are always kept and teach nothing.
+    pub sinks: usize,
+    /// Weight of the ridge, relative to the mean square of a feature.
+    pub ridge: f64,
+    /// The kept fraction that the threshold is set for.
+    pub keep: f32,
+    /// The least that a head keeps, as a fraction.
+    pub floor: f32,
+    /// Tokens computed at once.
+    pub chunk: usize,
+}
+
+impl Default for TrainOptions {
+    fn default() -> Self {
+        Self { window: 256, sinks: 4, ridge: 1e-3, keep: 0.5, floor: 0.05, chunk: 512 }
+    }
+}
+
+/// What was learnt, and how well it predicts labels of texts that were not used.
+#[derive(Debug)]
+pub struct Trained {
+    /// The router.
+    pub router: RouterFile,
+    /// Correlation of scores with logarithms of labels on held-out text, the mean over layers and heads.
+    pub correlation: f64,
+}
+
+/// Sums of one layer: `X'X` and `X'y`, where a row of `X` is an attention input and 1.
+struct Sums {
+    xx: DMatrix<f64>, // [width + 1, width + 1]
+    xy: DMatrix<f64>, // [width + 1, kv_heads]
+    rows: usize,
+}
+
+/// Attention inputs and labels of the running text, one layer.
+#[derive(Debug, Default)]
+struct Seen {
+    hidden: Vec<f32>,      // [tokens, width]
+    labels: Vec<Vec<f32>>, // [kv_heads][tokens]
+}
+
+/// Collects them as the model reads.
+#[derive(Debug)]
+struct Labels {
+    window: usize,
+    layers: Vec<Mutex<Seen>>,
+}
+
+impl Labels {
+    fn new(layers: usize, window: usize) -> Self {
+        Self { window, layers: (0..layers).map(|_| Mutex::default()).collect() }
+    }
+
+    /// What was seen of a layer; it is forgotten here.
+    fn take(&self, layer: usize) -> Seen {
+        self.layers[layer].lock().map(|mut seen| std::mem::take(&mut *seen)).unwrap_or_default()
+    }
+}
+
+impl Observer for Labels {
+    fn attended(&self, seen: Attended<'_>) -> Result<()> {
+        let shape = seen.store.shape();
+        let (head_dim, group_size, step) = (shape.head_dim(), shape.group_size(), seen.step);
+        let labels = (0..shape.kv_heads()).into_par_iter().map(|head| -> Result<Vec<f32>> {
+            let (positions, keys) = seen.store.admitted_keys(head, 0..step.end())?;
+            let keys = Tensor::from_vec(keys, (positions.len(), head_dim), &Device::Cpu)?;
+            let q = seen.q.narrow(1, head * group_size, group_size)?.to_dtype(DType::F32)?.contiguous()?;
+            let scores = (q.reshape((step.len * group_size, head_dim))?.matmul(&keys.t()?)? * f64::from(seen.scale))?;
+            let scores = scores.flatten_all()?.to_vec1::<f32>()?; // [tokens * group_size, end]
+            let mut labels = vec![0f32; step.end()];
+            for (row, scores) in scores.chunks_exact(step.end()).enumerate() {
+                let t = step.start + row / group_size;
+                let scores = &scores[..=t];
+                let max = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+                let total: f32 = scores.iter().map(|score| (score - max).exp()).sum();
+                // Beyond the window of this query.
+                let far = (t + 1).saturating_sub(self.window);
+                for (label, score) in labels[..far].iter_mut().zip(scores) {
+                    *label = label.max((score - max).exp() / total);
+                }
+            }
+            Ok(labels)
+        });
+        let labels = labels.collect::<Result<Vec<_>>>()?;
+        let hidden = seen.hidden.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
+        if let Ok(mut layer) = self.layers[seen.layer].lock() {
+            layer.hidden.extend(hidden);
+            layer.labels.resize(shape.kv_heads(), Vec::new());
+            for (all, new) in layer.labels.iter_mut().zip(labels) {
+                all.resize(new.len(), 0.0);
+                all.iter_mut().zip(new).for_each(|(all, new)| *all = all.max(new));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Trains a gate on `texts` and sets its threshold on `held_out`, each a sequence of token ids longer than two windows.
+/// `fingerprint` names the weights; `training` is put into the file. `progress` is told how many texts are done, and may stop
+/// it before the next: then there is no router.
+///
+/// # Errors
+/// If there is no text of either kind, one is too short, an id is beyond the vocabulary, or memory runs out.
+pub fn train(
+    model: &dyn CausalLm,
+    dense: &RoutedAttention,
+    [texts, held_out]: [&[Vec<u32>]; 2],
+    options: &TrainOptions,
+    fingerprint: String,
+    training: Value,
+    mut progress: impl FnMut(usize) -> ControlFlow<()>,
+) -> Result<Option<Trained>> {
+    if texts.is_empty() || held_out.is_empty() {
+        bail!("training needs a text to learn from, and one to set the threshold on");
+    }
+    let config = model.config();
+    let (layers, width, kv_heads) = (config.num_layers, config.hidden_size, config.heads.kv_heads());
+    let empty = |_| Sums { xx: DMatrix::zeros(width + 1, width + 1), xy: DMatrix::zeros(width + 1, kv_heads), rows: 0 };
+    let mut sums: Vec<Sums> = (0..layers).map(empty).collect();
+    for (done, text) in texts.iter().enumerate() {
+        if progress(done).is_break() {
+            return Ok(None);
+        }
+        let labels = read(model, dense, text, options)?;
+        for (layer, sums) in sums.iter_mut().enumerate() {
+            add(sums, &labels.take(layer), useful(text.len(), options), width)?;
+        }
+    }
+    let mut gates = Vec::with_capacity(layers);
+    for sums in sums {
+        gates.push(solve(sums, options.ridge, width, kv_heads)?);
+    }
+    // Scores and labels of held-out text: [layers * kv_heads][tokens].
+    let mut scores: Vec<Vec<f32>> = vec![Vec::new(); layers * kv_heads];
+    let mut truths = scores.clone();
+    for (done, text) in held_out.iter().enumerate() {
+        if progress(texts.len() + done).is_break() {
+            return Ok(None);
+        }
+        let labels = read(model, dense, text, options)?;
+        for (layer, gate) in gates.iter().enumerate() {
+            let seen = labels.take(layer);
+            let hidden = Tensor::from_vec(seen.hidden, (text.len(), width), &Device::Cpu)?;
+            let predicted = gate.score(&hidden)?.t()?.to_vec2::<f32>()?;
+            for (head, (predicted, labels)) in predicted.iter().zip(&seen.labels).enumerate() {
+                let useful = useful(text.len(), options);
+                scores[layer * kv_heads + head].extend(&predicted[useful.clone()]);
+                truths[layer * kv_heads + head].extend(labels[useful].iter().map(|label| label.max(LEAST).ln()));
+            }
+        }
+    }
+    let correlations = scores.iter().zip(&truths).map(|(scores, truths)| correlation(scores, truths));
+    let correlation = correlations.sum::<f64>() / scores.len() as f64;
+    lift_to_floor(&mut gates, &mut scores, options, kv_heads)?;
+    let mut all: Vec<f32> = scores.concat();
+    all.sort_unstable_by(f32::total_cmp);
+    let curve: Vec<(f32, f32)> = FRACTIONS.iter().map(|fraction| (threshold(&all, *fraction), *fraction)).collect();
+    let router = RouterFile {
+        fingerprint,
+        window: options.window,
+        sinks: options.sinks,
+        tau: threshold(&all, options.keep),
+        curve,
+        training,
+        layers: gates,
+    };
+    router.gate(None)?;
+    Ok(Some(Trained { router, correlation }))
+}
+
+/// Tokens that teach something: not the sinks, and with enough queries beyond their window.
+fn useful(tokens: usize, options: &TrainOptions) -> Range<usize> {
+    options.sinks.min(tokens)..tokens.saturating_sub(2 * options.window)
+}
+
+/// Reads a text and collects attention inputs and labels.
+fn read(model: &dyn CausalLm, dense: &RoutedAttention, text: &[u32], options: &TrainOptions) -> Result<Arc<Labels>> {
+    if useful(text.len(), options).is_empty() {
+        bail!("a text of {} tokens is too short for a window of {}", text.len(), options.window);
+    }
+    let labels = Arc::new(Labels::new(model.config().num_layers, options.window));
+    let attention = dense.to_dense().observed(labels.clone());
+    let mut cache = KvCache::new(&model.config().layer_specs(), KvDtype::F32.into(), &Device::Cpu, text.len())?;
+    for part in text.chunks(options.chunk.max(1)) {
+        model.forward(part, &attention, &mut cache)?;
+    }
+    Ok(labels)
+}
+
+fn add(sums: &mut Sums, seen: &Seen, useful: Range<usize>, width: usize) -> Result<()> {
+    let mut rows = Vec::with_capacity(useful.len() * (width + 1));
+    for row in seen.hidden.chunks_exact(width).skip(useful.start).take(useful.len()) {
+        rows.extend_from_slice(row);
+        rows.push(1.0);
+    }
+    let x = Tensor::from_vec(rows, (useful.len(), width + 1), &Device::Cpu)?;
+    let y: Vec<f32> = useful.clone().flat_map(|t| seen.labels.iter().map(move |labels| labels[t].max(LEAST).ln())).collect();
+    let y = Tensor::from_vec(y, (useful.len(), seen.labels.len()), &Device::Cpu)?;
+    let products = [x.t()?.contiguous()?.matmul(&x)?, x.t()?.contiguous()?.matmul(&y)?];
+    for (sum, product) in [&mut sums.xx, &mut sums.xy].into_iter().zip(products) {
+        let (rows, columns) = product.dims2()?;
+        let values = product.flatten_all()?.to_vec1::<f32>()?;
+        *sum += DMatrix::from_row_iterator(rows, columns, values.into_iter().map(f64::from));
+    }
+    sums.rows += useful.len();
+    Ok(())
+}
+
+/// `(X'X + ridge) w = X'y`; the constant is not held back.
+fn solve(sums: Sums, ridge: f64, width: usize, kv_heads: usize) -> Result<GateLayer> {
+    let mut xx = sums.xx;
+    let weight = ridge * (0..width).map(|i| xx[(i, i)]).sum::<f64>() / width as f64;
+    (0..width).for_each(|i| xx[(i, i)] += weight);
+    let Some(factors) = Cholesky::new(xx) else {
+        bail!("training: the sums over {} tokens cannot be solved; more text, or a larger ridge", sums.rows);
+    };
+    let solution = factors.solve(&sums.xy); // [width + 1, kv_heads]
+    let values: Vec<f32> =
+        (0..kv_heads).flat_map(|head| (0..width).map(move |i| (head, i))).map(|(head, i)| solution[(i, head)] as f32).collect();
+    let bias: Vec<f32> = (0..kv_heads).map(|head| solution[(width, head)] as f32).collect();
+    if values.iter().chain(&bias).any(|x| !x.is_finite()) {
+        bail!("training: the solution is not finite");
+    }
+    Ok(GateLayer {
+        hidden: None,
+        weight: Tensor::from_vec(values, (kv_heads, width), &Device::Cpu)?,
+        bias: Tensor::from_vec(bias, kv_heads, &Device::Cpu)?,
+    })
+}
+
+/// The score that `fraction` of `sorted`, ascending, reach.
+fn threshold(sorted: &[f32], fraction: f32) -> f32 {
+    let below = ((1.0 - f64::from(fraction)) * sorted.len() as f64).round() as usize;
+    sorted[below.min(sorted.len() - 1)]
+}
+
+/// Raises heads that would keep less than the floor at the threshold: a head that keeps nothing is blind beyond its window.
+fn lift_to_floor(gates: &mut [GateLayer], scores: &mut [Vec<f32>], options: &TrainOptions, kv_heads: usize) -> Result<()> {
+    let mut all: Vec<f32> = scores.concat();
+    all.sort_unstable_by(f32::total_cmp);
+    let tau = threshold(&all, options.keep);
+    for (layer, gate) in gates.iter_mut().enumerate() {
+        let mut bias = gate.bias.to_vec1::<f32>()?;
+        for (head, bias) in bias.iter_mut().enumerate() {
+            let scores = &mut scores[layer * kv_heads + head];
+            let mut sorted = scores.clone();
+            sorted.sort_unstable_by(f32::total_cmp);
+            let lift = (tau - threshold(&sorted, options.floor)).max(0.0);
+            *bias += lift;
+            scores.iter_mut().for_each(|score| *score += lift);
+        }
+        gate.bias = Tensor::from_vec(bias, kv_heads, &Device::Cpu)?;
+    }
+    Ok(())
+}
+
+/// Pearson's.
+fn correlation(a: &[f32], b: &[f32]) -> f64 {
+    let mean = |values: &[f32]| values.iter().map(|x| f64::from(*x)).sum::<f64>() / values.len() as f64;
+    let (mean_a, mean_b) = (mean(a), mean(b));
+    let (mut ab, mut aa, mut bb) = (0f64, 0f64, 0f64);
+    for (a, b) in a.iter().zip(b) {
+        let (a, b) = (f64::from(*a) - mean_a, f64::from(*b) - mean_b);
+        ab += a * b;
+        aa += a * a;
+        bb += b * b;
+    }
+    ab / (aa * bb).sqrt().max(1e-12)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_linear_law_is_found_again() {
+        let (width, kv_heads, tokens) = (6, 2, 400);
+        let x = Tensor::randn(0f32, 1.0, (tokens, width), &Device::Cpu).unwrap();
+        let truth = GateLayer {
+            hidden: None,
+            weight: Tensor::randn(0f32, 1.0, (kv_heads, width), &Device::Cpu).unwrap(),
+            bias: Tensor::new(&[-3f32, -5.0], &Device::Cpu).unwrap(),
+        };
+        let scores = truth.score(&x).unwrap().t().unwrap().to_vec2::<f32>().unwrap();
+        // Labels are attention: what is learnt is their logarithm.
+        let labels = scores.iter().map(|scores| scores.iter().map(|score| score.exp().min(1e6)).collect()).collect();
+        let seen = Seen { hidden: x.flatten_all().unwrap().to_vec1().unwrap(), labels };
+        let mut sums = Sums { xx: DMatrix::zeros(width + 1, width + 1), xy: DMatrix::zeros(width + 1, kv_heads), rows: 0 };
+        add(&mut sums, &seen, 0..tokens, width).unwrap();
+        let found = solve(sums, 1e-9, width, kv_heads).unwrap();
+        let far =
+            |a: &Tensor, b: &Tensor| (a - b).unwrap().abs().unwrap().flatten_all().unwrap().max(0).unwrap().to_scalar::<f32>().unwrap();
+        assert!(far(&found.weight, &truth.weight) < 1e-3 && far(&found.bias, &truth.bias) < 1e-3);
+    }
+
+    #[test]
+    fn thresholds_keep_what_they_say_and_heads_their_floor() {
+        let sorted: Vec<f32> = (0..1000).map(|i| i as f32).collect();
+        for fraction in [0.1, 0.5, 0.9] {
+            let tau = threshold(&sorted, fraction);
+            let kept = sorted.iter().filter(|score| **score >= tau).count();
+            assert_eq!(kept, (1000.0 * fraction) as usize);
+        }
+        // Head 1 is far below head 0.
+        let mut scores = vec![sorted.clone(), sorted.iter().map(|x| x - 5000.0).collect()];
+        let mut gates = vec![GateLayer {
+            hidden: None,
+            weight: Tensor::zeros((2, 3), DType::F32, &Device::Cpu).unwrap(),
+            bias: Tensor::zeros(2, DType::F32, &Device::Cpu).unwrap(),
+        }];
+        let options = TrainOptions { keep: 0.5, floor: 0.1, ..TrainOptions::default() };
+        lift_to_floor(&mut gates, &mut scores, &options, 2).unwrap();
+        assert_eq!(scores[1].iter().filter(|score| **score >= 0.0).count(), 100);
+        let bias = gates[0].bias.to_vec1::<f32>().unwrap();
+        assert_eq!((bias[0], bias[1]), (0.0, scores[1][0] + 5000.0));
+        assert!((correlation(&sorted, &sorted) - 1.0).abs() < 1e-9);
+    }
+}
