@@ -2,7 +2,7 @@
 
 use crate::backend::AttentionBackend;
 use crate::block_router::{self, BlockRouter, Queries};
-use crate::cache::{KvCache, KvDtypes, LayerSpec, LayerStore, Local, Step};
+use crate::cache::{KvCache, KvDtypes, LayerSpec, LayerStore, Local, Pool, ReadCount, Step};
 use crate::select::{Budget, Limits, Selection, TILE, select};
 use crate::token_router::{self, RouterInput, TokenRouter};
 use candle_core::{Result, Tensor, bail};
@@ -220,7 +220,12 @@ impl RoutedAttention {
                 }
             }
         }
-        let bytes = store.k().dtype().row_bytes(store.k().width()) + store.v().dtype().row_bytes(store.v().width());
-        cache.count_read(read, visible, bytes);
+        let row = |pool: &Pool| pool.dtype().row_bytes(pool.width()) as u64;
+        let scored = match (selection, store.summaries()) {
+            (Selection::Blocks(_), Ok(summaries)) => (step.len * kv_heads * summaries.blocks()) as u64 * row(summaries.pool()),
+            _ => 0,
+        };
+        let bytes = read * (row(store.k()) + row(store.v())) + scored;
+        cache.count_read(ReadCount { read, visible, bytes });
     }
 }

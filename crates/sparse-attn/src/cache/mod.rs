@@ -52,7 +52,7 @@ pub struct ReadCount {
     pub read: u64,
     /// Keys that dense attention would have read.
     pub visible: u64,
-    /// Bytes of those that were read, keys and values.
+    /// Bytes of those that were read, keys and values, and of the block summaries that were scored.
     pub bytes: u64,
 }
 
@@ -126,8 +126,8 @@ impl KvCache {
         self.read
     }
 
-    pub(crate) fn count_read(&mut self, read: u64, visible: u64, bytes_per_key: usize) {
-        self.read.add(ReadCount { read, visible, bytes: read * bytes_per_key as u64 });
+    pub(crate) fn count_read(&mut self, count: ReadCount) {
+        self.read.add(count);
     }
 
     /// Makes the tokens of `step` part of the cache.
