@@ -2,6 +2,7 @@
 
 use crate::CausalLm;
 use candle_core::{Device, Result, Tensor, bail};
+use rayon::prelude::*;
 use sparse_attn::cache::ReadCount;
 use sparse_attn::{KvCache, KvDtypes, RoutedAttention};
 use std::ops::ControlFlow;
@@ -27,7 +28,7 @@ pub fn score_position(reference: &[f32], other: &[f32], next: u32) -> PositionSc
     let kl = (0..reference.len())
         .map(|id| {
             let (p, q) = (log(reference, a, id), log(other, b, id));
-            p.exp() * (p - q)
+            f64::from((p as f32).exp()) * (p - q)
         })
         .sum::<f64>();
     let top = |logits: &[f32]| (0..logits.len()).fold(0, |best, id| if logits[id] > logits[best] { id } else { best });
@@ -39,7 +40,8 @@ pub fn score_position(reference: &[f32], other: &[f32], next: u32) -> PositionSc
 /// `ln sum exp(logits)`
 fn log_total(logits: &[f32]) -> f64 {
     let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    f64::from(max) + logits.iter().map(|logit| f64::from(logit - max).exp()).sum::<f64>().ln()
+    // Exponentials in f32, their sum in f64: a vocabulary is large.
+    f64::from(max) + logits.iter().map(|logit| f64::from((logit - max).exp())).sum::<f64>().ln()
 }
 
 /// A way to attend and to store keys and values.
@@ -106,7 +108,8 @@ pub fn compare(
             let reference = logits(&hidden[0])?;
             for (score, hidden) in scores.iter_mut().zip(&hidden[1..]) {
                 let other = logits(hidden)?;
-                score.positions.extend((0..rows).map(|row| score_position(&reference[row], &other[row], tokens[at + row + 1])));
+                let rows = (0..rows).into_par_iter();
+                score.positions.par_extend(rows.map(|row| score_position(&reference[row], &other[row], tokens[at + row + 1])));
             }
             at += rows;
         }

@@ -19,6 +19,7 @@ pub mod attention;
 pub mod backend;
 pub mod block_router;
 pub mod cache;
+mod parallel;
 pub mod select;
 pub mod shape;
 mod simd;

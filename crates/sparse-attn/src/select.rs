@@ -3,6 +3,7 @@
 use crate::LayerStore;
 use crate::block_router::BlockScores;
 use crate::cache::Step;
+use crate::parallel;
 use std::ops::Range;
 
 /// Query positions that share one selection in prefill, aligned to absolute positions. Decode selects per query.
@@ -188,14 +189,17 @@ pub fn select(scores: &BlockScores, limits: &Limits, step: Step, store: &LayerSt
     let mut t = step.start;
     while t < step.end() {
         let queries = limits.tile(t, step);
-        let heads = if limits.is_dense(&queries, step) {
-            None
-        } else {
-            Some((0..store.shape().kv_heads()).map(|head| tile_blocks(scores, limits, queries.clone(), step, head, store)).collect())
-        };
         t = queries.end;
-        tiles.push(Tile { queries, heads });
+        tiles.push(queries);
     }
+    let kv_heads = store.shape().kv_heads();
+    let mut chosen = parallel::map(tiles.len() * kv_heads, |index| {
+        let queries = tiles[index / kv_heads].clone();
+        (!limits.is_dense(&queries, step)).then(|| tile_blocks(scores, limits, queries, step, index % kv_heads, store))
+    })
+    .into_iter();
+    let tiles: Vec<Tile> =
+        tiles.into_iter().map(|queries| Tile { queries, heads: chosen.by_ref().take(kv_heads).collect::<Option<Vec<_>>>() }).collect();
     if tiles.iter().all(|tile| tile.heads.is_none()) {
         return Selection::Every;
     }
@@ -222,7 +226,15 @@ fn tile_blocks(scores: &BlockScores, limits: &Limits, queries: Range<usize>, ste
             rows.map(|t| scores.get(t - step.start, head, block)).fold(f32::NEG_INFINITY, f32::max)
         };
         let mut candidates: Vec<(f32, usize)> = (1..first).filter(|block| tokens(*block) > 0).map(|block| (score(block), block)).collect();
-        candidates.sort_unstable_by(|a, b| b.0.total_cmp(&a.0).then(b.1.cmp(&a.1)));
+        let order = |a: &(f32, usize), b: &(f32, usize)| b.0.total_cmp(&a.0).then(b.1.cmp(&a.1));
+        let room = budget.saturating_sub(total) / limits.block_size;
+        if store.admitted(head).is_some() {
+            candidates.sort_unstable_by(order);
+        } else if room < candidates.len() {
+            // Blocks of one size: the best are enough, in any order.
+            candidates.select_nth_unstable_by(room, order);
+            candidates.truncate(room);
+        }
         for (_, block) in candidates {
             let more = tokens(block);
             if total + more > budget {

@@ -16,6 +16,7 @@ pub use recent::Recent;
 
 use crate::LayerStore;
 use crate::cache::{LANES, PAGE_SIZE, Step, Summary};
+use crate::parallel;
 use crate::simd::{dot_tiles, with_rows};
 use candle_core::{DType, Result, Tensor};
 use std::sync::Arc;
@@ -35,14 +36,13 @@ pub enum BlockScores {
 #[derive(Debug, Clone)]
 pub struct QueryScores {
     kv_heads: usize,
-    blocks: usize,
-    values: Vec<f32>,
+    values: Vec<Vec<f32>>, // [q_len * kv_heads][blocks]
 }
 
 impl QueryScores {
     /// The score of `block` for query number `query` of the step.
     pub fn get(&self, query: usize, kv_head: usize, block: usize) -> f32 {
-        self.values[(query * self.kv_heads + kv_head) * self.blocks + block]
+        self.values[query * self.kv_heads + kv_head][block]
     }
 }
 
@@ -129,20 +129,15 @@ fn score_groups(q: &[f32], store: &LayerStore, blocks: usize, score_head: impl F
     let shape = store.shape();
     let (kv_heads, group_size, head_dim) = (shape.kv_heads(), shape.group_size(), shape.head_dim());
     let rows = q.len() / (group_size * head_dim); // q_len * kv_heads
-    let mut values = vec![f32::NEG_INFINITY; rows * blocks];
-    let chunks = std::sync::Mutex::new(values.chunks_exact_mut(blocks).map(Some).collect::<Vec<_>>());
-    candle_core::utils::barrier_pool().execute_chunked(rows, |range| {
+    let best_of_group = |row: usize| {
         let mut scores = Vec::new();
-        for row in range {
-            // Each thread takes its own rows; the lock is held for the taking only.
-            let best = chunks.lock().ok().and_then(|mut chunks| chunks[row].take());
-            let Some(best) = best else { continue };
-            score_head(row % kv_heads, &q[row * group_size * head_dim..][..group_size * head_dim], &mut scores);
-            for scores in scores.chunks_exact(scores.len() / group_size) {
-                best.iter_mut().zip(scores).for_each(|(best, score)| *best = best.max(*score));
-            }
+        score_head(row % kv_heads, &q[row * group_size * head_dim..][..group_size * head_dim], &mut scores);
+        let mut best = vec![f32::NEG_INFINITY; blocks];
+        for scores in scores.chunks_exact(scores.len() / group_size) {
+            best.iter_mut().zip(scores).for_each(|(best, score)| *best = best.max(*score));
         }
-    });
-    drop(chunks);
-    BlockScores::PerQuery(QueryScores { kv_heads, blocks, values })
+        best
+    };
+    let values = parallel::map(rows, best_of_group);
+    BlockScores::PerQuery(QueryScores { kv_heads, values })
 }
