@@ -193,13 +193,12 @@ pub fn select(scores: &BlockScores, limits: &Limits, step: Step, store: &LayerSt
         tiles.push(queries);
     }
     let kv_heads = store.shape().kv_heads();
-    let mut chosen = parallel::map(tiles.len() * kv_heads, |index| {
+    let chosen = parallel::map(tiles.len() * kv_heads, |index| {
         let queries = tiles[index / kv_heads].clone();
         (!limits.is_dense(&queries, step)).then(|| tile_blocks(scores, limits, queries, step, index % kv_heads, store))
-    })
-    .into_iter();
-    let tiles: Vec<Tile> =
-        tiles.into_iter().map(|queries| Tile { queries, heads: chosen.by_ref().take(kv_heads).collect::<Option<Vec<_>>>() }).collect();
+    });
+    let heads = chosen.chunks(kv_heads).map(|heads| heads.iter().cloned().collect::<Option<Vec<_>>>());
+    let tiles: Vec<Tile> = tiles.iter().cloned().zip(heads).map(|(queries, heads)| Tile { queries, heads }).collect();
     if tiles.iter().all(|tile| tile.heads.is_none()) {
         return Selection::Every;
     }
