@@ -319,7 +319,7 @@ mod tests {
     fn sentences_go_between_sentences_where_they_should() {
         let text = "One two. Three four. Five six. Seven eight.".to_string();
         let out = insert(text.clone(), vec![(50.0, "B.".into()), (0.0, "A.".into()), (100.0, "C.".into())]);
-        assert_eq!(out, "One two. A. Three four. Five six. B. Seven eight. C. ");
+        assert_eq!(out, "One two. A. Three four. B. Five six. Seven eight. C. ");
         assert_eq!(insert(text.clone(), Vec::new()), text);
         assert_eq!(insert("nothing ends".into(), vec![(10.0, "A.".into())]), "nothing ends A. ");
     }
