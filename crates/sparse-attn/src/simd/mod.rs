@@ -1,6 +1,6 @@
 //! Vector code on the host: products of a few rows with many stored ones, weighted sums of stored rows.
 //!
-//! The kernels are written once over [`Lanes`], 16 numbers at a time, and compiled for each instruction set; which one
+//! The kernels are written once over `lanes::Lanes`, 16 numbers at a time, and compiled for each instruction set; which one
 //! runs is decided at run time. Every result is a sum in the same order whatever the instruction set's width, the number
 //! of rows computed together, or the dtype's path, so that cutting work differently changes no bit.
 
