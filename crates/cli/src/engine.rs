@@ -13,10 +13,11 @@ use candle_core::Device;
 use minijinja::Value;
 use minijinja::value::Serde;
 use model::message;
+use model::score::Setting;
 use model::{CausalLm, Config, SamplerOptions, Session, Weights};
 use serde::Deserialize;
 use sparse_attn::backend::for_device;
-use sparse_attn::{KvDtypes, RoutedAttention};
+use sparse_attn::{KvDtype, KvDtypes, RoutedAttention};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -121,6 +122,17 @@ impl Checkpoint {
         let routing = routing::resolve(args, &known)?;
         let attention = self.attention.with_routing(routing).map_err(|error| Failure::new(Kind::Usage, message(&error)))?;
         Ok(attention)
+    }
+
+    /// The settings to measure: those of `with`, or that of the other flags where there is none.
+    pub(crate) fn settings(&self, own: &AttentionArgs, with: &[AttentionArgs]) -> Result<Vec<Setting>> {
+        let flags = if with.is_empty() { std::slice::from_ref(own) } else { with };
+        flags.iter().map(|flags| Ok(Setting { attention: self.attention_of(flags)?, dtypes: routing::dtypes(flags) })).collect()
+    }
+
+    /// What settings are measured against: dense, f16.
+    pub(crate) fn reference(&self) -> Setting {
+        Setting { attention: self.attention.to_dense(), dtypes: KvDtype::F16.into() }
     }
 
     /// How keys and values are kept, for planning.

@@ -13,7 +13,7 @@ use comfy_table::{Table, presets};
 use model::{GenerateOptions, Sampler, SamplerOptions, Session};
 use serde_json::{Value, json};
 use sparse_attn::RoutedAttention;
-use std::ops::ControlFlow;
+use std::ops::{ControlFlow, Range};
 use std::time::Instant;
 
 /// One test: a rate per repetition.
@@ -68,6 +68,12 @@ pub(crate) fn run(args: &Bench, hub: &Hub, ui: Ui, interrupt: &Interrupt) -> Res
     Ok(0)
 }
 
+/// Pseudo-random ids for these positions, the same every time; as whole texts have them: not one token again and again.
+pub(super) fn fixed_ids(positions: Range<usize>, engine: &Engine) -> Vec<u32> {
+    let vocab_size = engine.checkpoint.config().vocab_size as u64;
+    positions.map(|i| ((1000 + i as u64 * 7919) % vocab_size) as u32).collect()
+}
+
 /// Both tests of one attention at one depth.
 #[expect(clippy::too_many_arguments, reason = "what a measurement needs, each a different thing")]
 fn measure(
@@ -80,9 +86,7 @@ fn measure(
     ui: Ui,
     interrupt: &Interrupt,
 ) -> Result<Vec<Row>> {
-    let vocab_size = engine.checkpoint.config().vocab_size as u64;
-    // Fixed pseudo-random ids, as whole texts have them: not one token again and again.
-    let ids: Vec<u32> = (0..capacity as u64).map(|i| ((1000 + i * 7919) % vocab_size) as u32).collect();
+    let ids = fixed_ids(0..capacity, engine);
     let (prompt, generated) = (args.prompt as usize, args.generate as usize);
     let bar = ui.token_bar(&format!("{attn} @ d{depth}"), (depth + (prompt + generated) * args.repeat as usize) as u64);
     let stopped = || -> Result<()> { if interrupt.is_set() { Err(Failure::new(Kind::Interrupted, "stopped").into()) } else { Ok(()) } };

@@ -1,5 +1,6 @@
 //! `foveate bench --crossover`: from which context on routed attention decodes faster than dense.
 
+use super::bench::fixed_ids;
 use crate::args::Bench;
 use crate::crossover;
 use crate::engine::{Checkpoint, Engine};
@@ -89,9 +90,8 @@ fn crossover_of(rows: &[(usize, [f64; 2])]) -> usize {
 
 /// Computes tokens until `depth` are there.
 fn extend(engine: &Engine, session: &mut Session, depth: usize, interrupt: &Interrupt) -> Result<()> {
-    let vocab_size = engine.checkpoint.config().vocab_size;
     session.rewind(session.cached().min(depth)).map_err(unexpected)?;
-    let ids: Vec<u32> = (session.tokens().len()..depth).map(|i| ((1000 + i * 7919) % vocab_size) as u32).collect();
+    let ids = fixed_ids(session.tokens().len()..depth, engine);
     let go_on = |_, _| if interrupt.is_set() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) };
     if !ids.is_empty() && !session.prefill(&ids, engine.checkpoint.chunk, go_on).map_err(unexpected)? {
         return Err(Failure::new(Kind::Interrupted, "stopped").into());

@@ -12,7 +12,6 @@ use crate::ui::{Ui, bytes, stdout};
 use anyhow::Result;
 use model::score::{Setting, SettingScore, compare};
 use serde_json::{Value, json};
-use sparse_attn::KvDtype;
 use std::ops::ControlFlow;
 
 /// Positions after the first routed one that are not scored, so that short contexts do not flatter.
@@ -21,11 +20,7 @@ const SETTLING: usize = 1024;
 pub(crate) fn ppl(args: &EvalPpl, hub: &Hub, ui: Ui, interrupt: &Interrupt) -> Result<u8> {
     let text = read_file(&args.file)?;
     let checkpoint = Checkpoint::open(&args.model, &args.template, &args.attention, hub)?;
-    let flags = if args.with.is_empty() { std::slice::from_ref(&args.attention) } else { &args.with };
-    let settings = flags
-        .iter()
-        .map(|flags| Ok(Setting { attention: checkpoint.attention_of(flags)?, dtypes: routing::dtypes(flags) }))
-        .collect::<Result<Vec<_>>>()?;
+    let settings = checkpoint.settings(&args.attention, &args.with)?;
     let context = checkpoint.context(&args.model, ui)?;
     let mut tokens = checkpoint.tokenizer.encode(&text, true)?;
     let begins = |setting: &Setting| {
@@ -49,7 +44,7 @@ pub(crate) fn ppl(args: &EvalPpl, hub: &Hub, ui: Ui, interrupt: &Interrupt) -> R
     // A cache for each: the memory of a context that many times as long.
     let engine = checkpoint.load((1 + settings.len()) * tokens.len(), &args.model)?;
     ui.say(engine.banner(context));
-    let reference = Setting { attention: engine.checkpoint.attention.to_dense(), dtypes: KvDtype::F16.into() };
+    let reference = engine.checkpoint.reference();
     let bar = ui.token_bar("eval", tokens.len() as u64);
     let scores = compare(engine.model.as_ref(), &reference, &settings, &tokens, from, engine.checkpoint.chunk, |done| {
         bar.set_position(done as u64);

@@ -16,7 +16,6 @@ use rand::seq::IndexedRandom;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde_json::json;
-use sparse_attn::KvDtype;
 use std::ops::{ControlFlow, Range};
 
 /// Tokens that what is hidden, the question and the answer may take.
@@ -63,12 +62,9 @@ struct Found {
 pub(crate) fn run(args: &EvalNeedle, hub: &Hub, ui: Ui, interrupt: &Interrupt) -> Result<u8> {
     let text = read_file(&args.file)?;
     let checkpoint = Checkpoint::open(&args.model, &args.template, &args.attention, hub)?;
-    let flags = if args.with.is_empty() { std::slice::from_ref(&args.attention) } else { &args.with };
     // Dense first: what the others are measured against.
-    let mut settings = vec![Setting { attention: checkpoint.attention.to_dense(), dtypes: KvDtype::F16.into() }];
-    for flags in flags {
-        settings.push(Setting { attention: checkpoint.attention_of(flags)?, dtypes: routing::dtypes(flags) });
-    }
+    let mut settings = vec![checkpoint.reference()];
+    settings.extend(checkpoint.settings(&args.attention, &args.with)?);
     let context = checkpoint.context(&args.model, ui)?;
     let ids = checkpoint.tokenizer.encode(&text, false)?;
     let lengths: Vec<usize> = match args.length.as_slice() {

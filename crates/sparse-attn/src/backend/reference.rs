@@ -28,7 +28,7 @@ impl AttentionBackend for Reference {
                 let new = pool.encode(&new.i((.., head))?.contiguous()?)?;
                 for (tensor, new) in pool.tensors().zip(new) {
                     for token in 0..step.len {
-                        set_row(pool, tensor, store.recent_slot(head, step.start + token), &new.narrow(0, token, 1)?)?;
+                        set_row(pool, tensor, store.table().recent_slot(head, step.start + token), &new.narrow(0, token, 1)?)?;
                     }
                 }
             }

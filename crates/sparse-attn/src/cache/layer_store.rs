@@ -155,16 +155,6 @@ impl LayerStore {
         }
     }
 
-    /// The slot in the pools of the recent token at `position`.
-    pub fn recent_slot(&self, head: usize, position: usize) -> u32 {
-        self.table.recent(head)[position / PAGE_SIZE] * PAGE_SIZE as u32 + (position % PAGE_SIZE) as u32
-    }
-
-    /// The slot in the pools of kept token number `index`.
-    pub fn kept_slot(&self, head: usize, index: usize) -> u32 {
-        self.table.kept(head)[index / PAGE_SIZE] * PAGE_SIZE as u32 + (index % PAGE_SIZE) as u32
-    }
-
     pub(super) fn reserve(&mut self, step: Step) -> Result<()> {
         // What a failed step left behind is written again.
         self.forget(step.start);
@@ -175,9 +165,8 @@ impl LayerStore {
         for (head, admitted) in self.admitted.iter().flatten().enumerate() {
             table.reserve_kept(head, admitted.rank(frontier));
             for position in (self.frontier..frontier).filter(|position| admitted.contains(*position)) {
-                let index = admitted.rank(position);
-                let to = table.kept(head)[index / PAGE_SIZE] * PAGE_SIZE as u32 + (index % PAGE_SIZE) as u32;
-                moves.push(Move { from: self.recent_slot(head, position), to });
+                let to = table.kept_slot(head, admitted.rank(position));
+                moves.push(Move { from: self.table.recent_slot(head, position), to });
             }
         }
         table.reserve(step);
@@ -303,12 +292,12 @@ impl LayerStore {
         if position < self.frontier
             && let Some(admitted) = self.admitted(head)
         {
-            return Ok(self.kept_slot(head, admitted.rank(position)));
+            return Ok(self.table.kept_slot(head, admitted.rank(position)));
         }
         if self.table.recent(head)[position / PAGE_SIZE] == NO_PAGE {
             bail!("keys: position {position} left the sliding window of its layer");
         }
-        Ok(self.recent_slot(head, position))
+        Ok(self.table.recent_slot(head, position))
     }
 
     fn forget(&mut self, len: usize) {

@@ -47,6 +47,16 @@ impl PageTable {
         &self.kept[head]
     }
 
+    /// The slot in the pools of the recent token at `position`.
+    pub fn recent_slot(&self, head: usize, position: usize) -> u32 {
+        slot(&self.recent[head], position)
+    }
+
+    /// The slot in the pools of kept token number `index`.
+    pub fn kept_slot(&self, head: usize, index: usize) -> u32 {
+        slot(&self.kept[head], index)
+    }
+
     /// The first position that has a place once `step` runs: those before are out of every window.
     pub fn frontier(&self, step: Step) -> usize {
         self.window.map_or(0, |w| (step.start + 1).saturating_sub(w)) / PAGE_SIZE * PAGE_SIZE
@@ -116,6 +126,11 @@ impl PageTable {
         let entries = self.free.capacity() + self.recent.iter().chain(&self.kept).map(Vec::capacity).sum::<usize>();
         entries * size_of::<u32>()
     }
+}
+
+/// The slot of member `index` of a list of pages.
+fn slot(pages: &[u32], index: usize) -> u32 {
+    pages[index / PAGE_SIZE] * PAGE_SIZE as u32 + (index % PAGE_SIZE) as u32
 }
 
 #[cfg(test)]

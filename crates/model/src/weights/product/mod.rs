@@ -156,18 +156,20 @@ mod tests {
     use super::*;
     use candle_core::quantized::GgmlDType;
 
+    const FORMATS: [GgmlDType; 8] = [
+        GgmlDType::Q4_0,
+        GgmlDType::Q4_1,
+        GgmlDType::Q5_0,
+        GgmlDType::Q5_1,
+        GgmlDType::Q8_0,
+        GgmlDType::Q4K,
+        GgmlDType::Q5K,
+        GgmlDType::Q6K,
+    ];
+
     #[test]
     fn many_tokens_give_what_one_gives() -> Result<()> {
-        for dtype in [
-            GgmlDType::Q4_0,
-            GgmlDType::Q4_1,
-            GgmlDType::Q5_0,
-            GgmlDType::Q5_1,
-            GgmlDType::Q8_0,
-            GgmlDType::Q4K,
-            GgmlDType::Q5K,
-            GgmlDType::Q6K,
-        ] {
+        for dtype in FORMATS {
             let (rows, columns, tokens) = (37, 512, 29);
             let weight = QTensor::quantize(&Tensor::randn(0f32, 1.0, (rows, columns), &Device::Cpu)?, dtype)?;
             let x = Tensor::randn(0f32, 1.0, (tokens, columns), &Device::Cpu)?;
@@ -185,17 +187,7 @@ mod tests {
 
     #[test]
     fn every_format_is_the_product_of_the_unpacked_matrix() -> Result<()> {
-        let formats = [
-            GgmlDType::Q4_0,
-            GgmlDType::Q4_1,
-            GgmlDType::Q5_0,
-            GgmlDType::Q5_1,
-            GgmlDType::Q8_0,
-            GgmlDType::Q4K,
-            GgmlDType::Q5K,
-            GgmlDType::Q6K,
-        ];
-        for dtype in formats {
+        for dtype in FORMATS {
             let (rows, columns) = (70, 768);
             let dense: Vec<f32> =
                 (0..rows * columns).map(|i| ((i * 7919 % 2003) as f32 / 1000.0 - 1.0) * (1.0 + (i / 97 % 5) as f32)).collect();

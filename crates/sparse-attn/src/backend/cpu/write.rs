@@ -10,7 +10,8 @@ pub(super) fn write(k: &Tensor, v: &Tensor, step: Step, store: &mut LayerStore) 
     store.v().apply(&moves)?;
     let kv_heads = store.shape().kv_heads();
     // Row after row: token, then head.
-    let slots: Vec<u32> = (0..step.len * kv_heads).map(|row| store.recent_slot(row % kv_heads, step.start + row / kv_heads)).collect();
+    let slots: Vec<u32> =
+        (0..step.len * kv_heads).map(|row| store.table().recent_slot(row % kv_heads, step.start + row / kv_heads)).collect();
     store.k().write(&k.flatten_to(1)?, &slots)?;
     store.v().write(&v.flatten_to(1)?, &slots)
 }
