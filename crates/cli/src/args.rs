@@ -439,6 +439,9 @@ pub(crate) struct EvalPpl {
     /// Exit with 10 if the mean KL divergence from dense, in nats, is above this
     #[arg(long, value_name = "F")]
     pub(crate) max_kld: Option<f64>,
+    /// Multiply with activations in 16 bits instead of 8: the noise of rounding, a KL of some thousandths, goes
+    #[arg(long)]
+    pub(crate) exact: bool,
     #[command(flatten)]
     pub(crate) template: TemplateArgs,
     #[command(flatten)]

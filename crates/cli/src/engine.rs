@@ -14,6 +14,7 @@ use minijinja::Value;
 use minijinja::value::Serde;
 use model::message;
 use model::score::Setting;
+use model::weights::Precision;
 use model::{CausalLm, Config, SamplerOptions, Session, Weights};
 use serde::Deserialize;
 use sparse_attn::backend::for_device;
@@ -122,6 +123,11 @@ impl Checkpoint {
         let routing = routing::resolve(args, &known)?;
         let attention = self.attention.with_routing(routing).map_err(|error| Failure::new(Kind::Usage, message(&error)))?;
         Ok(attention)
+    }
+
+    /// The same, multiplied with activations in 16 bits.
+    pub(crate) fn exact(self) -> Self {
+        Self { weights: self.weights.with_precision(Precision::Int16), ..self }
     }
 
     /// The settings to measure: those of `with`, or that of the other flags where there is none.

@@ -19,10 +19,10 @@ pub mod attention;
 pub mod backend;
 pub mod block_router;
 pub mod cache;
-mod parallel;
+pub mod parallel;
 pub mod select;
 pub mod shape;
-mod simd;
+pub mod simd;
 pub mod token_router;
 
 pub use attention::{Attended, AttentionInput, Observer, RoutedAttention, Routing};

@@ -1,4 +1,4 @@
-//! Work spread over candle's threads.
+//! Work spread over candle's threads, so that no second pool competes with it.
 
 use std::sync::OnceLock;
 
@@ -6,7 +6,7 @@ use std::sync::OnceLock;
 const LEAST: usize = 8;
 
 /// `f(0), f(1), .. f(count - 1)`
-pub(crate) fn map<T: Send + Sync>(count: usize, f: impl Fn(usize) -> T + Sync) -> Vec<T> {
+pub fn map<T: Send + Sync>(count: usize, f: impl Fn(usize) -> T + Sync) -> Vec<T> {
     if count < LEAST {
         return (0..count).map(f).collect();
     }
@@ -18,4 +18,43 @@ pub(crate) fn map<T: Send + Sync>(count: usize, f: impl Fn(usize) -> T + Sync) -
     });
     // Every index was handed out, so every slot is filled.
     slots.into_iter().filter_map(OnceLock::into_inner).collect()
+}
+
+/// `f(scratch, i, &mut items[i])` for every `i`; a thread makes a `scratch` for the neighbours that it gets at once.
+pub fn for_each_mut<T: Send, S>(items: &mut [T], scratch: impl Fn() -> S + Sync, f: impl Fn(&mut S, usize, &mut T) + Sync) {
+    let first = Items(items.as_mut_ptr());
+    candle_core::utils::barrier_pool().execute_chunked(items.len(), |range| {
+        let mut scratch = scratch();
+        for index in range {
+            // SAFETY: execute_chunked hands out every index of the list once, and returns when all are done; until then nothing
+            // else touches the list, which this function has borrowed.
+            f(&mut scratch, index, unsafe { &mut *first.at(index) });
+        }
+    });
+}
+
+/// A list that threads take members of, each others.
+struct Items<T>(*mut T);
+
+impl<T> Items<T> {
+    fn at(&self, index: usize) -> *mut T {
+        self.0.wrapping_add(index)
+    }
+}
+
+// SAFETY: members go to one thread each, see above, and may go to another thread.
+unsafe impl<T: Send> Sync for Items<T> {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_member_is_visited_once() {
+        for count in [0, 1, 7, 8, 1000] {
+            let mut items: Vec<usize> = (0..count).collect();
+            for_each_mut(&mut items, || 1, |one, index, item| *item += index + *one);
+            assert_eq!(items, map(count, |index| 2 * index + 1));
+        }
+    }
 }

@@ -20,6 +20,7 @@ const SETTLING: usize = 1024;
 pub(crate) fn ppl(args: &EvalPpl, hub: &Hub, ui: Ui, interrupt: &Interrupt) -> Result<u8> {
     let text = read_file(&args.file)?;
     let checkpoint = Checkpoint::open(&args.model, &args.template, &args.attention, hub)?;
+    let checkpoint = if args.exact { checkpoint.exact() } else { checkpoint };
     let settings = checkpoint.settings(&args.attention, &args.with)?;
     let context = checkpoint.context(&args.model, ui)?;
     let mut tokens = checkpoint.tokenizer.encode(&text, true)?;

@@ -1,3 +1,4 @@
+use super::gated::gated;
 use super::{Linear, name};
 use crate::config::{Activation, Config};
 use crate::weights::Scope;
@@ -33,10 +34,6 @@ impl GatedMlp {
     /// If the widths differ.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let [gate, up] = Linear::forward_each([&self.gate, &self.up], x)?;
-        let gate = match self.activation {
-            Activation::Silu => gate.silu()?,
-            Activation::GeluTanh => gate.gelu()?,
-        };
-        self.down.forward(&(gate * up)?)
+        self.down.forward(&gated(self.activation, &gate, &up)?)
     }
 }

@@ -2,6 +2,7 @@
 
 mod attention;
 mod embedding;
+mod gated;
 mod linear;
 mod mlp;
 mod norm;

@@ -1,4 +1,4 @@
-use super::product;
+use super::{Precision, product};
 use candle_core::quantized::{GgmlDType, QMatMul, QTensor};
 use candle_core::{Module, Result, Tensor};
 use std::sync::Arc;
@@ -19,15 +19,15 @@ pub enum Matrix {
     /// f32.
     Dense(Tensor),
     /// Blocks, multiplied without unpacking.
-    Quantized(Arc<QTensor>),
+    Quantized(Arc<QTensor>, Precision),
 }
 
 impl Matrix {
     /// Unpacks f32, f16 and bf16 "blocks", which candle multiplies faster as a dense matrix.
-    pub(super) fn from_qtensor(tensor: QTensor) -> Result<Self> {
+    pub(super) fn from_qtensor(tensor: QTensor, precision: Precision) -> Result<Self> {
         match tensor.dtype() {
             GgmlDType::F32 | GgmlDType::F16 | GgmlDType::BF16 => Ok(Self::Dense(tensor.dequantize(&tensor.device())?)),
-            _ => Ok(Self::Quantized(Arc::new(tensor))),
+            _ => Ok(Self::Quantized(Arc::new(tensor), precision)),
         }
     }
 
@@ -38,9 +38,13 @@ impl Matrix {
     pub fn multiply(&self, x: &Tensor) -> Result<Tensor> {
         match self {
             Self::Dense(weight) => x.matmul(&weight.t()?),
-            Self::Quantized(weight) if product::supports(weight, x.dim(0)?) => Ok(product::multiply(x, &[weight.as_ref()])?.remove(0)),
-            Self::Quantized(weight) if x.dim(0)? >= UNPACK_ROWS && unpacks(weight) => x.matmul(&weight.dequantize(&weight.device())?.t()?),
-            Self::Quantized(weight) => QMatMul::QTensor(weight.clone()).forward(x),
+            Self::Quantized(weight, precision) if product::supports(weight, x.dim(0)?) => {
+                Ok(product::multiply(x, &[weight.as_ref()], *precision)?.remove(0))
+            }
+            Self::Quantized(weight, _) if x.dim(0)? >= UNPACK_ROWS && unpacks(weight) => {
+                x.matmul(&weight.dequantize(&weight.device())?.t()?)
+            }
+            Self::Quantized(weight, _) => QMatMul::QTensor(weight.clone()).forward(x),
         }
     }
 
@@ -51,11 +55,11 @@ impl Matrix {
     pub fn multiply_each(matrices: &[&Self], x: &Tensor) -> Result<Vec<Tensor>> {
         let tokens = x.dim(0)?;
         let quantized = matrices.iter().map(|matrix| match matrix {
-            Self::Quantized(weight) if product::supports(weight, tokens) => Some(weight.as_ref()),
+            Self::Quantized(weight, precision) if product::supports(weight, tokens) => Some((weight.as_ref(), *precision)),
             _ => None,
         });
-        match quantized.collect::<Option<Vec<&QTensor>>>() {
-            Some(weights) => product::multiply(x, &weights),
+        match quantized.collect::<Option<(Vec<&QTensor>, Vec<Precision>)>>() {
+            Some((weights, precisions)) => product::multiply(x, &weights, precisions.first().copied().unwrap_or_default()),
             None => matrices.iter().map(|matrix| matrix.multiply(x)).collect(),
         }
     }
@@ -67,7 +71,7 @@ impl Matrix {
     pub fn rows(&self, ids: &Tensor) -> Result<Tensor> {
         match self {
             Self::Dense(weight) => weight.index_select(ids, 0),
-            Self::Quantized(weight) => weight.embedding(ids),
+            Self::Quantized(weight, _) => weight.embedding(ids),
         }
     }
 }

@@ -32,6 +32,18 @@ pub struct Weights {
     config: Config,
     device: Device,
     quantize: Option<GgmlDType>,
+    precision: Precision,
+}
+
+/// How activations meet matrices in ggml blocks on the CPU.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Precision {
+    /// Rounded to 8 bits, a scale for every 32.
+    #[default]
+    Int8,
+    /// In two parts of 8 bits, the second for what the first leaves out: twice the work, and differences between two runs are no
+    /// longer those of rounding.
+    Int16,
 }
 
 #[derive(Debug)]
@@ -60,7 +72,12 @@ impl Weights {
             let config = Config::from_gguf(&file)?;
             (Source::Gguf(file), config)
         };
-        Ok(Self { source, config, device: device.clone(), quantize })
+        Ok(Self { source, config, device: device.clone(), quantize, precision: Precision::default() })
+    }
+
+    /// The same weights, to be multiplied in this precision.
+    pub fn with_precision(self, precision: Precision) -> Self {
+        Self { precision, ..self }
     }
 
     /// The checkpoint's shape.
@@ -232,13 +249,13 @@ impl Scope<'_> {
                 let dense = files.load(&name, &[rows, columns], &self.weights.device)?.to_dtype(DType::F32)?;
                 match self.weights.quantize {
                     Some(dtype) if columns.is_multiple_of(dtype.block_size()) => {
-                        Ok(Matrix::Quantized(Arc::new(QTensor::quantize(&dense, dtype)?)))
+                        Ok(Matrix::Quantized(Arc::new(QTensor::quantize(&dense, dtype)?), self.weights.precision))
                     }
                     // Rows that no block of this type divides stay as they are.
                     _ => Ok(Matrix::Dense(dense)),
                 }
             }
-            Source::Gguf(file) => Matrix::from_qtensor(file.load(&name, &[rows, columns], &self.weights.device)?),
+            Source::Gguf(file) => Matrix::from_qtensor(file.load(&name, &[rows, columns], &self.weights.device)?, self.weights.precision),
         }
     }
 
@@ -259,7 +276,10 @@ impl Scope<'_> {
                         head * head_dim + 2 * (at % (head_dim / 2)) + at / (head_dim / 2)
                     })
                     .collect();
-                Matrix::from_qtensor(file.load_rows(&full, &[heads * head_dim, columns], &rows, &self.weights.device)?)
+                Matrix::from_qtensor(
+                    file.load_rows(&full, &[heads * head_dim, columns], &rows, &self.weights.device)?,
+                    self.weights.precision,
+                )
             }
             _ => self.matrix(name, heads * head_dim, columns),
         }

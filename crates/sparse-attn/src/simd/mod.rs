@@ -16,7 +16,8 @@ use kernels::Column;
 use lanes::Portable;
 
 pub(crate) use kernels::Column as ValueColumn;
-pub(crate) use softmax::exp_sum;
+pub use softmax::exp;
+pub(crate) use softmax::{exp_sum, max};
 
 /// The numbers of a pool on the host.
 #[derive(Debug, Clone, Copy)]

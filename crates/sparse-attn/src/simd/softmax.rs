@@ -1,5 +1,8 @@
 //! The exponentials of a running softmax, vectorised.
 
+/// Numbers at a time.
+const LANES: usize = 16;
+
 /// Replaces each score by `exp(score - max)` and returns their sum. `-inf` becomes exactly 0.
 pub(crate) fn exp_sum(scores: &mut [f32], max: f32) -> f32 {
     #[cfg(target_arch = "x86_64")]
@@ -16,8 +19,36 @@ pub(crate) fn exp_sum(scores: &mut [f32], max: f32) -> f32 {
     exp_sum_lanes(scores, max)
 }
 
+/// The largest score; `-inf` if there is none, or none that is a number.
+pub(crate) fn max(scores: &[f32]) -> f32 {
+    #[cfg(target_arch = "x86_64")]
+    {
+        if std::arch::is_x86_feature_detected!("avx512f") {
+            // SAFETY: the processor has AVX-512F, just asked.
+            return unsafe { max_avx512(scores) };
+        }
+        if std::arch::is_x86_feature_detected!("avx2") {
+            // SAFETY: the processor has AVX2, just asked.
+            return unsafe { max_avx2(scores) };
+        }
+    }
+    max_lanes(scores)
+}
+
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f")]
+fn max_avx512(scores: &[f32]) -> f32 {
+    max_lanes(scores)
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+fn max_avx2(scores: &[f32]) -> f32 {
+    max_lanes(scores)
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,fma")]
 fn exp_sum_avx512(scores: &mut [f32], max: f32) -> f32 {
     exp_sum_lanes(scores, max)
 }
@@ -32,43 +63,59 @@ fn exp_sum_avx2(scores: &mut [f32], max: f32) -> f32 {
 /// is the same whatever the width.
 #[inline(always)]
 fn exp_sum_lanes(scores: &mut [f32], max: f32) -> f32 {
-    const LANES: usize = 16;
     let mut sums = [0f32; LANES];
-    let mut chunks = scores.chunks_exact_mut(LANES);
-    for chunk in &mut chunks {
-        for (score, sum) in chunk.iter_mut().zip(&mut sums) {
-            *score = exp(*score - max);
-            *sum += *score;
+    let (chunks, rest) = scores.as_chunks_mut::<LANES>();
+    for chunk in chunks {
+        for i in 0..LANES {
+            chunk[i] = exp(chunk[i] - max);
+            sums[i] += chunk[i];
         }
     }
-    for (score, sum) in chunks.into_remainder().iter_mut().zip(&mut sums) {
+    for (score, sum) in rest.iter_mut().zip(&mut sums) {
         *score = exp(*score - max);
         *sum += *score;
     }
     sums.iter().sum()
 }
 
-/// `e^x` for `x <= 0`, relative error below 2e-7; exactly 0 below the smallest normal number.
-///
-/// `2^n * e^r` with `r` in `[-ln2/2, ln2/2]`; the polynomial is Cephes' `expf` (public domain).
+/// The largest score, `-inf` if there is none. NaN is skipped.
 #[inline(always)]
-fn exp(x: f32) -> f32 {
+fn max_lanes(scores: &[f32]) -> f32 {
+    let larger = |a: f32, b: f32| if b > a { b } else { a };
+    let mut lanes = [f32::NEG_INFINITY; LANES];
+    let (chunks, rest) = scores.as_chunks::<LANES>();
+    for chunk in chunks {
+        for i in 0..LANES {
+            lanes[i] = if chunk[i] > lanes[i] { chunk[i] } else { lanes[i] };
+        }
+    }
+    lanes.iter().chain(rest).copied().fold(f32::NEG_INFINITY, larger)
+}
+
+/// `e^x` for `x <= 88`, relative error below 2e-7; exactly 0 below -88 (where the smallest normal number is near).
+///
+/// `2^n * e^r` with `r` in `[-ln2/2, ln2/2]`; the polynomial is Cephes' `expf` (public domain). Written without a branch, so that
+/// loops over it become vectors in functions that are compiled for them.
+#[inline(always)]
+pub fn exp(x: f32) -> f32 {
     const LN2_HIGH: f32 = 0.693_359_4;
     const LN2_LOW: f32 = -2.121_944_4e-4;
-    /// Adding and subtracting this rounds to the nearest integer.
+    /// Adding this to a number below 2^22 leaves its nearest integer in the last bits.
     const ROUND: f32 = 12_582_912.0;
-    let clamped = x.max(-87.0);
-    let n = (clamped * std::f32::consts::LOG2_E + ROUND) - ROUND;
-    let r = clamped - n * LN2_HIGH - n * LN2_LOW;
-    let mut p = 1.987_569_1e-4;
-    p = p * r + 1.398_199_9e-3;
-    p = p * r + 8.333_452e-3;
-    p = p * r + 4.166_579_6e-2;
-    p = p * r + 1.666_666_5e-1;
-    p = p * r + 0.5;
-    let value = p * r * r + r + 1.0;
-    let power = f32::from_bits(((n as i32 + 127) << 23) as u32);
-    if x < -87.0 { 0.0 } else { value * power }
+    const BIAS: u32 = 127;
+    // At -88 the exponent's bits become 0, and so the power. NaN stays NaN.
+    let x = if x < -88.0 { -88.0 } else { x };
+    let rounded = x.mul_add(std::f32::consts::LOG2_E, ROUND);
+    let n = rounded - ROUND;
+    let r = n.mul_add(-LN2_LOW, n.mul_add(-LN2_HIGH, x));
+    let mut p = 1.987_569_1e-4f32;
+    p = p.mul_add(r, 1.398_199_9e-3);
+    p = p.mul_add(r, 8.333_452e-3);
+    p = p.mul_add(r, 4.166_579_6e-2);
+    p = p.mul_add(r, 1.666_666_5e-1);
+    p = p.mul_add(r, 0.5);
+    let value = p.mul_add(r * r, r) + 1.0;
+    value * f32::from_bits(rounded.to_bits().wrapping_sub(ROUND.to_bits()).wrapping_add(BIAS) << 23)
 }
 
 #[cfg(test)]
@@ -85,6 +132,19 @@ mod tests {
         assert_eq!(exp(0.0), 1.0);
         assert_eq!(exp(f32::NEG_INFINITY), 0.0);
         assert_eq!(exp(-1e9), 0.0);
+        assert!(exp(f32::NAN).is_nan());
+        assert!((f64::from(exp(80.0)) / 80f64.exp() - 1.0).abs() < 1e-6);
+    }
+
+    #[test]
+    fn the_largest_is_found_wherever_it_is() {
+        for len in [0, 1, 15, 16, 17, 64, 203] {
+            for at in 0..len {
+                let scores: Vec<f32> = (0..len).map(|i| if i == at { -0.5 } else { -1.0 - i as f32 }).collect();
+                assert!(max(&scores) == -0.5 && max_lanes(&scores) == -0.5, "{len} {at}");
+            }
+            assert_eq!(max(&vec![f32::NEG_INFINITY; len]), f32::NEG_INFINITY);
+        }
     }
 
     #[test]
@@ -92,6 +152,6 @@ mod tests {
         let scores: Vec<f32> = (0..203).map(|i| ((i * 37) % 101) as f32 / -7.0).collect();
         let (mut a, mut b) = (scores.clone(), scores);
         let (fast, plain) = (exp_sum(&mut a, 0.0), exp_sum_lanes(&mut b, 0.0));
-        assert!((fast - plain).abs() <= 1e-5 * plain);
+        assert_eq!((a, fast), (b, plain));
     }
 }

@@ -19,76 +19,88 @@ pub(super) struct Activations {
 impl Activations {
     /// `x`: a multiple of [`GROUP`] numbers.
     pub(super) fn new(x: &[f32]) -> Self {
-        let quads = x.len() / QUAD;
-        let mut row = Self { integers: vec![0; x.len()], scales: vec![0.0; quads], sums: vec![0; quads] };
-        #[cfg(target_arch = "x86_64")]
-        {
-            if super::avx512::is_here() {
-                // SAFETY: the processor has AVX-512, just asked.
-                unsafe { row.fill_avx512(x) };
-                return row;
-            }
-            if is_x86_feature_detected!("avx2") {
-                // SAFETY: the processor has AVX2, just asked.
-                unsafe { row.fill_avx2(x) };
-                return row;
-            }
+        const QUADS: usize = GROUP / QUAD;
+        let mut row = Self { integers: vec![0; x.len()], scales: vec![0.0; x.len() / QUAD], sums: vec![0; x.len() / QUAD] };
+        let mut of_groups = vec![0.0; x.len() / GROUP];
+        round_row(x, &mut row.integers, &mut of_groups);
+        for (scales, scale) in row.scales.chunks_exact_mut(QUADS).zip(of_groups) {
+            scales.fill(scale);
         }
-        row.fill(x);
+        for (sum, quad) in row.sums.iter_mut().zip(row.integers.as_chunks::<QUAD>().0) {
+            *sum = quad.iter().map(|x| i32::from(*x)).sum();
+        }
         row
     }
 
-    #[cfg(target_arch = "x86_64")]
-    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx2")]
-    fn fill_avx512(&mut self, x: &[f32]) {
-        self.fill(x);
-    }
-
-    #[cfg(target_arch = "x86_64")]
-    #[target_feature(enable = "avx2")]
-    fn fill_avx2(&mut self, x: &[f32]) {
-        self.fill(x);
-    }
-
-    /// In plain loops, which the compiler turns into the vectors of its caller.
-    #[inline(always)]
-    fn fill(&mut self, x: &[f32]) {
-        const QUADS: usize = GROUP / QUAD;
-        let groups = x.as_chunks::<GROUP>().0.iter().zip(self.integers.as_chunks_mut::<GROUP>().0);
-        let quads = self.scales.as_chunks_mut::<QUADS>().0.iter_mut().zip(self.sums.as_chunks_mut::<QUADS>().0);
-        for ((x, integers), (scales, sums)) in groups.zip(quads) {
-            let (mut lanes, mut poison) = ([0f32; 8], [0f32; 8]);
-            for part in x.as_chunks::<8>().0 {
-                for i in 0..8 {
-                    lanes[i] = lanes[i].max(part[i].abs());
-                    poison[i] += part[i] * 0.0;
-                }
-            }
-            // NaN is the maximum of nothing, but must not vanish.
-            let scale = lanes.iter().fold(0f32, |max, x| max.max(*x)) / 127.0 + poison.iter().sum::<f32>();
-            let inverse = if scale > 0.0 { 1.0 / scale } else { 0.0 };
-            for (integer, x) in integers.iter_mut().zip(x) {
-                *integer = round(x * inverse) as i32 as i8;
-            }
-            *scales = [scale; QUADS];
-            for (sum, quad) in sums.iter_mut().zip(integers.as_chunks::<QUAD>().0) {
-                *sum = quad.iter().map(|x| i32::from(*x)).sum();
-            }
-        }
-    }
-
     /// What the integers stand for.
-    #[cfg(test)]
     pub(super) fn values(&self) -> Vec<f32> {
         self.integers.iter().enumerate().map(|(i, x)| f32::from(*x) * self.scales[i / QUAD]).collect()
     }
 }
 
-/// The nearest integer of a number below 2^22, by adding and subtracting.
+/// `x[i] ~ integers[i] * scales[i / GROUP]`, for a multiple of [`GROUP`] numbers.
+pub(super) fn round_row(x: &[f32], integers: &mut [i8], scales: &mut [f32]) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        if super::avx512::is_here() {
+            // SAFETY: the processor has AVX-512, just asked.
+            return unsafe { round_row_avx512(x, integers, scales) };
+        }
+        if is_x86_feature_detected!("avx2") {
+            // SAFETY: the processor has AVX2, just asked.
+            return unsafe { round_row_avx2(x, integers, scales) };
+        }
+    }
+    round_groups(x, integers, scales);
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2")]
+fn round_row_avx512(x: &[f32], integers: &mut [i8], scales: &mut [f32]) {
+    round_groups(x, integers, scales);
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+fn round_row_avx2(x: &[f32], integers: &mut [i8], scales: &mut [f32]) {
+    round_groups(x, integers, scales);
+}
+
+/// In plain loops, which the compiler turns into the vectors of its caller.
 #[inline(always)]
-fn round(x: f32) -> f32 {
+fn round_groups(x: &[f32], integers: &mut [i8], scales: &mut [f32]) {
+    /// Adding this to a number below 2^22 leaves its nearest integer in the last bits.
     const ROUND: f32 = 12_582_912.0;
-    (x + ROUND) - ROUND
+    for ((x, integers), group_scale) in x.as_chunks::<GROUP>().0.iter().zip(integers.as_chunks_mut::<GROUP>().0).zip(scales) {
+        let (mut lanes, mut poison) = ([0f32; 16], [0f32; 16]);
+        for part in x.as_chunks::<16>().0 {
+            for i in 0..16 {
+                let size = part[i].abs();
+                lanes[i] = if size > lanes[i] { size } else { lanes[i] };
+                poison[i] += part[i] * 0.0;
+            }
+        }
+        // NaN is above nothing, but must not vanish.
+        let scale = maximum(lanes) / 127.0 + poison.iter().sum::<f32>();
+        let inverse = if scale > 0.0 { 1.0 / scale } else { 0.0 };
+        for (integer, x) in integers.iter_mut().zip(x) {
+            *integer = (x * inverse + ROUND).to_bits() as i8;
+        }
+        *group_scale = scale;
+    }
+}
+
+/// By halves, so that it is vectors almost to the end.
+#[inline(always)]
+fn maximum(mut lanes: [f32; 16]) -> f32 {
+    let mut half = 8;
+    while half > 0 {
+        for i in 0..half {
+            lanes[i] = if lanes[i + half] > lanes[i] { lanes[i + half] } else { lanes[i] };
+        }
+        half /= 2;
+    }
+    lanes[0]
 }
 
 #[cfg(test)]

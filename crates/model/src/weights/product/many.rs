@@ -3,8 +3,9 @@
 //! Sixteen weight rows are unpacked side by side, so that one instruction multiplies four numbers of each with four
 //! activations; sums stay integers as long as a scale lasts. The unpacking is paid once for all tokens of a chunk.
 
-use super::activations::{Activations, QUAD};
+use super::activations::{GROUP, QUAD, round_row};
 use super::blocks::{Format, RUN, STEP};
+use sparse_attn::parallel;
 use std::arch::x86_64::*;
 
 /// Weight rows side by side.
@@ -22,21 +23,26 @@ pub(super) struct Batch {
 }
 
 impl Batch {
-    pub(super) fn new(rows: &[Activations], columns: usize) -> Self {
-        let runs = columns / RUN;
-        let mut batch = Self {
-            tokens: rows.len(),
-            columns,
-            integers: Vec::with_capacity(rows.len() * columns),
-            scales: Vec::with_capacity(rows.len() * runs),
-            sums: Vec::with_capacity(rows.len() * runs),
-        };
-        for row in rows {
-            batch.integers.extend_from_slice(&row.integers);
-            batch.scales.extend(row.scales.iter().step_by(RUN / QUAD));
-            batch.sums.extend(row.sums.chunks_exact(RUN / QUAD).map(|quads| quads.iter().sum::<i32>()));
-        }
-        batch
+    /// Rounds `x` `[tokens, columns]`, on all threads.
+    pub(super) fn new(x: &[f32], columns: usize) -> Self {
+        let (tokens, runs) = (x.len() / columns, columns / RUN);
+        let (mut integers, mut scales, mut sums) = (vec![0; x.len()], vec![0.0; tokens * runs], vec![0; tokens * runs]);
+        let parts = integers.chunks_exact_mut(columns).zip(scales.chunks_exact_mut(runs)).zip(sums.chunks_exact_mut(runs));
+        let mut rows: Vec<_> = parts.zip(x.chunks_exact(columns)).collect();
+        parallel::for_each_mut(
+            &mut rows,
+            || vec![0.0; columns / GROUP],
+            |of_groups, _, (((integers, scales), sums), x)| {
+                round_row(x, integers, of_groups);
+                for (scales, scale) in scales.chunks_exact_mut(GROUP / RUN).zip(of_groups) {
+                    scales.fill(*scale);
+                }
+                for (sum, run) in sums.iter_mut().zip(integers.as_chunks::<RUN>().0) {
+                    *sum = run.iter().map(|x| i32::from(*x)).sum();
+                }
+            },
+        );
+        Self { tokens, columns, integers, scales, sums }
     }
 }
 

@@ -10,10 +10,11 @@ mod blocks;
 #[cfg(target_arch = "x86_64")]
 mod many;
 
+use super::Precision;
 use activations::Activations;
 use blocks::Format;
 use candle_core::quantized::QTensor;
-use candle_core::{DType, Device, Result, Tensor};
+use candle_core::{DType, Device, Result, Storage, Tensor};
 use std::ops::Range;
 
 /// Weight rows that a thread takes at a time, at least.
@@ -42,21 +43,39 @@ pub(super) fn unpacks_fast() -> bool {
 ///
 /// # Errors
 /// If a width differs or the matrices are not on the CPU.
-pub(super) fn multiply(x: &Tensor, weights: &[&QTensor]) -> Result<Vec<Tensor>> {
+pub(super) fn multiply(x: &Tensor, weights: &[&QTensor], precision: Precision) -> Result<Vec<Tensor>> {
     let (tokens, columns) = x.dims2()?;
-    let x = x.to_dtype(DType::F32)?.contiguous()?.flatten_all()?.to_vec1::<f32>()?;
-    let rows_of_x = prepare(&x, columns, tokens);
+    let x = x.to_dtype(DType::F32)?.contiguous()?;
+    let (storage, layout) = x.storage_and_layout();
+    let Storage::Cpu(storage) = &*storage else { candle_core::bail!("product: activations of another device") };
+    let x = &storage.as_slice::<f32>()?[layout.start_offset()..][..tokens * columns];
+    let mut products = multiply_rounded(x, [tokens, columns], weights)?;
+    if precision == Precision::Int16 {
+        let rounded = |row: &[f32]| Activations::new(row).values();
+        let rest: Vec<f32> = x
+            .chunks_exact(columns)
+            .flat_map(|row| row.iter().zip(rounded(row)).map(|(x, rounded)| x - rounded).collect::<Vec<_>>())
+            .collect();
+        for (product, more) in products.iter_mut().zip(multiply_rounded(&rest, [tokens, columns], weights)?) {
+            product.iter_mut().zip(more).for_each(|(sum, more)| *sum += more);
+        }
+    }
+    products.into_iter().map(|out| Tensor::from_vec(out, (tokens, ()), &Device::Cpu)).collect()
+}
+
+/// [`multiply`] with activations in 8 bits.
+fn multiply_rounded(x: &[f32], [tokens, columns]: [usize; 2], weights: &[&QTensor]) -> Result<Vec<Vec<f32>>> {
     let mut parts = Vec::with_capacity(weights.len());
     let mut total = 0;
     for weight in weights {
         let (rows, width) = weight.shape().dims2()?;
         let Some(format) = Format::of(weight.dtype()).filter(|format| width == columns && width % format.multiple() == 0) else {
-            candle_core::bail!("matvec: {:?} {:?} does not fit activations {:?}", weight.dtype(), weight.shape(), [tokens, columns]);
+            candle_core::bail!("product: {:?} {:?} does not fit activations {:?}", weight.dtype(), weight.shape(), [tokens, columns]);
         };
         let bytes = weight.data()?;
         let row_bytes = format.row_bytes(columns);
         if bytes.len() != rows * row_bytes {
-            candle_core::bail!("matvec: {} bytes for {rows} rows of {row_bytes}", bytes.len());
+            candle_core::bail!("product: {} bytes for {rows} rows of {row_bytes}", bytes.len());
         }
         parts.push(Part { format, bytes, row_bytes, rows: total..total + rows, out: vec![0f32; tokens * rows] });
         total += rows;
@@ -64,13 +83,21 @@ pub(super) fn multiply(x: &Tensor, weights: &[&QTensor]) -> Result<Vec<Tensor>> 
     let outs: Vec<Slots<f32>> = parts.iter_mut().map(|part| Slots(part.out.as_mut_ptr())).collect();
     #[cfg(target_arch = "x86_64")]
     if tokens >= MANY_TOKENS && unpacks_fast() {
-        multiply_many(&many::Batch::new(&rows_of_x, columns), columns, &parts, &outs);
-        return finish(parts, tokens);
+        multiply_many(&many::Batch::new(x, columns), columns, &parts, &outs);
+        return Ok(parts.into_iter().map(|part| part.out).collect());
     }
+    multiply_few(x, columns, &parts, &outs);
+    Ok(parts.into_iter().map(|part| part.out).collect())
+}
+
+/// A few tokens against each row as it is unpacked.
+fn multiply_few(x: &[f32], columns: usize, parts: &[Part<'_>], outs: &[Slots<f32>]) {
+    let rows_of_x: Vec<Activations> = x.chunks_exact(columns).map(Activations::new).collect();
+    let total = parts.last().map_or(0, |part| part.rows.end);
     let chunks = total.div_ceil(ROWS_AT_ONCE);
     candle_core::utils::barrier_pool().execute_chunked(chunks, |range| {
         let range = range.start * ROWS_AT_ONCE..total.min(range.end * ROWS_AT_ONCE);
-        for (part, out) in parts.iter().zip(&outs) {
+        for (part, out) in parts.iter().zip(outs) {
             let here = range.start.max(part.rows.start)..range.end.min(part.rows.end);
             for row in here {
                 let at = row - part.rows.start;
@@ -84,28 +111,6 @@ pub(super) fn multiply(x: &Tensor, weights: &[&QTensor]) -> Result<Vec<Tensor>> 
             }
         }
     });
-    finish(parts, tokens)
-}
-
-/// The rows of `x` `[tokens, columns]` in 8 bits.
-fn prepare(x: &[f32], columns: usize, tokens: usize) -> Vec<Activations> {
-    if tokens < MANY_TOKENS {
-        return x.chunks_exact(columns).map(Activations::new).collect();
-    }
-    let mut rows: Vec<Activations> = (0..tokens).map(|_| Activations::default()).collect();
-    let slots = Slots(rows.as_mut_ptr());
-    candle_core::utils::barrier_pool().execute_chunked(tokens, |range| {
-        for token in range {
-            // SAFETY: `rows` has as many members as tokens; each is written by the one thread that got its index, and none is
-            // read until execute_chunked returns.
-            unsafe { *slots.at(token) = Activations::new(&x[token * columns..(token + 1) * columns]) };
-        }
-    });
-    rows
-}
-
-fn finish(parts: Vec<Part<'_>>, tokens: usize) -> Result<Vec<Tensor>> {
-    parts.into_iter().map(|part| Tensor::from_vec(part.out, (tokens, part.rows.len()), &Device::Cpu)).collect()
 }
 
 /// All tokens against panels of unpacked rows.
@@ -173,14 +178,29 @@ mod tests {
             let (rows, columns, tokens) = (37, 512, 29);
             let weight = QTensor::quantize(&Tensor::randn(0f32, 1.0, (rows, columns), &Device::Cpu)?, dtype)?;
             let x = Tensor::randn(0f32, 1.0, (tokens, columns), &Device::Cpu)?;
-            let many = multiply(&x, &[&weight, &weight])?;
+            let many = multiply(&x, &[&weight, &weight], Precision::Int8)?;
             for token in 0..tokens {
-                let one = multiply(&x.narrow(0, token, 1)?, &[&weight])?;
+                let one = multiply(&x.narrow(0, token, 1)?, &[&weight], Precision::Int8)?;
                 for many in &many {
                     let difference = (many.narrow(0, token, 1)? - &one[0])?.abs()?.flatten_all()?.max(0)?.to_scalar::<f32>()?;
                     assert!(difference < 2e-4, "{dtype:?} token {token}: {difference}");
                 }
             }
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn two_parts_are_exact() -> Result<()> {
+        for tokens in [1, 20] {
+            let weight = QTensor::quantize(&Tensor::randn(0f32, 1.0, (40, 512), &Device::Cpu)?, GgmlDType::Q4_1)?;
+            let x = Tensor::randn(0f32, 1.0, (tokens, 512), &Device::Cpu)?;
+            let exact = x.matmul(&weight.dequantize(&Device::Cpu)?.t()?)?;
+            let error = |precision| -> Result<f32> {
+                (&multiply(&x, &[&weight], precision)?[0] - &exact)?.abs()?.flatten_all()?.max(0)?.to_scalar::<f32>()
+            };
+            let (rounded, exact) = (error(Precision::Int8)?, error(Precision::Int16)?);
+            assert!(rounded > 0.05 && exact < 0.005, "{tokens} tokens: {rounded}, {exact}");
         }
         Ok(())
     }
@@ -196,7 +216,7 @@ mod tests {
             let x: Vec<f32> = (0..3 * columns).map(|i| ((i * 31 % 1009) as f32 / 500.0 - 1.0) * (1.0 + (i / 40 % 7) as f32)).collect();
             assert!(supports(&weight, 1));
             let x_tensor = Tensor::from_vec(x.clone(), (3, columns), &Device::Cpu)?;
-            let out = multiply(&x_tensor, &[&weight, &weight])?;
+            let out = multiply(&x_tensor, &[&weight, &weight], Precision::Int8)?;
             assert_eq!(out[0].to_vec2::<f32>()?, out[1].to_vec2::<f32>()?);
             let out = out[0].to_vec2::<f32>()?;
             let format = Format::of(dtype).expect("supported");

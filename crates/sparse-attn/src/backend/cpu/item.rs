@@ -4,7 +4,7 @@ use super::Work;
 use super::reads::{Reads, TileRef};
 use crate::HeadShape;
 use crate::cache::{LANES, Step};
-use crate::simd::{Numbers, Rows, ValueColumn, add_weighted, dot_tiles, exp_sum};
+use crate::simd::{Numbers, Rows, ValueColumn, add_weighted, dot_tiles, exp_sum, max};
 
 /// Key tiles that are scored at a time: scores and widened keys stay in the caches next to the core.
 const BLOCK_TILES: usize = 8;
@@ -97,8 +97,7 @@ pub(super) fn attend(
         let scores = &mut scratch.scores[..rows * stride];
         hide(reads, tiles, group_size, scores);
         for (row, scores) in scores.chunks_exact_mut(stride).enumerate() {
-            let tile_max = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-            let max = partial.max[row].max(tile_max);
+            let max = partial.max[row].max(max(scores));
             if max == f32::NEG_INFINITY {
                 scores.fill(0.0); // no key of these is visible: -inf - -inf would be NaN
                 continue;

@@ -6,6 +6,7 @@ mod write;
 
 use super::AttentionBackend;
 use crate::cache::{LayerStore, Step};
+use crate::parallel;
 use crate::select::Selection;
 use crate::simd::{Rows, with_rows};
 use candle_core::{DType, Device, Result, Storage, Tensor, bail};
@@ -67,20 +68,11 @@ fn attend(q: &[f32], scale: f32, kv: [Rows<'_>; 2], store: &LayerStore, step: St
     let (items, tiles) = work(store, step, selection);
     let mut partials: Vec<Partial> =
         items.iter().map(|work| Partial::new(work.queries.len() * shape.group_size(), shape.head_dim())).collect();
-    {
-        let partials = Slots(partials.as_mut_ptr());
-        candle_core::utils::barrier_pool().execute_chunked(items.len(), |range| {
-            let mut scratch = Scratch::default();
-            for index in range {
-                // SAFETY: execute_chunked hands out every index of 0..items.len() exactly once, partials has as
-                // many members, and it is not touched otherwise until execute_chunked returns.
-                let partial = unsafe { &mut *partials.slot(index) };
-                let work = &items[index];
-                let reads = Reads { store, kv_head: work.kv_head, queries: work.queries.clone(), tiles: &tiles[work.tiles.clone()] };
-                item::attend(&reads, q, scale, kv, step, &mut scratch, partial);
-            }
-        });
-    }
+    parallel::for_each_mut(&mut partials, Scratch::default, |scratch, index, partial| {
+        let work = &items[index];
+        let reads = Reads { store, kv_head: work.kv_head, queries: work.queries.clone(), tiles: &tiles[work.tiles.clone()] };
+        item::attend(&reads, q, scale, kv, step, scratch, partial);
+    });
     // Splits of the same queries follow each other.
     let mut at = 0;
     while at < items.len() {
@@ -115,15 +107,3 @@ fn work(store: &LayerStore, step: Step, selection: &Selection) -> (Vec<Work>, Ve
     }
     (items, tiles)
 }
-
-/// A pointer to slots that threads fill, each its own.
-struct Slots(*mut Partial);
-
-impl Slots {
-    fn slot(&self, index: usize) -> *mut Partial {
-        self.0.wrapping_add(index)
-    }
-}
-
-// SAFETY: the one user above hands every slot to one thread only.
-unsafe impl Sync for Slots {}
