@@ -4,6 +4,7 @@ use crate::LayerStore;
 use crate::block_router::BlockScores;
 use crate::cache::Step;
 use crate::parallel;
+use crate::simd::raise;
 use std::ops::Range;
 
 /// Query positions that share one selection in prefill, aligned to absolute positions. Decode selects per query.
@@ -220,21 +221,22 @@ fn tile_blocks(scores: &BlockScores, limits: &Limits, queries: Range<usize>, ste
     let mut total: usize = (0..=last).filter(|block| chosen[*block]).map(tokens).sum();
     let budget = limits.budget.limit(store.count_admitted(head, 0..queries.end.saturating_sub(limits.window)));
     if let BlockScores::PerQuery(scores) = scores {
-        let score = |block: usize| {
-            let rows = queries.clone().filter(|t| limits.edge(*t).is_some_and(|edge| block < edge));
-            rows.map(|t| scores.get(t - step.start, head, block)).fold(f32::NEG_INFINITY, f32::max)
-        };
-        let mut candidates: Vec<(f32, usize)> = (1..first).filter(|block| tokens(*block) > 0).map(|block| (score(block), block)).collect();
-        let order = |a: &(f32, usize), b: &(f32, usize)| b.0.total_cmp(&a.0).then(b.1.cmp(&a.1));
+        let mut best = vec![f32::NEG_INFINITY; first];
+        for t in queries.filter(|t| limits.edge(*t).is_some()) {
+            raise(&mut best, &scores.row(t - step.start, head)[..first]);
+        }
+        // The score, then the block: the largest is the best, and of equal ones the later.
+        let rank = |block: usize| u64::from(ordered(best[block])) << 32 | block as u64;
+        let mut candidates: Vec<u64> = (1..first).filter(|block| tokens(*block) > 0).map(rank).collect();
         let room = budget.saturating_sub(total) / limits.block_size;
         if store.admitted(head).is_some() {
-            candidates.sort_unstable_by(order);
+            candidates.sort_unstable_by(|a, b| b.cmp(a));
         } else if room < candidates.len() {
             // Blocks of one size: the best are enough, in any order.
-            candidates.select_nth_unstable_by(room, order);
+            candidates.select_nth_unstable_by(room, |a, b| b.cmp(a));
             candidates.truncate(room);
         }
-        for (_, block) in candidates {
+        for block in candidates.into_iter().map(|rank| rank as u32 as usize) {
             let more = tokens(block);
             if total + more > budget {
                 break;
@@ -244,4 +246,21 @@ fn tile_blocks(scores: &BlockScores, limits: &Limits, queries: Range<usize>, ste
         }
     }
     (0..=last).filter(|block| chosen[*block]).collect()
+}
+
+/// Bits that are in the order of the numbers, as [`f32::total_cmp`] has it.
+fn ordered(x: f32) -> u32 {
+    let bits = x.to_bits();
+    if bits >> 31 == 0 { bits | 1 << 31 } else { !bits }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::ordered;
+
+    #[test]
+    fn bits_are_in_the_order_of_the_numbers() {
+        let numbers = [f32::NEG_INFINITY, -1e30, -1.0, -1e-40, -0.0, 0.0, 1e-40, 1.0, 1e30, f32::INFINITY, f32::NAN];
+        assert!(numbers.windows(2).all(|pair| ordered(pair[0]) < ordered(pair[1]) && pair[0].total_cmp(&pair[1]).is_lt()));
+    }
 }

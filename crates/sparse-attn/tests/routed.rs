@@ -285,7 +285,7 @@ fn the_bound_is_never_below_a_true_score() -> Result<()> {
         for query in 0..200 {
             for head in 0..2 {
                 for block in 0..200 / 16 {
-                    let (bound, exact) = (bound.get(query, head, block), exact.get(query, head, block));
+                    let (bound, exact) = (bound.row(query, head)[block], exact.row(query, head)[block]);
                     assert!(bound >= exact - 1e-4, "query {query}, head {head}, block {block}: {bound} < {exact}");
                 }
             }

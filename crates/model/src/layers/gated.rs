@@ -2,8 +2,8 @@
 
 use crate::config::Activation;
 use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, bail};
-use sparse_attn::parallel;
 use sparse_attn::simd::exp;
+use sparse_attn::{parallel, vectorised};
 
 /// `activation(gate) * up`, both `[tokens, width]`, f32.
 ///
@@ -43,36 +43,12 @@ impl CustomOp2 for Gated {
     }
 }
 
-fn gated_chunk(activation: Activation, gate: &[f32], up: &[f32], out: &mut [f32]) {
-    #[cfg(target_arch = "x86_64")]
-    {
-        if is_x86_feature_detected!("avx512f") {
-            // SAFETY: the processor has AVX-512F, just asked.
-            return unsafe { gated_avx512(activation, gate, up, out) };
-        }
-        if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
-            // SAFETY: the processor has AVX2 and FMA, just asked.
-            return unsafe { gated_avx2(activation, gate, up, out) };
-        }
-    }
-    gated_lanes(activation, gate, up, out);
+vectorised! {
+    fn gated_chunk(activation: Activation, gate: &[f32], up: &[f32], out: &mut [f32]) -> () = gated_loop;
 }
 
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,fma")]
-fn gated_avx512(activation: Activation, gate: &[f32], up: &[f32], out: &mut [f32]) {
-    gated_lanes(activation, gate, up, out);
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma")]
-fn gated_avx2(activation: Activation, gate: &[f32], up: &[f32], out: &mut [f32]) {
-    gated_lanes(activation, gate, up, out);
-}
-
-/// In plain loops, which the compiler turns into the vectors of its caller.
 #[inline(always)]
-fn gated_lanes(activation: Activation, gate: &[f32], up: &[f32], out: &mut [f32]) {
+fn gated_loop(activation: Activation, gate: &[f32], up: &[f32], out: &mut [f32]) {
     let rows = out.iter_mut().zip(gate).zip(up);
     match activation {
         Activation::Silu => rows.for_each(|((out, gate), up)| *out = gate * sigmoid(*gate) * up),

@@ -15,9 +15,9 @@ pub use oracle::Oracle;
 pub use recent::Recent;
 
 use crate::LayerStore;
-use crate::cache::{LANES, PAGE_SIZE, Step, Summary};
+use crate::cache::{LANES, OCTET, PAGE_SIZE, Step, Summary};
 use crate::parallel;
-use crate::simd::{dot_tiles, with_rows};
+use crate::simd::{dot_octets, raise, with_rows};
 use candle_core::{DType, Result, Tensor};
 use std::sync::Arc;
 
@@ -36,15 +36,19 @@ pub enum BlockScores {
 #[derive(Debug, Clone)]
 pub struct QueryScores {
     kv_heads: usize,
-    values: Vec<Vec<f32>>, // [q_len * kv_heads][blocks]
+    blocks: usize,
+    values: Vec<Vec<f32>>, // [pieces of QUERIES * kv_heads][queries, blocks]
 }
 
 impl QueryScores {
-    /// The score of `block` for query number `query` of the step.
-    pub fn get(&self, query: usize, kv_head: usize, block: usize) -> f32 {
-        self.values[query * self.kv_heads + kv_head][block]
+    /// The scores of all blocks for query number `query` of the step.
+    pub fn row(&self, query: usize, kv_head: usize) -> &[f32] {
+        &self.values[query / QUERIES * self.kv_heads + kv_head][query % QUERIES * self.blocks..][..self.blocks]
     }
 }
+
+/// Queries that are scored together.
+const QUERIES: usize = 4;
 
 /// What blocks are scored for.
 #[derive(Debug, Clone, Copy)]
@@ -102,42 +106,47 @@ fn host_queries(q: &Tensor) -> Result<Vec<f32>> {
 fn score_summaries(queries: &Queries<'_>, store: &LayerStore, expand: impl Fn(&[f32], &mut Vec<f32>) + Sync) -> Result<BlockScores> {
     let summaries = store.summaries()?;
     let (shape, blocks) = (store.shape(), summaries.blocks());
-    let tiles_of = |head: usize| -> Vec<u32> {
-        let tiles = summaries
-            .pages(head)
-            .flat_map(|page| (0..(PAGE_SIZE / LANES) as u32).map(move |tile| page * (PAGE_SIZE / LANES) as u32 + tile));
-        tiles.take(blocks.div_ceil(LANES)).collect()
+    let pairs_of = |head: usize| -> Vec<[u32; 2]> {
+        let octets = summaries.pages(head).flat_map(|page| {
+            let first = page * (PAGE_SIZE / OCTET) as u32;
+            (first..first + (PAGE_SIZE / OCTET) as u32).step_by(2).map(|octet| [octet, octet + 1])
+        });
+        octets.take(blocks.div_ceil(LANES)).collect()
     };
-    let tiles: Vec<Vec<u32>> = (0..shape.kv_heads()).map(tiles_of).collect();
+    let pairs: Vec<Vec<[u32; 2]>> = (0..shape.kv_heads()).map(pairs_of).collect();
     let q = host_queries(queries.q)?;
     with_rows(summaries.pool(), |rows| {
         score_groups(&q, store, blocks, |head, q, out| {
             let mut expanded = Vec::with_capacity(q.len() / shape.head_dim() * rows.width);
             q.chunks_exact(shape.head_dim()).for_each(|row| expand(row, &mut expanded));
-            out.resize(expanded.len() / rows.width * tiles[head].len() * LANES, 0.0);
-            dot_tiles(rows, &expanded, &tiles[head], out);
+            out.resize(expanded.len() / rows.width * pairs[head].len() * LANES, 0.0);
+            dot_octets(rows, &expanded, &pairs[head], out);
         })
     })
 }
 
-/// Per query and key/value head, `score_head` gets the head and the rows `[group_size, head_dim]`, and leaves
-/// `[group_size, >= blocks]` scores, of which the maximum over the group is kept. Queries are spread over the threads.
+/// `score_head` gets a key/value head and rows `[n, head_dim]`, those of several queries, and leaves `[n, >= blocks]` scores, of
+/// which the maximum over each query's group is kept. Queries are spread over the threads.
 fn score_groups(q: &[f32], store: &LayerStore, blocks: usize, score_head: impl Fn(usize, &[f32], &mut Vec<f32>) + Sync) -> BlockScores {
     if blocks == 0 {
         return BlockScores::Forced; // nothing is complete yet
     }
     let shape = store.shape();
     let (kv_heads, group_size, head_dim) = (shape.kv_heads(), shape.group_size(), shape.head_dim());
-    let rows = q.len() / (group_size * head_dim); // q_len * kv_heads
-    let best_of_group = |row: usize| {
+    let queries: Vec<&[f32]> = q.chunks_exact(shape.q_heads() * head_dim).collect();
+    let best_of_groups = |index: usize| {
+        let (head, queries) = (index % kv_heads, queries.chunks(QUERIES).nth(index / kv_heads).unwrap_or_default());
+        let own = head * group_size * head_dim..(head + 1) * group_size * head_dim;
+        let rows: Vec<f32> = queries.iter().flat_map(|q| &q[own.clone()]).copied().collect();
         let mut scores = Vec::new();
-        score_head(row % kv_heads, &q[row * group_size * head_dim..][..group_size * head_dim], &mut scores);
-        let mut best = vec![f32::NEG_INFINITY; blocks];
-        for scores in scores.chunks_exact(scores.len() / group_size) {
-            best.iter_mut().zip(scores).for_each(|(best, score)| *best = best.max(*score));
+        score_head(head, &rows, &mut scores);
+        let stride = scores.len() / (queries.len() * group_size);
+        let mut best = vec![f32::NEG_INFINITY; queries.len() * blocks];
+        for (best, scores) in best.chunks_exact_mut(blocks).zip(scores.chunks_exact(group_size * stride)) {
+            scores.chunks_exact(stride).for_each(|scores| raise(best, &scores[..blocks]));
         }
         best
     };
-    let values = parallel::map(rows, best_of_group);
-    BlockScores::PerQuery(QueryScores { kv_heads, values })
+    let values = parallel::map(queries.len().div_ceil(QUERIES) * kv_heads, best_of_groups);
+    BlockScores::PerQuery(QueryScores { kv_heads, blocks, values })
 }

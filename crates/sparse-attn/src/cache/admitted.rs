@@ -63,9 +63,9 @@ impl Admitted {
         }
     }
 
-    /// The bits of the `LANES` positions from `position` on, a multiple of it.
-    pub(crate) fn lanes(&self, position: usize) -> u16 {
-        self.words.get(position / 64).map_or(0, |word| (word >> (position % 64)) as u16)
+    /// The bits of the `OCTET` positions from `position` on, a multiple of it.
+    pub(crate) fn octet(&self, position: usize) -> u8 {
+        self.words.get(position / 64).map_or(0, |word| (word >> (position % 64)) as u8)
     }
 
     /// Bytes of the bits and counts.
@@ -91,6 +91,6 @@ mod tests {
             }
         }
         (0..70).for_each(|position| admitted.push(bit(position)));
-        assert_eq!(admitted.lanes(64), (64..70).filter(|p| bit(*p)).map(|p| 1 << (p - 64)).sum::<u16>());
+        assert_eq!(admitted.octet(64), (64..70).filter(|p| bit(*p)).map(|p| 1 << (p - 64)).sum::<u8>());
     }
 }

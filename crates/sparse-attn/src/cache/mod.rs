@@ -12,7 +12,7 @@ pub use admitted::Admitted;
 pub use dtype::{GROUP, KvDtype, KvDtypes};
 pub use layer_store::{LayerSpec, LayerStore, Local, Move};
 pub use page_table::{NO_PAGE, PAGE_SIZE, PageTable};
-pub use pool::{LANES, Order, Pool};
+pub use pool::{LANES, OCTET, Order, Pool};
 pub use summary::{Summaries, Summary};
 
 use candle_core::{Device, Result, bail};

@@ -7,6 +7,9 @@ use half::f16;
 /// Slots whose keys lie side by side, so that one vector instruction scores all of them.
 pub const LANES: usize = 16;
 
+/// Half a tile: the fewest neighbouring slots that are read at once.
+pub const OCTET: usize = LANES / 2;
+
 /// How the rows of a page lie.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Order {

@@ -8,7 +8,7 @@ use super::lanes::Lanes;
 #[cfg(target_arch = "x86_64")]
 use super::lanes::{Avx2, Avx512};
 use super::{Numbers, Rows};
-use crate::cache::{GROUP, LANES};
+use crate::cache::{GROUP, LANES, OCTET};
 use half::{bf16, f16};
 
 /// A stored row and where its weights stand.
@@ -24,20 +24,20 @@ pub(crate) struct Column {
 trait Source<L: Lanes>: Copy {
     /// A scale for several numbers, loaded once.
     type Scale: Copy;
-    unsafe fn scales(self, scale_at: usize) -> Self::Scale;
     unsafe fn one_scale(self, scale_at: usize) -> Self::Scale;
+    /// 8 scales at each.
+    unsafe fn two_scales(self, scale_at: [usize; 2]) -> Self::Scale;
     unsafe fn load(self, at: usize, scale: Self::Scale) -> L;
+    /// 8 numbers at each.
+    unsafe fn load_two(self, at: [usize; 2], scale: Self::Scale) -> L;
     /// One number.
     unsafe fn one(self, at: usize, scale_at: usize) -> f32;
 }
 
 macro_rules! plain_source {
-    ($type:ty, $load:ident, $one:expr) => {
+    ($type:ty, $load:ident, $load_two:ident, $one:expr) => {
         impl<L: Lanes> Source<L> for *const $type {
             type Scale = ();
-
-            #[inline(always)]
-            unsafe fn scales(self, _scale_at: usize) {}
 
             #[inline(always)]
             unsafe fn one_scale(self, _scale_at: usize) {}
@@ -49,6 +49,15 @@ macro_rules! plain_source {
             }
 
             #[inline(always)]
+            unsafe fn two_scales(self, _scale_at: [usize; 2]) {}
+
+            #[inline(always)]
+            unsafe fn load_two(self, [a, b]: [usize; 2], _scale: ()) -> L {
+                // SAFETY: the caller's: the numbers are there.
+                unsafe { L::$load_two([self.add(a), self.add(b)]) }
+            }
+
+            #[inline(always)]
             unsafe fn one(self, at: usize, _scale_at: usize) -> f32 {
                 // SAFETY: the caller's: the number is there.
                 $one(unsafe { *self.add(at) })
@@ -57,9 +66,9 @@ macro_rules! plain_source {
     };
 }
 
-plain_source!(f32, load, |x: f32| x);
-plain_source!(f16, load_f16, f16::to_f32);
-plain_source!(bf16, load_bf16, bf16::to_f32);
+plain_source!(f32, load, load_two, |x: f32| x);
+plain_source!(f16, load_f16, load_two_f16, f16::to_f32);
+plain_source!(bf16, load_bf16, load_two_bf16, bf16::to_f32);
 
 #[derive(Clone, Copy)]
 struct Q8 {
@@ -71,12 +80,6 @@ impl<L: Lanes> Source<L> for Q8 {
     type Scale = L;
 
     #[inline(always)]
-    unsafe fn scales(self, scale_at: usize) -> L {
-        // SAFETY: the caller's: the scales are there.
-        unsafe { L::load_f16(self.scales.add(scale_at)) }
-    }
-
-    #[inline(always)]
     unsafe fn one_scale(self, scale_at: usize) -> L {
         // SAFETY: the caller's: the scale is there.
         unsafe { L::splat((*self.scales.add(scale_at)).to_f32()) }
@@ -86,6 +89,18 @@ impl<L: Lanes> Source<L> for Q8 {
     unsafe fn load(self, at: usize, scale: L) -> L {
         // SAFETY: the caller's: the numbers from `at` on are there.
         unsafe { L::load_i8(self.integers.add(at)).times(scale) }
+    }
+
+    #[inline(always)]
+    unsafe fn two_scales(self, [a, b]: [usize; 2]) -> L {
+        // SAFETY: the caller's: the scales are there.
+        unsafe { L::load_two_f16([self.scales.add(a), self.scales.add(b)]) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_two(self, [a, b]: [usize; 2], scale: L) -> L {
+        // SAFETY: the caller's: the numbers are there.
+        unsafe { L::load_two_i8([self.integers.add(a), self.integers.add(b)]).times(scale) }
     }
 
     #[inline(always)]
@@ -119,16 +134,31 @@ macro_rules! with_source {
     };
 }
 
-/// See [`super::dot_tiles`], which checks the shapes.
+/// Two octets, which fill the lanes.
+type Pair = [u32; 2];
+
+/// Whether a pair is one tile.
 #[inline(always)]
-pub(super) unsafe fn dot_tiles<L: Lanes>(rows: Rows<'_>, q: &[f32], tiles: &[u32], out: &mut [f32]) {
-    // SAFETY: the caller checked that the tiles are inside the pool.
-    with_source!(rows, source => unsafe { dot_all::<L, _>(source, rows.width, q, tiles, out) });
+fn is_tile(pair: &Pair) -> bool {
+    pair[0].is_multiple_of(2) && pair[1] == pair[0] + 1
+}
+
+/// Where the octets of `pair` begin, of rows of `width` in tiles.
+#[inline(always)]
+fn starts(pair: &Pair, width: usize) -> [usize; 2] {
+    pair.map(|octet| octet as usize / 2 * width * LANES + octet as usize % 2 * OCTET)
+}
+
+/// See [`super::dot_octets`], which checks the shapes.
+#[inline(always)]
+pub(super) unsafe fn dot_octets<L: Lanes>(rows: Rows<'_>, q: &[f32], pairs: &[Pair], out: &mut [f32]) {
+    // SAFETY: the caller checked that the octets are inside the pool.
+    with_source!(rows, source => unsafe { dot_all::<L, _>(source, rows.width, q, pairs, out) });
 }
 
 #[inline(always)]
-unsafe fn dot_all<L: Lanes, S: Source<L>>(source: S, width: usize, q: &[f32], tiles: &[u32], out: &mut [f32]) {
-    let (count, stride) = (q.len() / width, tiles.len() * LANES);
+unsafe fn dot_all<L: Lanes, S: Source<L>>(source: S, width: usize, q: &[f32], pairs: &[Pair], out: &mut [f32]) {
+    let (count, stride) = (q.len() / width, pairs.len() * LANES);
     let mut row = 0;
     while row < count {
         let (q, out) = (&q[row * width..], &mut out[row * stride..]);
@@ -136,70 +166,134 @@ unsafe fn dot_all<L: Lanes, S: Source<L>>(source: S, width: usize, q: &[f32], ti
         // SAFETY: as many rows are left as each handles.
         row += unsafe {
             match left {
-                8.. if L::WIDE => dot_rows::<L, S, 8>(source, width, q, tiles, out),
-                4.. if L::WIDE => dot_rows::<L, S, 4>(source, width, q, tiles, out),
-                3 if L::WIDE => dot_rows::<L, S, 3>(source, width, q, tiles, out),
-                2.. => dot_rows::<L, S, 2>(source, width, q, tiles, out),
-                _ => dot_rows::<L, S, 1>(source, width, q, tiles, out),
+                8.. if L::WIDE => dot_rows::<L, S, 8>(source, width, q, pairs, out),
+                6.. if L::WIDE => dot_rows::<L, S, 6>(source, width, q, pairs, out),
+                4.. if L::WIDE => dot_rows::<L, S, 4>(source, width, q, pairs, out),
+                3 if L::WIDE => dot_rows::<L, S, 3>(source, width, q, pairs, out),
+                2.. => dot_rows::<L, S, 2>(source, width, q, pairs, out),
+                _ => dot_rows::<L, S, 1>(source, width, q, pairs, out),
             }
         };
     }
 }
 
-/// `R` rows of `q` against all tiles; returns `R`.
+/// `R` rows of `q` against all pairs; returns `R`.
 #[inline(always)]
-unsafe fn dot_rows<L: Lanes, S: Source<L>, const R: usize>(source: S, width: usize, q: &[f32], tiles: &[u32], out: &mut [f32]) -> usize {
-    let stride = tiles.len() * LANES;
+unsafe fn dot_rows<L: Lanes, S: Source<L>, const R: usize>(source: S, width: usize, q: &[f32], pairs: &[Pair], out: &mut [f32]) -> usize {
+    let stride = pairs.len() * LANES;
+    let q = q.as_ptr();
     let mut at = 0;
-    // SAFETY: `q` has R rows of `width`, `out` R rows of `stride`; the tiles are inside the pool.
+    // SAFETY: `q` has R rows of `width`, `out` R rows of `stride`; the octets are inside the pool.
     unsafe {
-        while at + 2 <= tiles.len() {
-            dot_block::<L, S, R, 2>(source, width, q.as_ptr(), &tiles[at..], out.as_mut_ptr().add(at * LANES), stride);
-            at += 2;
-        }
-        if at < tiles.len() {
-            dot_block::<L, S, R, 1>(source, width, q.as_ptr(), &tiles[at..], out.as_mut_ptr().add(at * LANES), stride);
+        while at < pairs.len() {
+            let (pairs, out) = (&pairs[at..], out.as_mut_ptr().add(at * LANES));
+            let count = pairs.len().min(2);
+            match (count, pairs[..count].iter().all(is_tile)) {
+                (2, true) => dot_block::<L, S, R, 2, true>(source, width, q, pairs, out, stride),
+                (2, false) => dot_block::<L, S, R, 2, false>(source, width, q, pairs, out, stride),
+                (_, true) => dot_block::<L, S, R, 1, true>(source, width, q, pairs, out, stride),
+                (_, false) => dot_block::<L, S, R, 1, false>(source, width, q, pairs, out, stride),
+            }
+            at += count;
         }
     }
     R
 }
 
-/// `R` rows of `q` against `T` tiles.
+/// `R` rows of `q` against `P` pairs of octets; `TILES`: each is a tile.
 #[inline(always)]
-unsafe fn dot_block<L: Lanes, S: Source<L>, const R: usize, const T: usize>(
+unsafe fn dot_block<L: Lanes, S: Source<L>, const R: usize, const P: usize, const TILES: bool>(
     source: S,
     width: usize,
     q: *const f32,
-    tiles: &[u32],
+    pairs: &[Pair],
     out: *mut f32,
     stride: usize,
 ) {
     let groups = width.div_ceil(GROUP);
     // SAFETY: the caller's: see `dot_rows`.
     unsafe {
-        let mut sums = [[L::zero(); T]; R];
+        let (mut at, mut scales_at) = ([[0; 2]; P], [[0; 2]; P]);
+        for p in 0..P {
+            (at[p], scales_at[p]) = (starts(&pairs[p], width), starts(&pairs[p], groups));
+        }
+        let mut sums = [[L::zero(); P]; R];
         for group in 0..groups {
-            let mut scales = [source.scales((tiles[0] as usize * groups + group) * LANES); T];
-            for t in 1..T {
-                scales[t] = source.scales((tiles[t] as usize * groups + group) * LANES);
+            let mut scales = [source.two_scales([scales_at[0][0] + group * LANES, scales_at[0][1] + group * LANES]); P];
+            for p in 1..P {
+                scales[p] = source.two_scales([scales_at[p][0] + group * LANES, scales_at[p][1] + group * LANES]);
             }
             for d in group * GROUP..width.min((group + 1) * GROUP) {
-                let mut keys = [L::zero(); T];
-                for t in 0..T {
-                    keys[t] = source.load((tiles[t] as usize * width + d) * LANES, scales[t]);
+                let mut keys = [L::zero(); P];
+                for p in 0..P {
+                    keys[p] = if TILES {
+                        source.load(at[p][0] + d * LANES, scales[p])
+                    } else {
+                        source.load_two([at[p][0] + d * LANES, at[p][1] + d * LANES], scales[p])
+                    };
                 }
                 for row in 0..R {
                     let x = L::splat(*q.add(row * width + d));
-                    for t in 0..T {
-                        sums[row][t] = x.times_plus(keys[t], sums[row][t]);
+                    for p in 0..P {
+                        sums[row][p] = x.times_plus(keys[p], sums[row][p]);
                     }
                 }
             }
         }
         for row in 0..R {
-            for t in 0..T {
-                sums[row][t].store(out.add(row * stride + t * LANES));
+            for p in 0..P {
+                sums[row][p].store(out.add(row * stride + p * LANES));
             }
+        }
+    }
+}
+
+/// See [`super::widen_octets`], which checks the shapes.
+#[inline(always)]
+pub(super) unsafe fn widen_octets<L: Lanes>(rows: Rows<'_>, pairs: &[Pair], out: &mut [f32]) {
+    // SAFETY: the caller checked that the octets are inside the pool, and that `out` has room.
+    with_source!(rows, source => unsafe { widen_pairs::<L, _>(source, rows.width, pairs, out.as_mut_ptr()) });
+}
+
+#[inline(always)]
+unsafe fn widen_pairs<L: Lanes, S: Source<L>>(source: S, width: usize, pairs: &[Pair], mut out: *mut f32) {
+    // SAFETY: the caller's.
+    unsafe {
+        for pair in pairs {
+            let (at, scales_at) = (starts(pair, width), starts(pair, width.div_ceil(GROUP)));
+            for d in 0..width {
+                let group = d / GROUP * LANES;
+                let scales = source.two_scales([scales_at[0] + group, scales_at[1] + group]);
+                source.load_two([at[0] + d * LANES, at[1] + d * LANES], scales).store(out);
+                out = out.add(LANES);
+            }
+        }
+    }
+}
+
+/// See [`super::widen_columns`], which checks the shapes.
+#[inline(always)]
+pub(super) unsafe fn widen_columns<L: Lanes>(rows: Rows<'_>, columns: &[Column], out: &mut [f32]) {
+    // SAFETY: the caller checked that the slots are inside the pool, and that `out` has room.
+    with_source!(rows, source => unsafe { widen_rows::<L, _>(source, rows.width, columns, out.as_mut_ptr()) });
+}
+
+#[inline(always)]
+unsafe fn widen_rows<L: Lanes, S: Source<L>>(source: S, width: usize, columns: &[Column], mut out: *mut f32) {
+    let groups = width.div_ceil(GROUP);
+    // SAFETY: the caller's.
+    unsafe {
+        for column in columns {
+            let slot = column.slot as usize;
+            let mut d = 0;
+            while d + LANES <= width {
+                source.load(slot * width + d, source.one_scale(slot * groups + d / GROUP)).store(out.add(d));
+                d += LANES;
+            }
+            for d in d..width {
+                *out.add(d) = source.one(slot * width + d, slot * groups + d / GROUP);
+            }
+            out = out.add(width);
         }
     }
 }
@@ -309,38 +403,49 @@ unsafe fn add_block<L: Lanes, S: Source<L>, const R: usize, const C: usize>(
     }
 }
 
+/// Compiles a kernel for an instruction set.
 #[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx2,fma,f16c")]
-pub(super) unsafe fn dot_tiles_avx512(rows: Rows<'_>, q: &[f32], tiles: &[u32], out: &mut [f32]) {
-    // SAFETY: the caller's.
-    unsafe { dot_tiles::<Avx512>(rows, q, tiles, out) }
+macro_rules! compiled {
+    ($features:literal, $lanes:ty, $($kernel:ident as $name:ident($($argument:ident: $type:ty),*);)*) => {$(
+        #[target_feature(enable = $features)]
+        pub(super) unsafe fn $name($($argument: $type),*) {
+            // SAFETY: the caller's.
+            unsafe { $kernel::<$lanes>($($argument),*) }
+        }
+    )*};
 }
 
 #[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma,f16c")]
-pub(super) unsafe fn dot_tiles_avx2(rows: Rows<'_>, q: &[f32], tiles: &[u32], out: &mut [f32]) {
-    // SAFETY: the caller's.
-    unsafe { dot_tiles::<Avx2>(rows, q, tiles, out) }
+compiled! { "avx512f,avx2,fma,f16c", Avx512,
+    dot_octets as dot_octets_avx512(rows: Rows<'_>, q: &[f32], pairs: &[Pair], out: &mut [f32]);
+    widen_octets as widen_octets_avx512(rows: Rows<'_>, pairs: &[Pair], out: &mut [f32]);
+    widen_columns as widen_columns_avx512(rows: Rows<'_>, columns: &[Column], out: &mut [f32]);
+    add_weighted as add_weighted_avx512(rows: Rows<'_>, weights: &[f32], stride: usize, columns: &[Column], out: &mut [f32]);
 }
 
 #[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx2,fma,f16c")]
-pub(super) unsafe fn add_weighted_avx512(rows: Rows<'_>, weights: &[f32], stride: usize, columns: &[Column], out: &mut [f32]) {
-    // SAFETY: the caller's.
-    unsafe { add_weighted::<Avx512>(rows, weights, stride, columns, out) }
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma,f16c")]
-pub(super) unsafe fn add_weighted_avx2(rows: Rows<'_>, weights: &[f32], stride: usize, columns: &[Column], out: &mut [f32]) {
-    // SAFETY: the caller's.
-    unsafe { add_weighted::<Avx2>(rows, weights, stride, columns, out) }
+compiled! { "avx2,fma,f16c", Avx2,
+    dot_octets as dot_octets_avx2(rows: Rows<'_>, q: &[f32], pairs: &[Pair], out: &mut [f32]);
+    widen_octets as widen_octets_avx2(rows: Rows<'_>, pairs: &[Pair], out: &mut [f32]);
+    widen_columns as widen_columns_avx2(rows: Rows<'_>, columns: &[Column], out: &mut [f32]);
+    add_weighted as add_weighted_avx2(rows: Rows<'_>, weights: &[f32], stride: usize, columns: &[Column], out: &mut [f32]);
 }
 
 #[cfg(test)]
 mod tests {
     use super::super::lanes::Portable;
     use super::*;
+
+    impl Rows<'_> {
+        fn number(&self, at: usize, scale_at: usize) -> f32 {
+            match self.numbers {
+                Numbers::F32(values) => values[at],
+                Numbers::F16(values) => values[at].to_f32(),
+                Numbers::Bf16(values) => values[at].to_f32(),
+                Numbers::Q8(values, scales) => f32::from(values[at] as i8) * scales[scale_at].to_f32(),
+            }
+        }
+    }
 
     /// Rows of `width` numbers in every storage, with room for four tiles.
     fn storages(width: usize, test: impl Fn(Rows<'_>)) {
@@ -360,19 +465,30 @@ mod tests {
             storages(width, |rows| {
                 for count in [1, 2, 3, 7, 16] {
                     let q: Vec<f32> = (0..count * width).map(|i| ((i * 31) % 97) as f32 / 50.0 - 1.0).collect();
-                    let tiles = [2, 0, 3];
+                    // A tile, and octets of several.
+                    let pairs = [[4, 5], [0, 3], [7, 6]];
                     let mut portable = vec![0f32; count * 48];
-                    // SAFETY: the tiles are inside, the shapes fit.
-                    unsafe { dot_tiles::<Portable>(rows, &q, &tiles, &mut portable) };
+                    // SAFETY: the octets are inside, the shapes fit.
+                    unsafe { dot_octets::<Portable>(rows, &q, &pairs, &mut portable) };
                     let mut out = vec![0f32; count * 48];
-                    super::super::dot_tiles(rows, &q, &tiles, &mut out);
+                    super::super::dot_octets(rows, &q, &pairs, &mut out);
                     assert_eq!(out, portable);
-                    let mut tile = vec![0f32; width * LANES];
-                    rows.widen_tile(3, &mut tile);
-                    for row in 0..count {
-                        for lane in 0..LANES {
-                            let want: f64 = (0..width).map(|d| f64::from(q[row * width + d]) * f64::from(tile[d * LANES + lane])).sum();
-                            assert!((f64::from(out[row * 48 + 32 + lane]) - want).abs() < 1e-3 * (1.0 + want.abs()));
+                    let (mut wide, mut portable) = (vec![0f32; 3 * width * LANES], vec![0f32; 3 * width * LANES]);
+                    super::super::widen_octets(rows, &pairs, &mut wide);
+                    // SAFETY: as above.
+                    unsafe { widen_octets::<Portable>(rows, &pairs, &mut portable) };
+                    assert_eq!(wide, portable);
+                    let number = |slot: usize, d: usize| {
+                        rows.number(slot / LANES * width * LANES + d * LANES + slot % LANES, {
+                            (slot / LANES * width.div_ceil(GROUP) + d / GROUP) * LANES + slot % LANES
+                        })
+                    };
+                    for lane in 0..48 {
+                        let slot = pairs[lane / 16][lane % 16 / 8] as usize * OCTET + lane % 8;
+                        (0..width).for_each(|d| assert_eq!(wide[(lane / 16 * width + d) * LANES + lane % 16], number(slot, d)));
+                        for row in 0..count {
+                            let want: f64 = (0..width).map(|d| f64::from(q[row * width + d]) * f64::from(number(slot, d))).sum();
+                            assert!((f64::from(out[row * 48 + lane]) - want).abs() < 1e-3 * (1.0 + want.abs()));
                         }
                     }
 
@@ -385,13 +501,21 @@ mod tests {
                     unsafe { add_weighted::<Portable>(rows, &weights, 5, &columns, &mut portable) };
                     super::super::add_weighted(rows, &weights, 5, &columns, &mut out);
                     assert_eq!(out, portable);
-                    let mut wide = vec![0f32; width];
+                    let (mut wide, mut portable) = (vec![0f32; 4 * width], vec![0f32; 4 * width]);
+                    super::super::widen_columns(rows, &columns, &mut wide);
+                    // SAFETY: as above.
+                    unsafe { widen_columns::<Portable>(rows, &columns, &mut portable) };
+                    assert_eq!(wide, portable);
+                    let groups = width.div_ceil(GROUP);
+                    for (column, wide) in columns.iter().zip(wide.chunks(width)) {
+                        let slot = column.slot as usize;
+                        (0..width).for_each(|d| assert_eq!(wide[d], rows.number(slot * width + d, slot * groups + d / GROUP)));
+                    }
                     for row in 0..count {
                         let mut want: Vec<f64> = start[row * width..(row + 1) * width].iter().map(|x| f64::from(*x)).collect();
-                        for column in &columns {
-                            rows.widen_row(column.slot as usize, &mut wide);
+                        for (column, wide) in columns.iter().zip(wide.chunks(width)) {
                             let weight = f64::from(weights[row * 5 + column.weight as usize]);
-                            want.iter_mut().zip(&wide).for_each(|(sum, x)| *sum += weight * f64::from(*x));
+                            want.iter_mut().zip(wide).for_each(|(sum, x)| *sum += weight * f64::from(*x));
                         }
                         for (got, want) in out[row * width..].iter().zip(want) {
                             assert!((f64::from(*got) - want).abs() < 1e-3 * (1.0 + want.abs()), "{got} {want}");

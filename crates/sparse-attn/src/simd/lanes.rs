@@ -12,6 +12,11 @@ pub(super) trait Lanes: Copy {
     unsafe fn load_f16(from: *const f16) -> Self;
     unsafe fn load_bf16(from: *const bf16) -> Self;
     unsafe fn load_i8(from: *const i8) -> Self;
+    /// 8 numbers at each.
+    unsafe fn load_two(from: [*const f32; 2]) -> Self;
+    unsafe fn load_two_f16(from: [*const f16; 2]) -> Self;
+    unsafe fn load_two_bf16(from: [*const bf16; 2]) -> Self;
+    unsafe fn load_two_i8(from: [*const i8; 2]) -> Self;
     unsafe fn store(self, to: *mut f32);
     /// `self * b`
     unsafe fn times(self, b: Self) -> Self;
@@ -52,27 +57,53 @@ impl Lanes for Portable {
     #[inline(always)]
     unsafe fn load_f16(from: *const f16) -> Self {
         // SAFETY: the caller's: 16 elements are readable.
-        let values = unsafe { from.cast::<[u16; 16]>().read_unaligned() };
-        Self::each(|i| {
-            // The exponent moves by multiplying; only infinities and NaN need more. No branch, so that vectors work.
-            let magnitude = f32::from_bits(u32::from(values[i] & 0x7fff) << 13) * f32::from_bits(0x7780_0000);
-            let special = if values[i] & 0x7c00 == 0x7c00 { 0x7f80_0000 } else { 0 };
-            f32::from_bits(magnitude.to_bits() | special | u32::from(values[i] & 0x8000) << 16)
-        })
+        unsafe { Self::load_two_f16([from, from.add(8)]) }
     }
 
     #[inline(always)]
     unsafe fn load_bf16(from: *const bf16) -> Self {
         // SAFETY: the caller's: 16 elements are readable.
-        let values = unsafe { from.cast::<[u16; 16]>().read_unaligned() };
-        Self::each(|i| f32::from_bits(u32::from(values[i]) << 16))
+        unsafe { Self::load_two_bf16([from, from.add(8)]) }
     }
 
     #[inline(always)]
     unsafe fn load_i8(from: *const i8) -> Self {
         // SAFETY: the caller's: 16 elements are readable.
-        let values = unsafe { from.cast::<[i8; 16]>().read_unaligned() };
-        Self::each(|i| f32::from(values[i]))
+        unsafe { Self::load_two_i8([from, from.add(8)]) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_two(from: [*const f32; 2]) -> Self {
+        // SAFETY: the caller's: 8 elements are readable at each.
+        let values = from.map(|from| unsafe { from.cast::<[f32; 8]>().read_unaligned() });
+        Self::each(|i| values[i / 8][i % 8])
+    }
+
+    #[inline(always)]
+    unsafe fn load_two_f16(from: [*const f16; 2]) -> Self {
+        // SAFETY: the caller's: 8 elements are readable at each.
+        let values = from.map(|from| unsafe { from.cast::<[u16; 8]>().read_unaligned() });
+        Self::each(|i| {
+            let bits = values[i / 8][i % 8];
+            // The exponent moves by multiplying; only infinities and NaN need more. No branch, so that vectors work.
+            let magnitude = f32::from_bits(u32::from(bits & 0x7fff) << 13) * f32::from_bits(0x7780_0000);
+            let special = if bits & 0x7c00 == 0x7c00 { 0x7f80_0000 } else { 0 };
+            f32::from_bits(magnitude.to_bits() | special | u32::from(bits & 0x8000) << 16)
+        })
+    }
+
+    #[inline(always)]
+    unsafe fn load_two_bf16(from: [*const bf16; 2]) -> Self {
+        // SAFETY: the caller's: 8 elements are readable at each.
+        let values = from.map(|from| unsafe { from.cast::<[u16; 8]>().read_unaligned() });
+        Self::each(|i| f32::from_bits(u32::from(values[i / 8][i % 8]) << 16))
+    }
+
+    #[inline(always)]
+    unsafe fn load_two_i8(from: [*const i8; 2]) -> Self {
+        // SAFETY: the caller's: 8 elements are readable at each.
+        let values = from.map(|from| unsafe { from.cast::<[i8; 8]>().read_unaligned() });
+        Self::each(|i| f32::from(values[i / 8][i % 8]))
     }
 
     #[inline(always)]
@@ -149,6 +180,35 @@ mod x86 {
         }
 
         #[inline(always)]
+        unsafe fn load_two([a, b]: [*const f32; 2]) -> Self {
+            unsafe {
+                let (a, b) = (_mm512_castps256_ps512(_mm256_loadu_ps(a)), _mm256_castps_pd(_mm256_loadu_ps(b)));
+                Self(_mm512_castpd_ps(_mm512_insertf64x4::<1>(_mm512_castps_pd(a), b)))
+            }
+        }
+
+        #[inline(always)]
+        unsafe fn load_two_f16([a, b]: [*const f16; 2]) -> Self {
+            unsafe { Self(_mm512_cvtph_ps(_mm256_set_m128i(_mm_loadu_si128(b.cast()), _mm_loadu_si128(a.cast())))) }
+        }
+
+        #[inline(always)]
+        unsafe fn load_two_bf16([a, b]: [*const bf16; 2]) -> Self {
+            unsafe {
+                let both = _mm256_set_m128i(_mm_loadu_si128(b.cast()), _mm_loadu_si128(a.cast()));
+                Self(_mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(both))))
+            }
+        }
+
+        #[inline(always)]
+        unsafe fn load_two_i8([a, b]: [*const i8; 2]) -> Self {
+            unsafe {
+                let both = _mm_unpacklo_epi64(_mm_loadl_epi64(a.cast()), _mm_loadl_epi64(b.cast()));
+                Self(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(both)))
+            }
+        }
+
+        #[inline(always)]
         unsafe fn store(self, to: *mut f32) {
             unsafe { _mm512_storeu_ps(to, self.0) }
         }
@@ -185,28 +245,46 @@ mod x86 {
 
         #[inline(always)]
         unsafe fn load(from: *const f32) -> Self {
-            unsafe { Self(_mm256_loadu_ps(from), _mm256_loadu_ps(from.add(8))) }
+            unsafe { Self::load_two([from, from.add(8)]) }
         }
 
         #[inline(always)]
         unsafe fn load_f16(from: *const f16) -> Self {
-            unsafe { Self(_mm256_cvtph_ps(_mm_loadu_si128(from.cast())), _mm256_cvtph_ps(_mm_loadu_si128(from.add(8).cast()))) }
+            unsafe { Self::load_two_f16([from, from.add(8)]) }
         }
 
         #[inline(always)]
         unsafe fn load_bf16(from: *const bf16) -> Self {
+            unsafe { Self::load_two_bf16([from, from.add(8)]) }
+        }
+
+        #[inline(always)]
+        unsafe fn load_i8(from: *const i8) -> Self {
+            unsafe { Self::load_two_i8([from, from.add(8)]) }
+        }
+
+        #[inline(always)]
+        unsafe fn load_two([a, b]: [*const f32; 2]) -> Self {
+            unsafe { Self(_mm256_loadu_ps(a), _mm256_loadu_ps(b)) }
+        }
+
+        #[inline(always)]
+        unsafe fn load_two_f16([a, b]: [*const f16; 2]) -> Self {
+            unsafe { Self(_mm256_cvtph_ps(_mm_loadu_si128(a.cast())), _mm256_cvtph_ps(_mm_loadu_si128(b.cast()))) }
+        }
+
+        #[inline(always)]
+        unsafe fn load_two_bf16([a, b]: [*const bf16; 2]) -> Self {
             unsafe {
-                let (a, b) =
-                    (_mm256_cvtepu16_epi32(_mm_loadu_si128(from.cast())), _mm256_cvtepu16_epi32(_mm_loadu_si128(from.add(8).cast())));
+                let (a, b) = (_mm256_cvtepu16_epi32(_mm_loadu_si128(a.cast())), _mm256_cvtepu16_epi32(_mm_loadu_si128(b.cast())));
                 Self(_mm256_castsi256_ps(_mm256_slli_epi32::<16>(a)), _mm256_castsi256_ps(_mm256_slli_epi32::<16>(b)))
             }
         }
 
         #[inline(always)]
-        unsafe fn load_i8(from: *const i8) -> Self {
+        unsafe fn load_two_i8([a, b]: [*const i8; 2]) -> Self {
             unsafe {
-                let (a, b) =
-                    (_mm256_cvtepi8_epi32(_mm_loadl_epi64(from.cast())), _mm256_cvtepi8_epi32(_mm_loadl_epi64(from.add(8).cast())));
+                let (a, b) = (_mm256_cvtepi8_epi32(_mm_loadl_epi64(a.cast())), _mm256_cvtepi8_epi32(_mm_loadl_epi64(b.cast())));
                 Self(_mm256_cvtepi32_ps(a), _mm256_cvtepi32_ps(b))
             }
         }

@@ -4,20 +4,74 @@
 //! runs is decided at run time. Every result is a sum in the same order whatever the instruction set's width, the number
 //! of rows computed together, or the dtype's path, so that cutting work differently changes no bit.
 
+/// Functions that run a plain loop (an `#[inline(always)]` function of the same arguments) compiled for the instruction set at hand:
+/// AVX-512, AVX2, or the target's own. The compiler makes the vectors; closures inside would not be compiled for them.
+///
+/// ```
+/// #[inline(always)]
+/// fn add_loop(sums: &mut [f32], x: &[f32]) {
+///     sums.iter_mut().zip(x).for_each(|(sum, x)| *sum += x);
+/// }
+/// sparse_attn::vectorised! {
+///     /// `sums += x`
+///     fn add(sums: &mut [f32], x: &[f32]) -> () = add_loop;
+/// }
+/// let mut sums = [1.0; 40];
+/// add(&mut sums, &[2.0; 40]);
+/// assert_eq!(sums, [3.0; 40]);
+/// ```
+#[macro_export]
+macro_rules! vectorised {
+    ($($(#[$meta:meta])* $visibility:vis fn $name:ident($($argument:ident: $type:ty),*) -> $result:ty = $loop:ident;)*) => {$(
+        $(#[$meta])*
+        $visibility fn $name($($argument: $type),*) -> $result {
+            #[cfg(target_arch = "x86_64")]
+            {
+                #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
+                fn avx512($($argument: $type),*) -> $result {
+                    $loop($($argument),*)
+                }
+                #[target_feature(enable = "avx2,fma")]
+                fn avx2($($argument: $type),*) -> $result {
+                    $loop($($argument),*)
+                }
+                if $crate::simd::has_avx512_loops() {
+                    // SAFETY: the processor has these instructions, just asked.
+                    return unsafe { avx512($($argument),*) };
+                }
+                if ::std::arch::is_x86_feature_detected!("avx2") && ::std::arch::is_x86_feature_detected!("fma") {
+                    // SAFETY: the processor has these instructions, just asked.
+                    return unsafe { avx2($($argument),*) };
+                }
+            }
+            $loop($($argument),*)
+        }
+    )*};
+}
+
+/// Whether [`vectorised!`] takes the widest way.
+#[cfg(target_arch = "x86_64")]
+pub fn has_avx512_loops() -> bool {
+    is_x86_feature_detected!("avx512f")
+        && is_x86_feature_detected!("avx512bw")
+        && is_x86_feature_detected!("avx512dq")
+        && is_x86_feature_detected!("avx512vl")
+        && is_x86_feature_detected!("fma")
+}
+
 mod kernels;
 mod lanes;
 mod softmax;
 
-use crate::cache::{GROUP, KvDtype, LANES, Pool};
+use crate::cache::{KvDtype, LANES, OCTET, Pool};
 use candle_core::{CpuStorage, Result, Storage, bail};
-use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use kernels::Column;
 use lanes::Portable;
 
 pub(crate) use kernels::Column as ValueColumn;
 pub use softmax::exp;
-pub(crate) use softmax::{exp_sum, max};
+pub(crate) use softmax::{exp_sum, max, raise};
 
 /// The numbers of a pool on the host.
 #[derive(Debug, Clone, Copy)]
@@ -71,66 +125,56 @@ impl Rows<'_> {
         };
         slots <= scales && slots * self.width <= self.len()
     }
-
-    /// The numbers of `tile` (of rows in tiles), `[width, LANES]`, as f32.
-    pub(crate) fn widen_tile(&self, tile: usize, out: &mut [f32]) {
-        let from = tile * self.width * LANES..(tile + 1) * self.width * LANES;
-        match self.numbers {
-            Numbers::F32(values) => out.copy_from_slice(&values[from]),
-            Numbers::F16(values) => values[from].convert_to_f32_slice(out),
-            Numbers::Bf16(values) => values[from].convert_to_f32_slice(out),
-            Numbers::Q8(values, scales) => {
-                let groups = KvDtype::Q8_0.scales(self.width);
-                for (d, (out, values)) in out.chunks_exact_mut(LANES).zip(values[from].chunks_exact(LANES)).enumerate() {
-                    let scales = &scales[(tile * groups + d / GROUP) * LANES..][..LANES];
-                    for ((out, value), scale) in out.iter_mut().zip(values).zip(scales) {
-                        *out = f32::from(*value as i8) * scale.to_f32();
-                    }
-                }
-            }
-        }
-    }
-
-    /// The row of `slot` (of rows one after the other), `[width]`, as f32.
-    pub(crate) fn widen_row(&self, slot: usize, out: &mut [f32]) {
-        let from = slot * self.width..(slot + 1) * self.width;
-        match self.numbers {
-            Numbers::F32(values) => out.copy_from_slice(&values[from]),
-            Numbers::F16(values) => values[from].convert_to_f32_slice(out),
-            Numbers::Bf16(values) => values[from].convert_to_f32_slice(out),
-            Numbers::Q8(values, scales) => {
-                let groups = KvDtype::Q8_0.scales(self.width);
-                for (group, (out, values)) in out.chunks_mut(GROUP).zip(values[from].chunks(GROUP)).enumerate() {
-                    let scale = scales[slot * groups + group].to_f32();
-                    out.iter_mut().zip(values).for_each(|(out, value)| *out = f32::from(*value as i8) * scale);
-                }
-            }
-        }
-    }
 }
 
-/// `out[row, LANES * i + lane] = q[row] . rows[LANES * tiles[i] + lane]`; `rows` lie in tiles.
+/// Calls a kernel compiled for this processor.
+macro_rules! call {
+    ($avx512:ident, $avx2:ident, $portable:ident, ($($argument:expr),*)) => {{
+        #[cfg(target_arch = "x86_64")]
+        {
+            if lanes::has_avx512() {
+                // SAFETY: the processor has what the function needs; places and shapes were checked.
+                return unsafe { kernels::$avx512($($argument),*) };
+            }
+            if lanes::has_avx2() {
+                // SAFETY: as above.
+                return unsafe { kernels::$avx2($($argument),*) };
+            }
+        }
+        // SAFETY: places and shapes were checked.
+        unsafe { kernels::$portable::<Portable>($($argument),*) }
+    }};
+}
+
+/// Slots up to the last one of some octets.
+fn slots_of(pairs: &[[u32; 2]]) -> usize {
+    pairs.as_flattened().iter().max().map_or(0, |octet| (*octet as usize + 1) * OCTET)
+}
+
+/// `out[row, OCTET * i + lane] = q[row] . rows[OCTET * octets[i] + lane]`, where `octets` are those of `pairs` one after the other;
+/// `rows` lie in tiles.
 ///
 /// - `q`: `[n, width]`
-/// - `out`: `[n, LANES * tiles]`
-pub(crate) fn dot_tiles(rows: Rows<'_>, q: &[f32], tiles: &[u32], out: &mut [f32]) {
+/// - `out`: `[n, OCTET * octets]`
+pub(crate) fn dot_octets(rows: Rows<'_>, q: &[f32], pairs: &[[u32; 2]], out: &mut [f32]) {
     let count = q.len() / rows.width;
-    let slots = tiles.iter().max().map_or(0, |tile| (*tile as usize + 1) * LANES);
-    assert!(rows.holds(slots) && q.len() == count * rows.width, "dot_tiles: a tile is beyond the pool");
-    assert!(out.len() == count * tiles.len() * LANES, "dot_tiles: the output has another shape");
-    #[cfg(target_arch = "x86_64")]
-    {
-        if lanes::has_avx512() {
-            // SAFETY: the processor has what the function needs; tiles and shapes were checked.
-            return unsafe { kernels::dot_tiles_avx512(rows, q, tiles, out) };
-        }
-        if lanes::has_avx2() {
-            // SAFETY: as above.
-            return unsafe { kernels::dot_tiles_avx2(rows, q, tiles, out) };
-        }
-    }
-    // SAFETY: tiles and shapes were checked.
-    unsafe { kernels::dot_tiles::<Portable>(rows, q, tiles, out) }
+    assert!(rows.holds(slots_of(pairs)) && q.len() == count * rows.width, "dot_octets: an octet is beyond the pool");
+    assert!(out.len() == count * pairs.len() * LANES, "dot_octets: the output has another shape");
+    call!(dot_octets_avx512, dot_octets_avx2, dot_octets, (rows, q, pairs, out))
+}
+
+/// The numbers of octets as tiles of f32: `out` `[pairs, width, LANES]`; `rows` lie in tiles.
+pub(crate) fn widen_octets(rows: Rows<'_>, pairs: &[[u32; 2]], out: &mut [f32]) {
+    assert!(rows.holds(slots_of(pairs)), "widen_octets: an octet is beyond the pool");
+    assert!(out.len() == pairs.len() * rows.width * LANES, "widen_octets: the output has another shape");
+    call!(widen_octets_avx512, widen_octets_avx2, widen_octets, (rows, pairs, out))
+}
+
+/// The rows of `columns` as f32: `out` `[columns, width]`; `rows` lie one after the other.
+pub(crate) fn widen_columns(rows: Rows<'_>, columns: &[Column], out: &mut [f32]) {
+    let slots = columns.iter().map(|column| column.slot as usize + 1).max().unwrap_or(0);
+    assert!(rows.holds(slots) && out.len() == columns.len() * rows.width, "widen_columns: a slot is beyond the pool");
+    call!(widen_columns_avx512, widen_columns_avx2, widen_columns, (rows, columns, out))
 }
 
 /// `out[row] += sum_i weights[row, columns[i].weight] * rows[columns[i].slot]`; `rows` lie one after the other.
@@ -143,17 +187,5 @@ pub(crate) fn add_weighted(rows: Rows<'_>, weights: &[f32], stride: usize, colum
     let widest = columns.iter().map(|column| column.weight as usize + 1).max().unwrap_or(0);
     assert!(rows.holds(slots) && out.len() == count * rows.width, "add_weighted: a slot is beyond the pool");
     assert!(widest <= stride && weights.len() >= count * stride, "add_weighted: a weight is beyond its row");
-    #[cfg(target_arch = "x86_64")]
-    {
-        if lanes::has_avx512() {
-            // SAFETY: the processor has what the function needs; slots, weights and shapes were checked.
-            return unsafe { kernels::add_weighted_avx512(rows, weights, stride, columns, out) };
-        }
-        if lanes::has_avx2() {
-            // SAFETY: as above.
-            return unsafe { kernels::add_weighted_avx2(rows, weights, stride, columns, out) };
-        }
-    }
-    // SAFETY: slots, weights and shapes were checked.
-    unsafe { kernels::add_weighted::<Portable>(rows, weights, stride, columns, out) }
+    call!(add_weighted_avx512, add_weighted_avx2, add_weighted, (rows, weights, stride, columns, out))
 }

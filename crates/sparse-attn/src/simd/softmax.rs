@@ -1,62 +1,24 @@
-//! The exponentials of a running softmax, vectorised.
+//! What a running softmax needs of its scores: plain loops, compiled for each instruction set.
 
 /// Numbers at a time.
 const LANES: usize = 16;
 
-/// Replaces each score by `exp(score - max)` and returns their sum. `-inf` becomes exactly 0.
-pub(crate) fn exp_sum(scores: &mut [f32], max: f32) -> f32 {
-    #[cfg(target_arch = "x86_64")]
-    {
-        if std::arch::is_x86_feature_detected!("avx512f") {
-            // SAFETY: the processor has AVX-512F, just asked.
-            return unsafe { exp_sum_avx512(scores, max) };
-        }
-        if std::arch::is_x86_feature_detected!("avx2") && std::arch::is_x86_feature_detected!("fma") {
-            // SAFETY: the processor has AVX2 and FMA, just asked.
-            return unsafe { exp_sum_avx2(scores, max) };
-        }
+vectorised! {
+    /// Replaces each score by `exp(score - max)` and returns their sum. `-inf` becomes exactly 0.
+    pub(crate) fn exp_sum(scores: &mut [f32], max: f32) -> f32 = exp_sum_lanes;
+
+    /// The largest score; `-inf` if there is none, or none that is a number.
+    pub(crate) fn max(scores: &[f32]) -> f32 = max_lanes;
+
+    /// `best[i] = max(best[i], scores[i])`; NaN changes nothing.
+    pub(crate) fn raise(best: &mut [f32], scores: &[f32]) -> () = raise_lanes;
+}
+
+#[inline(always)]
+fn raise_lanes(best: &mut [f32], scores: &[f32]) {
+    for (best, score) in best.iter_mut().zip(scores) {
+        *best = if *score > *best { *score } else { *best };
     }
-    exp_sum_lanes(scores, max)
-}
-
-/// The largest score; `-inf` if there is none, or none that is a number.
-pub(crate) fn max(scores: &[f32]) -> f32 {
-    #[cfg(target_arch = "x86_64")]
-    {
-        if std::arch::is_x86_feature_detected!("avx512f") {
-            // SAFETY: the processor has AVX-512F, just asked.
-            return unsafe { max_avx512(scores) };
-        }
-        if std::arch::is_x86_feature_detected!("avx2") {
-            // SAFETY: the processor has AVX2, just asked.
-            return unsafe { max_avx2(scores) };
-        }
-    }
-    max_lanes(scores)
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f")]
-fn max_avx512(scores: &[f32]) -> f32 {
-    max_lanes(scores)
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2")]
-fn max_avx2(scores: &[f32]) -> f32 {
-    max_lanes(scores)
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,fma")]
-fn exp_sum_avx512(scores: &mut [f32], max: f32) -> f32 {
-    exp_sum_lanes(scores, max)
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma")]
-fn exp_sum_avx2(scores: &mut [f32], max: f32) -> f32 {
-    exp_sum_lanes(scores, max)
 }
 
 /// Plain code in 16 lanes, which the compiler turns into the vectors of its caller. The order of the sum
@@ -78,7 +40,6 @@ fn exp_sum_lanes(scores: &mut [f32], max: f32) -> f32 {
     sums.iter().sum()
 }
 
-/// The largest score, `-inf` if there is none. NaN is skipped.
 #[inline(always)]
 fn max_lanes(scores: &[f32]) -> f32 {
     let larger = |a: f32, b: f32| if b > a { b } else { a };

@@ -1,5 +1,7 @@
 //! A row of activations in 8 bits.
 
+use sparse_attn::vectorised;
+
 /// Numbers that share a scale.
 pub(super) const GROUP: usize = 32;
 
@@ -38,35 +40,11 @@ impl Activations {
     }
 }
 
-/// `x[i] ~ integers[i] * scales[i / GROUP]`, for a multiple of [`GROUP`] numbers.
-pub(super) fn round_row(x: &[f32], integers: &mut [i8], scales: &mut [f32]) {
-    #[cfg(target_arch = "x86_64")]
-    {
-        if super::avx512::is_here() {
-            // SAFETY: the processor has AVX-512, just asked.
-            return unsafe { round_row_avx512(x, integers, scales) };
-        }
-        if is_x86_feature_detected!("avx2") {
-            // SAFETY: the processor has AVX2, just asked.
-            return unsafe { round_row_avx2(x, integers, scales) };
-        }
-    }
-    round_groups(x, integers, scales);
+vectorised! {
+    /// `x[i] ~ integers[i] * scales[i / GROUP]`, for a multiple of [`GROUP`] numbers.
+    pub(super) fn round_row(x: &[f32], integers: &mut [i8], scales: &mut [f32]) -> () = round_groups;
 }
 
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2")]
-fn round_row_avx512(x: &[f32], integers: &mut [i8], scales: &mut [f32]) {
-    round_groups(x, integers, scales);
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2")]
-fn round_row_avx2(x: &[f32], integers: &mut [i8], scales: &mut [f32]) {
-    round_groups(x, integers, scales);
-}
-
-/// In plain loops, which the compiler turns into the vectors of its caller.
 #[inline(always)]
 fn round_groups(x: &[f32], integers: &mut [i8], scales: &mut [f32]) {
     /// Adding this to a number below 2^22 leaves its nearest integer in the last bits.

@@ -1,13 +1,11 @@
 //! One work item: a tile of queries against some keys of one head.
 
-use super::Work;
-use super::reads::{Reads, TileRef};
-use crate::HeadShape;
-use crate::cache::{LANES, Step};
-use crate::simd::{Numbers, Rows, ValueColumn, add_weighted, dot_tiles, exp_sum, max};
+use super::reads::{OctetRef, Reads};
+use crate::cache::{LANES, OCTET, Step};
+use crate::simd::{Numbers, Rows, ValueColumn, add_weighted, dot_octets, exp_sum, max, widen_columns, widen_octets};
 
-/// Key tiles that are scored at a time: scores and widened keys stay in the caches next to the core.
-const BLOCK_TILES: usize = 8;
+/// Octets of keys that are scored at a time, an even number: scores and widened keys stay in the caches next to the core.
+const BLOCK_OCTETS: usize = 16;
 
 /// From this many rows on, keys and values are widened to f32 once instead of by each few rows.
 const WIDEN_ROWS: usize = 16;
@@ -16,10 +14,10 @@ const WIDEN_ROWS: usize = 16;
 #[derive(Debug, Default)]
 pub(super) struct Scratch {
     q: Vec<f32>,      // [rows, head_dim]
-    k: Vec<f32>,      // [BLOCK_TILES, head_dim, LANES]
+    k: Vec<f32>,      // [pairs, head_dim, LANES]
     v: Vec<f32>,      // [columns, head_dim]
-    scores: Vec<f32>, // [rows, BLOCK_TILES * LANES]
-    tiles: Vec<u32>,
+    scores: Vec<f32>, // [rows, BLOCK_OCTETS * OCTET]
+    pairs: Vec<[u32; 2]>,
     columns: Vec<ValueColumn>,
 }
 
@@ -55,11 +53,12 @@ impl Partial {
     }
 
     /// Divides and stores into `out` `[q_len, q_heads, head_dim]`.
-    pub(super) fn write(&self, work: &Work, step: Step, shape: HeadShape, out: &mut [f32]) {
+    pub(super) fn write(&self, reads: &Reads<'_>, step: Step, out: &mut [f32]) {
+        let shape = reads.store.shape();
         let group_size = shape.group_size();
         for (row, (values, sum)) in self.out.chunks_exact(self.head_dim).zip(&self.sum).enumerate() {
-            let query = work.queries.start - step.start + row / group_size;
-            let head = work.kv_head * group_size + row % group_size;
+            let query = reads.queries.start - step.start + row / group_size;
+            let head = reads.kv_head * group_size + row % group_size;
             let to = &mut out[(query * shape.q_heads() + head) * self.head_dim..][..self.head_dim];
             for (to, value) in to.iter_mut().zip(values) {
                 *to = value / sum;
@@ -89,13 +88,13 @@ pub(super) fn attend(
         let from = ((t - step.start) * shape.q_heads() + reads.kv_head * group_size) * head_dim;
         scratch.q.extend(q[from..from + group_size * head_dim].iter().map(|x| x * scale));
     }
-    scratch.scores.resize(rows * BLOCK_TILES * LANES, 0.0);
+    scratch.scores.resize(rows * BLOCK_OCTETS * OCTET, 0.0);
 
-    for tiles in reads.tiles.chunks(BLOCK_TILES) {
-        let stride = tiles.len() * LANES;
-        score(tiles, rows, k, scratch);
+    for octets in reads.octets.chunks(BLOCK_OCTETS) {
+        let stride = octets.len().next_multiple_of(2) * OCTET;
+        score(octets, rows, k, scratch);
         let scores = &mut scratch.scores[..rows * stride];
-        hide(reads, tiles, group_size, scores);
+        hide(reads, octets, group_size, scores);
         for (row, scores) in scores.chunks_exact_mut(stride).enumerate() {
             let max = partial.max[row].max(max(scores));
             if max == f32::NEG_INFINITY {
@@ -109,39 +108,39 @@ pub(super) fn attend(
             }
             partial.max[row] = max;
         }
-        collect_columns(reads, tiles, &mut scratch.columns);
-        weigh(reads, tiles, rows, v, scratch, partial);
+        weigh(reads, octets, rows, v, scratch, partial);
     }
 }
 
-/// `scores[rows, tiles * LANES] = q[rows, head_dim] . k'`
-fn score(tiles: &[TileRef], rows: usize, k: Rows<'_>, scratch: &mut Scratch) {
-    let scores = &mut scratch.scores[..rows * tiles.len() * LANES];
-    scratch.tiles.clear();
+/// `scores[rows, pairs * LANES] = q[rows, head_dim] . k'`
+fn score(octets: &[OctetRef], rows: usize, k: Rows<'_>, scratch: &mut Scratch) {
+    scratch.pairs.clear();
+    // A last one without a partner is its own; `hide` hides the copy.
+    scratch.pairs.extend(octets.chunks(2).map(|pair| [pair[0].octet, pair[pair.len() - 1].octet]));
+    let scores = &mut scratch.scores[..rows * scratch.pairs.len() * LANES];
     if rows < WIDEN_ROWS {
-        scratch.tiles.extend(tiles.iter().map(|tile| tile.tile));
-        return dot_tiles(k, &scratch.q, &scratch.tiles, scores);
+        return dot_octets(k, &scratch.q, &scratch.pairs, scores);
     }
-    scratch.tiles.extend(0..tiles.len() as u32);
-    scratch.k.resize(BLOCK_TILES * k.width * LANES, 0.0);
-    for (tile, wide) in tiles.iter().zip(scratch.k.chunks_exact_mut(k.width * LANES)) {
-        k.widen_tile(tile.tile as usize, wide);
+    scratch.k.resize(scratch.pairs.len() * k.width * LANES, 0.0);
+    widen_octets(k, &scratch.pairs, &mut scratch.k);
+    for (pair, first) in scratch.pairs.iter_mut().zip((0..).step_by(2)) {
+        *pair = [first, first + 1];
     }
-    dot_tiles(Rows { numbers: Numbers::F32(&scratch.k), width: k.width }, &scratch.q, &scratch.tiles, scores);
+    dot_octets(Rows { numbers: Numbers::F32(&scratch.k), width: k.width }, &scratch.q, &scratch.pairs, scores);
 }
 
 /// Hides the lanes that a query does not see.
-fn hide(reads: &Reads<'_>, tiles: &[TileRef], group_size: usize, scores: &mut [f32]) {
-    let stride = tiles.len() * LANES;
-    for (index, tile) in tiles.iter().enumerate() {
-        let shared = reads.is_shared(*tile).then(|| reads.visible(*tile, reads.queries.start));
-        if shared == Some(u16::MAX) {
+fn hide(reads: &Reads<'_>, octets: &[OctetRef], group_size: usize, scores: &mut [f32]) {
+    let stride = octets.len().next_multiple_of(2) * OCTET;
+    for (index, octet) in octets.iter().enumerate() {
+        let shared = reads.is_shared(*octet).then(|| reads.visible(*octet, reads.queries.start));
+        if shared == Some(u8::MAX) {
             continue;
         }
         for (query, scores) in scores.chunks_exact_mut(group_size * stride).enumerate() {
-            let visible = shared.unwrap_or_else(|| reads.visible(*tile, reads.queries.start + query));
+            let visible = shared.unwrap_or_else(|| reads.visible(*octet, reads.queries.start + query));
             for scores in scores.chunks_exact_mut(stride) {
-                for (lane, score) in scores[index * LANES..][..LANES].iter_mut().enumerate() {
+                for (lane, score) in scores[index * OCTET..][..OCTET].iter_mut().enumerate() {
                     if visible >> lane & 1 == 0 {
                         *score = f32::NEG_INFINITY;
                     }
@@ -149,36 +148,42 @@ fn hide(reads: &Reads<'_>, tiles: &[TileRef], group_size: usize, scores: &mut [f
             }
         }
     }
-}
-
-/// The slots that some query of the item sees.
-fn collect_columns(reads: &Reads<'_>, tiles: &[TileRef], columns: &mut Vec<ValueColumn>) {
-    columns.clear();
-    for (index, tile) in tiles.iter().enumerate() {
-        let seen = if reads.is_shared(*tile) {
-            reads.visible(*tile, reads.queries.start)
-        } else {
-            reads.queries.clone().fold(0, |seen, t| seen | reads.visible(*tile, t))
-        };
-        let lanes = (0..LANES).filter(|lane| seen >> lane & 1 == 1);
-        columns.extend(lanes.map(|lane| ValueColumn { slot: tile.slot(lane), weight: (index * LANES + lane) as u32 }));
+    if !octets.len().is_multiple_of(2) {
+        scores.chunks_exact_mut(stride).for_each(|scores| scores[stride - OCTET..].fill(f32::NEG_INFINITY));
     }
 }
 
-/// `out[rows, head_dim] += weights[rows, tiles * LANES] . v`
-fn weigh(reads: &Reads<'_>, tiles: &[TileRef], rows: usize, v: Rows<'_>, scratch: &mut Scratch, partial: &mut Partial) {
-    let stride = tiles.len() * LANES;
+/// The slots that some query of the item sees.
+fn collect_columns(reads: &Reads<'_>, octets: &[OctetRef], columns: &mut Vec<ValueColumn>) {
+    columns.clear();
+    for (index, octet) in octets.iter().enumerate() {
+        let seen = if reads.is_shared(*octet) {
+            reads.visible(*octet, reads.queries.start)
+        } else {
+            reads.queries.clone().fold(0, |seen, t| seen | reads.visible(*octet, t))
+        };
+        let (slot, weight) = (octet.first_slot(), (index * OCTET) as u32);
+        let all = (0..OCTET as u32).map(|lane| ValueColumn { slot: slot + lane, weight: weight + lane });
+        match seen {
+            u8::MAX => columns.extend(all),
+            _ => columns.extend(all.filter(|column| seen >> (column.slot - slot) & 1 == 1)),
+        }
+    }
+}
+
+/// `out[rows, head_dim] += weights[rows, pairs * LANES] . v`
+fn weigh(reads: &Reads<'_>, octets: &[OctetRef], rows: usize, v: Rows<'_>, scratch: &mut Scratch, partial: &mut Partial) {
+    collect_columns(reads, octets, &mut scratch.columns);
+    let stride = octets.len().next_multiple_of(2) * OCTET;
     let weights = &scratch.scores[..rows * stride];
     // A weight of 0 must hide what it weighs, and 0 * NaN does not. Only where queries see different lanes can it happen.
-    let mixed = tiles.iter().any(|tile| !reads.is_shared(*tile));
+    let mixed = octets.iter().any(|octet| !reads.is_shared(*octet));
     if rows < WIDEN_ROWS && !mixed {
         return add_weighted(v, weights, stride, &scratch.columns, &mut partial.out);
     }
     let head_dim = v.width;
     scratch.v.resize(scratch.columns.len() * head_dim, 0.0);
-    for (column, wide) in scratch.columns.iter().zip(scratch.v.chunks_exact_mut(head_dim)) {
-        v.widen_row(column.slot as usize, wide);
-    }
+    widen_columns(v, &scratch.columns, &mut scratch.v);
     if mixed && !scratch.v.iter().all(|x| x.is_finite()) {
         for (weights, out) in weights.chunks_exact(stride).zip(partial.out.chunks_exact_mut(head_dim)) {
             for (column, value) in scratch.columns.iter().zip(scratch.v.chunks_exact(head_dim)) {

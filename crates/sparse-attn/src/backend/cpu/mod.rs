@@ -11,8 +11,7 @@ use crate::select::Selection;
 use crate::simd::{Rows, with_rows};
 use candle_core::{DType, Device, Result, Storage, Tensor, bail};
 use item::{Partial, Scratch};
-use reads::{Reads, TileRef};
-use std::ops::Range;
+use reads::Reads;
 
 /// Query positions of one work item in prefill; tiles are aligned to absolute positions.
 const QUERY_TILE: usize = 32;
@@ -20,25 +19,16 @@ const QUERY_TILE: usize = 32;
 /// Steps up to this many queries also split the keys, or a single head would keep a single core busy.
 const MAX_SPLIT_QUERIES: usize = 8;
 
-/// Key tiles of one split. The number of splits follows from what is read alone.
-const SPLIT_TILES: usize = 32;
+/// Octets of keys of one split. The number of splits follows from what is read alone.
+const SPLIT_OCTETS: usize = 64;
 
 /// Attention on the CPU.
 ///
-/// Work is cut into items (a key/value head, a tile of queries, some tiles of keys). An item makes one pass
+/// Work is cut into items (a key/value head, a tile of queries, some octets of keys). An item makes one pass
 /// over its keys with a running softmax in f32; where keys were split, partial results are merged in
 /// the order of the splits, so the result does not depend on the number of threads.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Cpu;
-
-/// The queries and keys of an item.
-#[derive(Debug, Clone)]
-struct Work {
-    kv_head: usize,
-    queries: Range<usize>,
-    /// Of the step's list of key tiles.
-    tiles: Range<usize>,
-}
 
 impl AttentionBackend for Cpu {
     fn name(&self) -> &'static str {
@@ -65,45 +55,28 @@ impl AttentionBackend for Cpu {
 fn attend(q: &[f32], scale: f32, kv: [Rows<'_>; 2], store: &LayerStore, step: Step, selection: &Selection) -> Vec<f32> {
     let shape = store.shape();
     let mut out = vec![0f32; q.len()];
-    let (items, tiles) = work(store, step, selection);
-    let mut partials: Vec<Partial> =
-        items.iter().map(|work| Partial::new(work.queries.len() * shape.group_size(), shape.head_dim())).collect();
-    parallel::for_each_mut(&mut partials, Scratch::default, |scratch, index, partial| {
-        let work = &items[index];
-        let reads = Reads { store, kv_head: work.kv_head, queries: work.queries.clone(), tiles: &tiles[work.tiles.clone()] };
-        item::attend(&reads, q, scale, kv, step, scratch, partial);
+    let pieces = selection.pieces(step, QUERY_TILE);
+    let keys = parallel::map(shape.kv_heads() * pieces.len(), |index| {
+        let (head, queries) = (index / pieces.len(), &pieces[index % pieces.len()]);
+        reads::octets(store, head, queries, &selection.ranges(queries.start, head, queries.end, store))
+    });
+    let most = if step.len <= MAX_SPLIT_QUERIES { SPLIT_OCTETS } else { usize::MAX };
+    let mut items = Vec::new();
+    for (index, keys) in keys.iter().enumerate() {
+        let (kv_head, queries) = (index / pieces.len(), &pieces[index % pieces.len()]);
+        for octets in keys.chunks(most) {
+            let partial = Partial::new(queries.len() * shape.group_size(), shape.head_dim());
+            items.push((Reads { store, kv_head, queries: queries.clone(), octets }, partial));
+        }
+    }
+    parallel::for_each_mut(&mut items, Scratch::default, |scratch, _, (reads, partial)| {
+        item::attend(reads, q, scale, kv, step, scratch, partial);
     });
     // Splits of the same queries follow each other.
-    let mut at = 0;
-    while at < items.len() {
-        let work = &items[at];
-        let splits = items[at..].iter().take_while(|other| other.kv_head == work.kv_head && other.queries == work.queries).count();
-        let (merged, others) = partials[at..at + splits].split_at_mut(1);
-        for other in others {
-            merged[0].merge(other);
-        }
-        merged[0].write(work, step, shape, &mut out);
-        at += splits;
+    for splits in items.chunk_by_mut(|(a, _), (b, _)| a.kv_head == b.kv_head && a.queries == b.queries) {
+        let Some(((reads, merged), others)) = splits.split_first_mut() else { continue };
+        others.iter().for_each(|(_, other)| merged.merge(other));
+        merged.write(reads, step, &mut out);
     }
     out
-}
-
-/// All items of a step, splits of the same queries next to each other, and the key tiles that they read.
-fn work(store: &LayerStore, step: Step, selection: &Selection) -> (Vec<Work>, Vec<TileRef>) {
-    let (mut items, mut tiles) = (Vec::new(), Vec::new());
-    let pieces = selection.pieces(step, QUERY_TILE);
-    for kv_head in 0..store.shape().kv_heads() {
-        for queries in &pieces {
-            let from = tiles.len();
-            reads::push_tiles(store, kv_head, queries, &selection.ranges(queries.start, kv_head, queries.end, store), &mut tiles);
-            let most = if step.len <= MAX_SPLIT_QUERIES { SPLIT_TILES } else { usize::MAX };
-            let mut start = from;
-            while start < tiles.len() {
-                let end = tiles.len().min(start.saturating_add(most));
-                items.push(Work { kv_head, queries: queries.clone(), tiles: start..end });
-                start = end;
-            }
-        }
-    }
-    (items, tiles)
 }
