@@ -181,7 +181,8 @@ impl RoutedAttention {
             if step.end() <= limits.dense_len || block_router.fills_budget() && limits.budget.limit(0) >= step.end() {
                 Selection::Every
             } else {
-                let scores = block_router.score(&Queries { q: input.q, scale: input.scale, step, block_size: limits.block_size }, store)?;
+                let scores = block_router
+                    .score(&Queries { q: input.q, scale: input.scale, step, block_size: limits.block_size, tile: limits.tile }, store)?;
                 select(&scores, &limits, step, store)
             }
         } else {

@@ -68,11 +68,6 @@ impl Limits {
         (t + 1).checked_sub(self.window + 1).map(|position| position / self.block_size)
     }
 
-    /// The queries that share a selection with the one at `t`, in a step.
-    fn tile(&self, t: usize, step: Step) -> Range<usize> {
-        if step.len == 1 { t..t + 1 } else { t..step.end().min((t / self.tile + 1) * self.tile) }
-    }
-
     /// Whether the queries of a tile read everything, by their positions alone.
     fn is_dense(&self, tile: &Range<usize>, step: Step) -> bool {
         let end = if step.len == 1 { tile.end } else { tile.end.next_multiple_of(self.tile) };
@@ -177,6 +172,18 @@ impl Selection {
     }
 }
 
+/// The queries of a step that share a selection: `tile` of them, aligned to absolute positions; a step of one has its own.
+pub(crate) fn tiles(step: Step, tile: usize) -> Vec<Range<usize>> {
+    let mut tiles = Vec::new();
+    let mut t = step.start;
+    while t < step.end() {
+        let end = if step.len == 1 { t + 1 } else { step.end().min((t / tile + 1) * tile) };
+        tiles.push(t..end);
+        t = end;
+    }
+    tiles
+}
+
 /// Turns scores into a selection. Deterministic: equal scores, equal selection.
 ///
 /// Per tile and head, block 0 and the edges of all its queries are forced. The other blocks that lie before some
@@ -186,13 +193,7 @@ pub fn select(scores: &BlockScores, limits: &Limits, step: Step, store: &LayerSt
     if matches!(scores, BlockScores::Every) {
         return Selection::Every;
     }
-    let mut tiles = Vec::new();
-    let mut t = step.start;
-    while t < step.end() {
-        let queries = limits.tile(t, step);
-        t = queries.end;
-        tiles.push(queries);
-    }
+    let tiles = tiles(step, limits.tile);
     let kv_heads = store.shape().kv_heads();
     let chosen = parallel::map(tiles.len() * kv_heads, |index| {
         let queries = tiles[index / kv_heads].clone();
@@ -222,9 +223,8 @@ fn tile_blocks(scores: &BlockScores, limits: &Limits, queries: Range<usize>, ste
     let budget = limits.budget.limit(store.count_admitted(head, 0..queries.end.saturating_sub(limits.window)));
     if let BlockScores::PerQuery(scores) = scores {
         let mut best = vec![f32::NEG_INFINITY; first];
-        for t in queries.filter(|t| limits.edge(*t).is_some()) {
-            raise(&mut best, &scores.row(t - step.start, head)[..first]);
-        }
+        let scored = queries.start.max(limits.window) - step.start..queries.end - step.start;
+        scores.rows(scored, head).for_each(|row| raise(&mut best, &row[..first]));
         // The score, then the block: the largest is the best, and of equal ones the later.
         let rank = |block: usize| u64::from(ordered(best[block])) << 32 | block as u64;
         let mut candidates: Vec<u64> = (1..first).filter(|block| tokens(*block) > 0).map(rank).collect();

@@ -78,7 +78,10 @@ impl Case {
                 Selection::Every
             } else {
                 select(
-                    &attention.routing().block_router.score(&Queries { q: &q, scale, step, block_size: limits.block_size }, store)?,
+                    &attention
+                        .routing()
+                        .block_router
+                        .score(&Queries { q: &q, scale, step, block_size: limits.block_size, tile: limits.tile }, store)?,
                     limits,
                     step,
                     store,

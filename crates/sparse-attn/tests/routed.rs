@@ -91,7 +91,11 @@ impl Data {
         self.run_with(attention, chunk, |step, q, cache| {
             let store = cache.layer(0);
             let scale = (self.q.dims()[2] as f32).powf(-0.5);
-            let scores = attention.routing().block_router.score(&Queries { q, scale, step, block_size: limits.block_size }, store).unwrap();
+            let scores = attention
+                .routing()
+                .block_router
+                .score(&Queries { q, scale, step, block_size: limits.block_size, tile: limits.tile }, store)
+                .unwrap();
             let selection = select(&scores, &limits, step, store);
             for t in step.start..step.end() {
                 let of_head = |head| match &selection {
@@ -275,7 +279,7 @@ fn the_bound_is_never_below_a_true_score() -> Result<()> {
         let store = cache.layer(0);
         let score = |name: &str| match block_router::by_name(name)
             .unwrap()
-            .score(&Queries { q, scale: 0.25, step, block_size: 16 }, store)
+            .score(&Queries { q, scale: 0.25, step, block_size: 16, tile: 1 }, store)
             .unwrap()
         {
             BlockScores::PerQuery(scores) => scores,

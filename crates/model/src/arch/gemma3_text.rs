@@ -2,6 +2,7 @@
 //! by `sqrt(hidden_size)`, five sliding layers to each one that sees everything, with a rope base of their own.
 
 use super::CausalLm;
+use crate::layers::fused::add;
 use crate::layers::{AttentionParts, Embedding, GatedMlp, OutputHead, RmsNorm, Rope, RopeTables, SelfAttention, name};
 use crate::weights::{Scope, Weights};
 use crate::{Config, config::RopeConfig};
@@ -64,9 +65,9 @@ impl SandwichLayer {
 
     fn forward(&self, x: &Tensor, rope: &RopeTables, attention: &RoutedAttention, step: Step, cache: &mut KvCache) -> Result<Tensor> {
         let attended = self.attention.forward(&self.attention_norm.forward(x)?, rope, attention, step, cache)?;
-        let x = (x + self.post_attention_norm.forward(&attended)?)?;
+        let x = add(x, &self.post_attention_norm.forward(&attended)?)?;
         let fed = self.mlp.forward(&self.mlp_norm.forward(&x)?)?;
-        &x + self.post_mlp_norm.forward(&fed)?
+        add(&x, &self.post_mlp_norm.forward(&fed)?)
     }
 }
 

@@ -1,4 +1,4 @@
-use super::gated::gated;
+use super::fused::gated;
 use super::{Linear, name};
 use crate::config::{Activation, Config};
 use crate::weights::Scope;

@@ -2,7 +2,7 @@
 
 mod attention;
 mod embedding;
-mod gated;
+pub(crate) mod fused;
 mod linear;
 mod mlp;
 mod norm;

@@ -1,3 +1,4 @@
+use super::fused;
 use super::linear::suffixed;
 use crate::weights::{Name, Scope};
 use candle_core::{Result, Tensor};
@@ -32,6 +33,6 @@ impl RmsNorm {
     /// # Errors
     /// If the widths differ.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        candle_nn::ops::rms_norm(&x.contiguous()?, &self.weight, self.eps)
+        fused::rms_norm(x, &self.weight, self.eps)
     }
 }

@@ -1,3 +1,4 @@
+use super::fused::add;
 use super::{AttentionParts, Embedding, GatedMlp, OutputHead, RmsNorm, Rope, RopeTables, SelfAttention, name};
 use crate::arch::CausalLm;
 use crate::config::Config;
@@ -26,8 +27,8 @@ impl PreNormLayer {
     }
 
     fn forward(&self, x: &Tensor, rope: &RopeTables, attention: &RoutedAttention, step: Step, cache: &mut KvCache) -> Result<Tensor> {
-        let x = (x + self.attention.forward(&self.attention_norm.forward(x)?, rope, attention, step, cache)?)?;
-        &x + self.mlp.forward(&self.mlp_norm.forward(&x)?)?
+        let x = add(x, &self.attention.forward(&self.attention_norm.forward(x)?, rope, attention, step, cache)?)?;
+        add(&x, &self.mlp.forward(&self.mlp_norm.forward(&x)?)?)
     }
 }
 

@@ -1,5 +1,6 @@
 //! Rotary position embedding, with the ways to stretch it.
 
+use super::fused;
 use crate::config::{RopeConfig, RopeScaling};
 use crate::weights::{Name, Scope};
 use candle_core::{Device, Result, Tensor};
@@ -73,7 +74,7 @@ impl RopeTables {
     /// # Errors
     /// If the shapes differ.
     pub fn apply(&self, x: &Tensor) -> Result<Tensor> {
-        candle_nn::rotary_emb::rope_thd(&x.unsqueeze(0)?.contiguous()?, &self.cos, &self.sin)?.squeeze(0)
+        fused::rotate(x, &self.cos, &self.sin)
     }
 }
 

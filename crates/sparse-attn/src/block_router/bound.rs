@@ -18,7 +18,7 @@ impl BlockRouter for Bound {
     }
 
     fn score(&self, queries: &Queries<'_>, store: &LayerStore) -> Result<BlockScores> {
-        score_summaries(queries, store, |q, out| {
+        score_summaries(queries, queries.each(), store, |q, out| {
             out.extend(q.iter().map(|x| x.max(0.0)));
             out.extend(q.iter().map(|x| x.min(0.0)));
         })

@@ -17,6 +17,6 @@ impl BlockRouter for Mean {
     }
 
     fn score(&self, queries: &Queries<'_>, store: &LayerStore) -> Result<BlockScores> {
-        score_summaries(queries, store, |q, out| out.extend_from_slice(q))
+        score_summaries(queries, queries.each(), store, |q, out| out.extend_from_slice(q))
     }
 }

@@ -17,8 +17,10 @@ pub use recent::Recent;
 use crate::LayerStore;
 use crate::cache::{LANES, OCTET, PAGE_SIZE, Step, Summary};
 use crate::parallel;
+use crate::select::tiles;
 use crate::simd::{dot_octets, raise, with_rows};
 use candle_core::{DType, Result, Tensor};
+use std::ops::Range;
 use std::sync::Arc;
 
 /// How much each block matters to each query; higher is better.
@@ -32,23 +34,34 @@ pub enum BlockScores {
     PerQuery(QueryScores),
 }
 
-/// Scores `[q_len, kv_heads, blocks]`.
+/// Scores `[tiles, kv_heads, blocks]`: queries that score together are a tile.
 #[derive(Debug, Clone)]
 pub struct QueryScores {
     kv_heads: usize,
     blocks: usize,
-    values: Vec<Vec<f32>>, // [pieces of QUERIES * kv_heads][queries, blocks]
+    /// Queries of the step.
+    tiles: Vec<Range<usize>>,
+    values: Vec<Vec<f32>>, // [pieces of TILES * kv_heads][tiles, blocks]
 }
 
 impl QueryScores {
     /// The scores of all blocks for query number `query` of the step.
     pub fn row(&self, query: usize, kv_head: usize) -> &[f32] {
-        &self.values[query / QUERIES * self.kv_heads + kv_head][query % QUERIES * self.blocks..][..self.blocks]
+        let tile = self.tiles.partition_point(|tile| tile.end <= query);
+        &self.values[tile / TILES * self.kv_heads + kv_head][tile % TILES * self.blocks..][..self.blocks]
+    }
+
+    /// The scores for `queries`, one row for each tile.
+    pub(crate) fn rows(&self, queries: Range<usize>, kv_head: usize) -> impl Iterator<Item = &[f32]> {
+        let firsts = queries
+            .clone()
+            .filter(move |query| *query == queries.start || self.tiles.binary_search_by_key(query, |tile| tile.start).is_ok());
+        firsts.map(move |query| self.row(query, kv_head))
     }
 }
 
-/// Queries that are scored together.
-const QUERIES: usize = 4;
+/// Tiles that are scored together.
+const TILES: usize = 4;
 
 /// What blocks are scored for.
 #[derive(Debug, Clone, Copy)]
@@ -61,6 +74,21 @@ pub struct Queries<'a> {
     pub step: Step,
     /// Positions per block.
     pub block_size: usize,
+    /// Queries that will share a selection, aligned to absolute positions.
+    pub tile: usize,
+}
+
+impl Queries<'_> {
+    /// The queries of the step, one by one.
+    fn each(&self) -> Vec<Range<usize>> {
+        (0..self.step.len).map(|query| query..query + 1).collect()
+    }
+
+    /// The queries of the step that will share a selection.
+    fn tiles(&self) -> Vec<Range<usize>> {
+        let start = self.step.start;
+        tiles(self.step, self.tile).into_iter().map(|tile| tile.start - start..tile.end - start).collect()
+    }
 }
 
 /// Scores the blocks of a layer's store for the queries of a step.
@@ -79,7 +107,8 @@ pub trait BlockRouter: std::fmt::Debug + Send + Sync {
     }
 
     /// The score of a complete block is the maximum over the query heads that share a key/value head. Blocks without an
-    /// admitted token, or with a key from a query's future, have no meaning.
+    /// admitted token, or with a key from a query's future, have no meaning. Queries that share a selection may score
+    /// together.
     ///
     /// # Errors
     /// If the queries do not fit the store.
@@ -102,8 +131,13 @@ fn host_queries(q: &Tensor) -> Result<Vec<f32>> {
 }
 
 /// Scores that are products of the block's summary with what `expand` makes of a query `[head_dim]`, which it appends to
-/// its second argument.
-fn score_summaries(queries: &Queries<'_>, store: &LayerStore, expand: impl Fn(&[f32], &mut Vec<f32>) + Sync) -> Result<BlockScores> {
+/// its second argument; of a tile of several queries, the mean.
+fn score_summaries(
+    queries: &Queries<'_>,
+    tiles: Vec<Range<usize>>,
+    store: &LayerStore,
+    expand: impl Fn(&[f32], &mut Vec<f32>) + Sync,
+) -> Result<BlockScores> {
     let summaries = store.summaries()?;
     let (shape, blocks) = (store.shape(), summaries.blocks());
     let pairs_of = |head: usize| -> Vec<[u32; 2]> {
@@ -115,38 +149,64 @@ fn score_summaries(queries: &Queries<'_>, store: &LayerStore, expand: impl Fn(&[
     };
     let pairs: Vec<Vec<[u32; 2]>> = (0..shape.kv_heads()).map(pairs_of).collect();
     let q = host_queries(queries.q)?;
+    let group = shape.group_size() * shape.head_dim();
     with_rows(summaries.pool(), |rows| {
-        score_groups(&q, store, blocks, |head, q, out| {
-            let mut expanded = Vec::with_capacity(q.len() / shape.head_dim() * rows.width);
-            q.chunks_exact(shape.head_dim()).for_each(|row| expand(row, &mut expanded));
+        score_groups(&q, tiles, store, blocks, |head, tiles, out| {
+            // [tiles, group_size, width]
+            let mut expanded = Vec::new();
+            for queries in tiles {
+                let at = expanded.len();
+                for (index, q) in queries.chunks_exact(group).enumerate() {
+                    let own = expanded.len();
+                    q.chunks_exact(shape.head_dim()).for_each(|row| expand(row, &mut expanded));
+                    if index > 0 {
+                        let (first, other) = expanded.split_at_mut(own);
+                        first[at..].iter_mut().zip(&*other).for_each(|(sum, x)| *sum += x);
+                        expanded.truncate(own);
+                    }
+                }
+                let count = queries.len() / group;
+                if count > 1 {
+                    expanded[at..].iter_mut().for_each(|sum| *sum /= count as f32);
+                }
+            }
             out.resize(expanded.len() / rows.width * pairs[head].len() * LANES, 0.0);
             dot_octets(rows, &expanded, &pairs[head], out);
         })
     })
 }
 
-/// `score_head` gets a key/value head and rows `[n, head_dim]`, those of several queries, and leaves `[n, >= blocks]` scores, of
-/// which the maximum over each query's group is kept. Queries are spread over the threads.
-fn score_groups(q: &[f32], store: &LayerStore, blocks: usize, score_head: impl Fn(usize, &[f32], &mut Vec<f32>) + Sync) -> BlockScores {
+/// `score_head` gets a key/value head and, for some tiles, the queries of each `[queries, group_size, head_dim]`; it leaves
+/// `[tiles, group_size, >= blocks]` scores, of which the maximum over each group is kept. Tiles are spread over the threads.
+fn score_groups(
+    q: &[f32],
+    tiles: Vec<Range<usize>>,
+    store: &LayerStore,
+    blocks: usize,
+    score_head: impl Fn(usize, &[Vec<f32>], &mut Vec<f32>) + Sync,
+) -> BlockScores {
     if blocks == 0 {
         return BlockScores::Forced; // nothing is complete yet
     }
     let shape = store.shape();
     let (kv_heads, group_size, head_dim) = (shape.kv_heads(), shape.group_size(), shape.head_dim());
-    let queries: Vec<&[f32]> = q.chunks_exact(shape.q_heads() * head_dim).collect();
+    let pieces: Vec<&[Range<usize>]> = tiles.chunks(TILES).collect();
     let best_of_groups = |index: usize| {
-        let (head, queries) = (index % kv_heads, queries.chunks(QUERIES).nth(index / kv_heads).unwrap_or_default());
-        let own = head * group_size * head_dim..(head + 1) * group_size * head_dim;
-        let rows: Vec<f32> = queries.iter().flat_map(|q| &q[own.clone()]).copied().collect();
+        let (head, tiles) = (index % kv_heads, pieces[index / kv_heads]);
+        let queries_of = |tile: &Range<usize>| -> Vec<f32> {
+            let rows = tile.clone().map(|query| (query * shape.q_heads() + head * group_size) * head_dim);
+            rows.flat_map(|at| &q[at..at + group_size * head_dim]).copied().collect()
+        };
+        let queries: Vec<Vec<f32>> = tiles.iter().map(queries_of).collect();
         let mut scores = Vec::new();
-        score_head(head, &rows, &mut scores);
-        let stride = scores.len() / (queries.len() * group_size);
-        let mut best = vec![f32::NEG_INFINITY; queries.len() * blocks];
+        score_head(head, &queries, &mut scores);
+        let stride = scores.len() / (tiles.len() * group_size);
+        let mut best = vec![f32::NEG_INFINITY; tiles.len() * blocks];
         for (best, scores) in best.chunks_exact_mut(blocks).zip(scores.chunks_exact(group_size * stride)) {
             scores.chunks_exact(stride).for_each(|scores| raise(best, &scores[..blocks]));
         }
         best
     };
-    let values = parallel::map(queries.len().div_ceil(QUERIES) * kv_heads, best_of_groups);
-    BlockScores::PerQuery(QueryScores { kv_heads, blocks, values })
+    let values = parallel::map(pieces.len() * kv_heads, best_of_groups);
+    BlockScores::PerQuery(QueryScores { kv_heads, blocks, tiles, values })
 }

@@ -16,10 +16,10 @@ impl BlockRouter for Oracle {
         let (blocks, head_dim) = (store.written() / block_size, store.shape().head_dim());
         let heads = (0..store.shape().kv_heads()).map(|head| store.admitted_keys(head, 0..blocks * block_size));
         let heads = heads.collect::<Result<Vec<_>>>()?;
-        Ok(score_groups(&host_queries(queries.q)?, store, blocks, |head, q, out| {
+        Ok(score_groups(&host_queries(queries.q)?, queries.each(), store, blocks, |head, tiles, out| {
             out.clear();
             let (positions, keys) = &heads[head];
-            for q in q.chunks_exact(head_dim) {
+            for q in tiles.iter().flat_map(|queries| queries.chunks_exact(head_dim)) {
                 let from = out.len();
                 out.resize(from + blocks, f32::NEG_INFINITY);
                 for (position, key) in positions.iter().zip(keys.chunks_exact(head_dim)) {

@@ -1,8 +1,9 @@
 //! Pages of rows (keys, values or block summaries) in tensors that backends write in place.
 
 use super::{GROUP, KvDtype, PAGE_SIZE};
-use candle_core::{DType, Device, Result, Tensor};
-use half::f16;
+use candle_core::{DType, Device, Result, Shape, Tensor};
+use half::vec::HalfBitsVecExt;
+use half::{bf16, f16};
 
 /// Slots whose keys lie side by side, so that one vector instruction scores all of them.
 pub const LANES: usize = 16;
@@ -37,13 +38,13 @@ impl Pool {
     /// # Errors
     /// If the device has no memory for it.
     pub fn new(dtype: KvDtype, order: Order, width: usize, pages: usize, device: &Device) -> Result<Self> {
-        let zeros = |width: usize, dtype: DType| match order {
-            Order::Tiles => Tensor::zeros((pages, PAGE_SIZE / LANES, width, LANES), dtype, device),
-            Order::Rows => Tensor::zeros((pages, PAGE_SIZE, width), dtype, device),
+        let pages_of = |width: usize, dtype: DType| match order {
+            Order::Tiles => zeros((pages, PAGE_SIZE / LANES, width, LANES), dtype, device),
+            Order::Rows => zeros((pages, PAGE_SIZE, width), dtype, device),
         };
         let scales = dtype.scales(width);
-        let scales = (scales > 0).then(|| zeros(scales, DType::F16)).transpose()?;
-        Ok(Self { dtype, order, width, values: zeros(width, dtype.tensor_dtype())?, scales })
+        let scales = (scales > 0).then(|| pages_of(scales, DType::F16)).transpose()?;
+        Ok(Self { dtype, order, width, values: pages_of(width, dtype.tensor_dtype())?, scales })
     }
 
     /// How rows are stored.
@@ -161,5 +162,15 @@ impl Pool {
         let scales = scales.unsqueeze(2)?.broadcast_as((count, groups, GROUP))?.flatten_from(1)?.narrow(1, 0, self.width)?;
         let negative = values.ge(128f64)?.to_dtype(DType::F32)?;
         (values - (negative * 256f64)?)? * scales
+    }
+}
+/// Zeros. 16-bit ones come from the allocator as they are on the host, where candle would write each.
+fn zeros(shape: impl Into<Shape>, dtype: DType, device: &Device) -> Result<Tensor> {
+    let shape = shape.into();
+    let bits = || vec![0u16; shape.elem_count()];
+    match dtype {
+        DType::F16 if device.is_cpu() => Tensor::from_vec(bits().reinterpret_into::<f16>(), shape, device),
+        DType::BF16 if device.is_cpu() => Tensor::from_vec(bits().reinterpret_into::<bf16>(), shape, device),
+        _ => Tensor::zeros(shape, dtype, device),
     }
 }

@@ -1,7 +1,8 @@
 //! Writing rows into a pool, and moving them inside it, in place. On the CPU; a device's backend brings its own.
 
-use super::{LANES, Move, Order, Pool};
-use candle_core::{CpuStorage, InplaceOp1, InplaceOp2, Layout, Result, Tensor, bail};
+use super::{KvDtype, LANES, Move, Order, Pool};
+use candle_core::{CpuStorage, DType, InplaceOp1, InplaceOp2, Layout, Result, Tensor, bail};
+use half::slice::HalfFloatSliceExt;
 
 impl Pool {
     /// Stores `rows` `[slots, width]` into `slots` (`page * PAGE_SIZE + slot`).
@@ -12,7 +13,10 @@ impl Pool {
         if rows.dims() != [slots.len(), self.width()] {
             bail!("pool: rows {:?} for {} slots of {} numbers", rows.dims(), slots.len(), self.width());
         }
-        for (tensor, rows) in self.tensors().zip(self.encode(rows)?) {
+        // Halves are rounded on their way into the pool.
+        let halves = matches!(self.dtype(), KvDtype::F16 | KvDtype::Bf16) && rows.dtype() == DType::F32;
+        let encoded = if halves { vec![rows.contiguous()?] } else { self.encode(rows)? };
+        for (tensor, rows) in self.tensors().zip(encoded) {
             tensor.inplace_op2(&rows, &Write { order: self.order(), slots })?;
         }
         Ok(())
@@ -57,6 +61,8 @@ impl InplaceOp2 for Write<'_> {
         }
         match (pool, rows) {
             (CpuStorage::F32(pool), CpuStorage::F32(rows)) => self.copy(pool, &rows[from..], width),
+            (CpuStorage::F16(pool), CpuStorage::F32(rows)) => self.round(pool, &rows[from..], width),
+            (CpuStorage::BF16(pool), CpuStorage::F32(rows)) => self.round(pool, &rows[from..], width),
             (CpuStorage::F16(pool), CpuStorage::F16(rows)) => self.copy(pool, &rows[from..], width),
             (CpuStorage::BF16(pool), CpuStorage::BF16(rows)) => self.copy(pool, &rows[from..], width),
             (CpuStorage::U8(pool), CpuStorage::U8(rows)) => self.copy(pool, &rows[from..], width),
@@ -71,6 +77,22 @@ impl Write<'_> {
         for (slot, row) in self.slots.iter().zip(rows.chunks_exact(width)) {
             let (first, stride) = place(self.order, *slot, width);
             for (i, value) in row.iter().enumerate() {
+                pool[first + i * stride] = *value;
+            }
+        }
+    }
+}
+
+impl Write<'_> {
+    fn round<T: Copy + Default>(&self, pool: &mut [T], rows: &[f32], width: usize)
+    where
+        [T]: HalfFloatSliceExt,
+    {
+        let mut rounded = vec![T::default(); width];
+        for (slot, row) in self.slots.iter().zip(rows.chunks_exact(width)) {
+            rounded.convert_from_f32_slice(row);
+            let (first, stride) = place(self.order, *slot, width);
+            for (i, value) in rounded.iter().enumerate() {
                 pool[first + i * stride] = *value;
             }
         }

@@ -1,6 +1,7 @@
 //! One row per complete block of keys: what block routers score instead of the keys themselves.
 
 use super::{KvDtype, Order, PAGE_SIZE, Pool};
+use crate::parallel;
 use candle_core::{Device, Result, Tensor};
 use half::{bf16, f16};
 
@@ -144,16 +145,16 @@ impl Summaries {
     pub(super) fn extend(&mut self, heads: &[Vec<Vec<f32>>]) -> Result<()> {
         let new = heads.first().map_or(0, Vec::len);
         self.reserve(self.blocks + new)?;
-        let (mut rows, mut slots) = (Vec::new(), Vec::new());
-        for (head, blocks) in heads.iter().enumerate() {
-            for (block, keys) in (self.blocks..).zip(blocks).filter(|(_, keys)| !keys.is_empty()) {
-                let page = block / PAGE_SIZE * self.kv_heads + head;
-                rows.extend(self.kind.of(keys, self.head_dim, self.pool.dtype()));
-                slots.push((page * PAGE_SIZE + block % PAGE_SIZE) as u32);
-            }
-        }
+        let blocks = heads.iter().enumerate().flat_map(|(head, blocks)| (self.blocks..).zip(blocks).map(move |block| (head, block)));
+        let blocks: Vec<_> = blocks.filter(|(_, (_, keys))| !keys.is_empty()).collect();
+        let slot = |(head, (block, _)): &(usize, (usize, _))| {
+            let page = block / PAGE_SIZE * self.kv_heads + head;
+            (page * PAGE_SIZE + block % PAGE_SIZE) as u32
+        };
+        let slots: Vec<u32> = blocks.iter().map(slot).collect();
         if !slots.is_empty() {
-            let rows = Tensor::from_vec(rows, (slots.len(), self.pool.width()), self.pool.values().device())?;
+            let rows = parallel::map(blocks.len(), |index| self.kind.of(blocks[index].1.1, self.head_dim, self.pool.dtype()));
+            let rows = Tensor::from_vec(rows.concat(), (slots.len(), self.pool.width()), self.pool.values().device())?;
             self.pool.write(&rows, &slots)?;
         }
         self.blocks += new;

@@ -37,7 +37,20 @@ fn exp_sum_lanes(scores: &mut [f32], max: f32) -> f32 {
         *score = exp(*score - max);
         *sum += *score;
     }
-    sums.iter().sum()
+    halved(sums, |a, b| a + b)
+}
+
+/// One of 16, by halves: vectors almost to the end.
+#[inline(always)]
+fn halved(mut lanes: [f32; LANES], join: impl Fn(f32, f32) -> f32) -> f32 {
+    let mut half = LANES / 2;
+    while half > 0 {
+        for i in 0..half {
+            lanes[i] = join(lanes[i], lanes[i + half]);
+        }
+        half /= 2;
+    }
+    lanes[0]
 }
 
 #[inline(always)]
@@ -50,7 +63,7 @@ fn max_lanes(scores: &[f32]) -> f32 {
             lanes[i] = if chunk[i] > lanes[i] { chunk[i] } else { lanes[i] };
         }
     }
-    lanes.iter().chain(rest).copied().fold(f32::NEG_INFINITY, larger)
+    rest.iter().copied().fold(halved(lanes, larger), larger)
 }
 
 /// `e^x` for `x <= 88`, relative error below 2e-7; exactly 0 below -88 (where the smallest normal number is near).

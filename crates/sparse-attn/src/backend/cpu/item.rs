@@ -101,7 +101,7 @@ pub(super) fn attend(
                 scores.fill(0.0); // no key of these is visible: -inf - -inf would be NaN
                 continue;
             }
-            let correction = (partial.max[row] - max).exp();
+            let correction = if max == partial.max[row] { 1.0 } else { (partial.max[row] - max).exp() };
             partial.sum[row] = partial.sum[row] * correction + exp_sum(scores, max);
             if correction != 1.0 {
                 partial.out[row * head_dim..][..head_dim].iter_mut().for_each(|x| *x *= correction);
