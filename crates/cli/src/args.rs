@@ -223,7 +223,8 @@ pub(crate) struct AttentionArgs {
     /// How blocks are scored
     #[arg(long, value_name = "NAME", value_parser = clap::builder::PossibleValuesParser::new(["all", "recent", "mean", "bound", "mass", "oracle"]))]
     pub(crate) block_router: Option<String>,
-    /// Which tokens stay in memory: all, sink_window, random, or the file of a trained router [default: all]
+    /// Which tokens stay in memory: all, sink_window, random, trained (the one that ships for the model), or the
+    /// file of another [default: with --attn auto trained, where it was measured to cost little; else all]
     #[arg(long, value_name = "NAME|FILE")]
     pub(crate) token_router: Option<String>,
     /// The part of the tokens that the token router keeps, 0 to 1
@@ -510,6 +511,12 @@ pub(crate) struct TrainRouter {
     /// Tokens of a sequence; texts are cut into them [default: 4096, or the context if that is less]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(256..=1 << 20))]
     pub(crate) length: Option<u32>,
+    /// Tokens of the sequences that a quarter of the texts is cut into [default: 16384, or the context if that is less]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(256..=1 << 20))]
+    pub(crate) long: Option<u32>,
+    /// Read each text once: half the time, but nothing is learnt of what a later question may need
+    #[arg(long)]
+    pub(crate) once: bool,
     /// The part of the tokens that the threshold is set for; the same flag chooses another at use
     #[arg(long, value_name = "F", default_value_t = 0.5, value_parser = parse_fraction)]
     pub(crate) keep: f32,

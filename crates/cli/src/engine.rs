@@ -36,6 +36,8 @@ pub(crate) struct Checkpoint {
     pub(crate) dtypes: KvDtypes,
     /// Tokens of a prompt that are computed at once.
     pub(crate) chunk: usize,
+    /// First tokens that no token router drops: those of the system message.
+    protected: usize,
 }
 
 /// A checkpoint with its weights in memory.
@@ -94,6 +96,7 @@ impl Checkpoint {
             );
             return Err(Failure::malformed(what).why("the files belong to different models").into());
         }
+        let system = template.system.as_deref();
         let template = chat_template(&located, &weights, &tokenizer, template)?;
         let defaults = GenerationDefaults::read(&located, &weights)?;
         let backend = for_device(&device).map_err(|error| Failure::new(Kind::Device, message(&error)))?;
@@ -107,7 +110,14 @@ impl Checkpoint {
             attention: RoutedAttention::dense(backend),
             dtypes: routing::dtypes(attention),
             chunk: args.batch_size as usize,
+            protected: 0,
         };
+        if let Some(system) = system {
+            let messages = [Message::new("system", system)];
+            // Some templates want a question too: then the message alone, which is a little shorter.
+            let rendered = checkpoint.template.as_ref().and_then(|template| template.render(&messages, false).ok());
+            checkpoint.protected = checkpoint.tokenizer.encode(rendered.as_deref().unwrap_or(system), true)?.len();
+        }
         checkpoint.attention = checkpoint.attention_of(attention)?;
         Ok(checkpoint)
     }
@@ -115,12 +125,14 @@ impl Checkpoint {
     /// What attends by these flags.
     pub(crate) fn attention_of(&self, args: &AttentionArgs) -> Result<RoutedAttention> {
         let known = routing::Known {
+            router: self.located.manifest.and_then(|manifest| manifest.router()),
             config: self.config(),
             defaults: self.located.manifest.and_then(|manifest| manifest.body.routing.as_ref()),
             crossover: crossover::recall(self),
             fingerprint: &|| self.weights.fingerprint(),
         };
-        let routing = routing::resolve(args, &known)?;
+        let mut routing = routing::resolve(args, &known)?;
+        routing.limits.sinks = routing.limits.sinks.max(self.protected);
         let attention = self.attention.with_routing(routing).map_err(|error| Failure::new(Kind::Usage, message(&error)))?;
         Ok(attention)
     }

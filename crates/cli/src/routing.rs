@@ -44,8 +44,36 @@ impl Default for RoutingDefaults {
     }
 }
 
+/// The `[router]` table of a manifest: a trained token router that ships with this program, and what it was measured to cost.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct ShippedRouter {
+    /// The part of the tokens that it keeps unless `--keep` says otherwise.
+    pub(crate) keep: f32,
+    /// Mean KL divergence from dense there, in nats.
+    pub(crate) kl: f32,
+    /// How much perplexity rises there, as a part.
+    pub(crate) ppl_change: f32,
+    /// What single needles are found, as a part of what dense finds.
+    pub(crate) needles: f32,
+    /// The text and the length of these scores, for people.
+    pub(crate) scored: String,
+}
+
+impl ShippedRouter {
+    /// Whether it loses so little that `auto` uses it.
+    fn is_good(&self) -> bool {
+        self.kl <= 0.03 && self.ppl_change <= 0.01 && self.needles >= 0.99
+    }
+}
+
+/// The name of the token router that ships for the model.
+const TRAINED: &str = "trained";
+
 /// What is known of the model before its weights are loaded.
 pub(crate) struct Known<'a> {
+    /// Its token router, and the router's file.
+    pub(crate) router: Option<(&'a ShippedRouter, &'static [u8])>,
     pub(crate) config: &'a Config,
     /// Of its manifest.
     pub(crate) defaults: Option<&'a RoutingDefaults>,
@@ -105,10 +133,21 @@ pub(crate) fn resolve(args: &AttentionArgs, known: &Known<'_>) -> Result<Routing
     Ok(Routing { token_router, block_router, limits, dense_layers, layer_budgets })
 }
 
-/// The token router, and the window and sinks that a trained one was made for.
-#[expect(clippy::type_complexity, reason = "a router and two numbers")]
-fn token_router(args: &AttentionArgs, known: &Known<'_>) -> Result<(Arc<dyn TokenRouter>, Option<(usize, usize)>)> {
-    let name = args.token_router.as_deref().unwrap_or("all");
+/// A token router, and the window and sinks that a trained one was made for.
+type Trained = (Arc<dyn TokenRouter>, Option<(usize, usize)>);
+
+/// The token router that the flags ask for.
+fn token_router(args: &AttentionArgs, known: &Known<'_>) -> Result<Trained> {
+    let shipped = known.router.filter(|(router, _)| args.attn == AttentionChoice::Auto && router.is_good());
+    let name = args.token_router.as_deref().unwrap_or(if shipped.is_some() { TRAINED } else { "all" });
+    if name == TRAINED {
+        let Some((known_of_it, bytes)) = known.router else {
+            let what = "no trained token router ships for this model";
+            return Err(Failure::new(Kind::NotFound, what).hint("foveate train-router, then --token-router FILE").into());
+        };
+        let file = RouterFile::from_bytes(bytes).map_err(damaged)?;
+        return of_file(&file, Some(args.keep.unwrap_or(known_of_it.keep)), known, "the shipped router");
+    }
     if let Some(router) = token_router::by_name(name) {
         let router: Arc<dyn TokenRouter> = match (args.keep, name) {
             (None, _) => router,
@@ -124,16 +163,21 @@ fn token_router(args: &AttentionArgs, known: &Known<'_>) -> Result<(Arc<dyn Toke
     if !path.is_file() {
         let names: Vec<&str> = token_router::all().iter().map(|router| router.name()).collect();
         let what = format!("{name}: no token router of this name, and no such file");
-        return Err(Failure::new(Kind::NotFound, what).hint(format!("{}, or a router.safetensors", names.join(", "))).into());
+        return Err(Failure::new(Kind::NotFound, what).hint(format!("{TRAINED}, {}, or a router.safetensors", names.join(", "))).into());
     }
     let file = RouterFile::open(path).map_err(damaged).with_context(|| path.display().to_string())?;
+    of_file(&file, args.keep, known, &path.display().to_string())
+}
+
+/// The gate of a router file, if it is one for this model.
+fn of_file(file: &RouterFile, keep: Option<f32>, known: &Known<'_>, name: &str) -> Result<Trained> {
     let fingerprint = (known.fingerprint)().map_err(damaged)?;
     if file.fingerprint != fingerprint {
-        let what = format!("{}: this router was trained for another model", path.display());
+        let what = format!("{name}: this router was trained for another model");
         let why = format!("it is for weights {}, these are {fingerprint}", file.fingerprint);
         return Err(Failure::malformed(what).why(why).hint("the router file of this model, or --token-router all").into());
     }
-    let gate = file.gate(args.keep).map_err(|error| Failure::new(Kind::Usage, message(&error)))?;
+    let gate = file.gate(keep).map_err(|error| Failure::new(Kind::Usage, message(&error)))?;
     Ok((Arc::new(gate), Some((file.window, file.sinks))))
 }
 

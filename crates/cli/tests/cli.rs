@@ -760,6 +760,12 @@ fn a_router_that_was_trained_here_is_used_here_and_nowhere_else() {
     let (half, some) = (generate(&[]), generate(&["--keep", "0.2"]));
     assert_eq!((&half["attn"]["token_router"], &half["attn"]["window"]), (&"gate".into(), &64.into()));
     assert!(some["memory"]["kv_bytes"].as_u64() < half["memory"]["kv_bytes"].as_u64(), "{some}");
+    // A system message is never dropped.
+    let system = (0..60).map(|i| format!("rule{i}")).collect::<Vec<_>>().join(" ");
+    let kept = case.json(&["generate", "hi", "--greedy", "-n", "1", "--token-router", &router, "--system", &system]);
+    assert!(kept["attn"]["sinks"].as_u64().unwrap() > 60 && half["attn"]["sinks"] == 4, "{}", kept["attn"]);
+    let once = run(case.llama(&train).args(["--once"]), 0);
+    assert_ne!(serde_json::from_slice::<Value>(&once.stdout).unwrap()["tau"], trained["tau"], "a repetition teaches something else");
     let narrow = run(&mut case.llama(&["generate", "hi", "--token-router", &router, "--window", "8"]), 2);
     assert!(stderr(&narrow).contains("--window 64"), "{}", stderr(&narrow));
     run(&mut case.llama(&["generate", "hi", "--token-router", &router, "--keep", "0.01"]), 2);

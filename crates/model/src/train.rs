@@ -2,8 +2,9 @@
 //!
 //! The label of a token is how much it is missed once it leaves the window: the largest attention that any later query beyond
 //! the window gives to it, over the queries of its head's group; its logarithm is what the gate learns to predict from the
-//! attention input. One ordinary pass over a text gives all labels (KVzap, arXiv:2601.07891); nothing but sums is kept
-//! of it, so texts may be as many as there is time for.
+//! attention input. One ordinary pass over a text gives all labels (KVzap, arXiv:2601.07891); where the model is then asked to
+//! repeat the text, labels also know of what a later question may need (KVzip, arXiv:2505.23416). Nothing but sums is kept
+//! of a text, so they may be as many as there is time for.
 
 use crate::CausalLm;
 use crate::router_file::RouterFile;
@@ -11,8 +12,9 @@ use candle_core::{DType, Device, Result, Tensor, bail};
 use nalgebra::{Cholesky, DMatrix};
 use rayon::prelude::*;
 use serde_json::Value;
+use sparse_attn::simd::exp;
 use sparse_attn::token_router::GateLayer;
-use sparse_attn::{Attended, KvCache, KvDtype, Observer, RoutedAttention};
+use sparse_attn::{Attended, KvCache, KvDtype, Observer, RoutedAttention, vectorised};
 use std::ops::{ControlFlow, Range};
 use std::sync::{Arc, Mutex};
 
@@ -25,6 +27,9 @@ const FRACTIONS: [f32; 17] = [0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 
 /// How a router is trained.
 #[derive(Debug, Clone)]
 pub struct TrainOptions {
+    /// Token ids that ask for the text to be repeated: each text is read, followed by these and itself once more. Empty: it is read
+    /// once.
+    pub repeat: Vec<u32>,
     /// Newest tokens, which are always there: a label counts queries beyond them.
     pub window: usize,
     /// First tokens, which are always kept and teach nothing.
@@ -41,7 +46,7 @@ pub struct TrainOptions {
 
 impl Default for TrainOptions {
     fn default() -> Self {
-        Self { window: 256, sinks: 4, ridge: 1e-3, keep: 0.5, floor: 0.05, chunk: 512 }
+        Self { repeat: Vec::new(), window: 256, sinks: 4, ridge: 1e-3, keep: 0.5, floor: 0.05, chunk: 512 }
     }
 }
 
@@ -86,8 +91,27 @@ impl Labels {
     }
 }
 
+vectorised! {
+    /// Each label becomes the softmax of its score where that is more; `scores` are left as exponentials.
+    fn raise_labels(labels: &mut [f32], scores: &mut [f32]) -> () = raise_loop;
+}
+
+#[inline(always)]
+fn raise_loop(labels: &mut [f32], scores: &mut [f32]) {
+    let max = scores.iter().fold(f32::NEG_INFINITY, |max, score| max.max(*score));
+    scores.iter_mut().for_each(|score| *score = exp(*score - max));
+    let factor = 1.0 / scores.iter().map(|weight| f64::from(*weight)).sum::<f64>() as f32;
+    for (label, weight) in labels.iter_mut().zip(scores) {
+        let weight = *weight * factor;
+        *label = if weight > *label { weight } else { *label };
+    }
+}
+
 impl Observer for Labels {
     fn attended(&self, seen: Attended<'_>) -> Result<()> {
+        if seen.store.sliding_window().is_some() {
+            return Ok(()); // reads no more than its window, and keeps no more
+        }
         let shape = seen.store.shape();
         let (head_dim, group_size, step) = (shape.head_dim(), shape.group_size(), seen.step);
         let labels = (0..shape.kv_heads()).into_par_iter().map(|head| -> Result<Vec<f32>> {
@@ -95,18 +119,13 @@ impl Observer for Labels {
             let keys = Tensor::from_vec(keys, (positions.len(), head_dim), &Device::Cpu)?;
             let q = seen.q.narrow(1, head * group_size, group_size)?.to_dtype(DType::F32)?.contiguous()?;
             let scores = (q.reshape((step.len * group_size, head_dim))?.matmul(&keys.t()?)? * f64::from(seen.scale))?;
-            let scores = scores.flatten_all()?.to_vec1::<f32>()?; // [tokens * group_size, end]
+            let mut scores = scores.flatten_all()?.to_vec1::<f32>()?; // [tokens * group_size, end]
             let mut labels = vec![0f32; step.end()];
-            for (row, scores) in scores.chunks_exact(step.end()).enumerate() {
+            for (row, scores) in scores.chunks_exact_mut(step.end()).enumerate() {
                 let t = step.start + row / group_size;
-                let scores = &scores[..=t];
-                let max = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-                let total: f32 = scores.iter().map(|score| (score - max).exp()).sum();
                 // Beyond the window of this query.
                 let far = (t + 1).saturating_sub(self.window);
-                for (label, score) in labels[..far].iter_mut().zip(scores) {
-                    *label = label.max((score - max).exp() / total);
-                }
+                raise_labels(&mut labels[..far], &mut scores[..=t]);
             }
             Ok(labels)
         });
@@ -145,19 +164,21 @@ pub fn train(
     let config = model.config();
     let (layers, width, kv_heads) = (config.num_layers, config.hidden_size, config.heads.kv_heads());
     let empty = |_| Sums { xx: DMatrix::zeros(width + 1, width + 1), xy: DMatrix::zeros(width + 1, kv_heads), rows: 0 };
+    // Layers with a sliding window drop what leaves it anyway: they have no gate to learn.
+    let learns: Vec<bool> = config.sliding_window.iter().map(Option::is_none).collect();
     let mut sums: Vec<Sums> = (0..layers).map(empty).collect();
     for (done, text) in texts.iter().enumerate() {
         if progress(done).is_break() {
             return Ok(None);
         }
         let labels = read(model, dense, text, options)?;
-        for (layer, sums) in sums.iter_mut().enumerate() {
+        for (layer, sums) in sums.iter_mut().enumerate().filter(|(layer, _)| learns[*layer]) {
             add(sums, &labels.take(layer), useful(text.len(), options), width)?;
         }
     }
     let mut gates = Vec::with_capacity(layers);
-    for sums in sums {
-        gates.push(solve(sums, options.ridge, width, kv_heads)?);
+    for (sums, learns) in sums.into_iter().zip(&learns) {
+        gates.push(if *learns { solve(sums, options.ridge, width, kv_heads)? } else { keep_all(width, kv_heads)? });
     }
     // Scores and labels of held-out text: [layers * kv_heads][tokens].
     let mut scores: Vec<Vec<f32>> = vec![Vec::new(); layers * kv_heads];
@@ -167,9 +188,9 @@ pub fn train(
             return Ok(None);
         }
         let labels = read(model, dense, text, options)?;
-        for (layer, gate) in gates.iter().enumerate() {
+        for (layer, gate) in gates.iter().enumerate().filter(|(layer, _)| learns[*layer]) {
             let seen = labels.take(layer);
-            let hidden = Tensor::from_vec(seen.hidden, (text.len(), width), &Device::Cpu)?;
+            let hidden = Tensor::from_slice(&seen.hidden[..text.len() * width], (text.len(), width), &Device::Cpu)?;
             let predicted = gate.score(&hidden)?.t()?.to_vec2::<f32>()?;
             for (head, (predicted, labels)) in predicted.iter().zip(&seen.labels).enumerate() {
                 let useful = useful(text.len(), options);
@@ -178,8 +199,13 @@ pub fn train(
             }
         }
     }
-    let correlations = scores.iter().zip(&truths).map(|(scores, truths)| correlation(scores, truths));
-    let correlation = correlations.sum::<f64>() / scores.len() as f64;
+    let correlations =
+        scores.iter().zip(&truths).filter(|(scores, _)| !scores.is_empty()).map(|(scores, truths)| correlation(scores, truths));
+    let correlations: Vec<f64> = correlations.collect();
+    if correlations.is_empty() {
+        bail!("every layer of this model has a sliding window: there is nothing for a token router to drop");
+    }
+    let correlation = correlations.iter().sum::<f64>() / correlations.len() as f64;
     lift_to_floor(&mut gates, &mut scores, options, kv_heads)?;
     let mut all: Vec<f32> = scores.concat();
     all.sort_unstable_by(f32::total_cmp);
@@ -197,9 +223,10 @@ pub fn train(
     Ok(Some(Trained { router, correlation }))
 }
 
-/// Tokens that teach something: not the sinks, and with enough queries beyond their window.
+/// Tokens that teach something: not the sinks, and with enough queries beyond their window, which a repetition gives to all.
 fn useful(tokens: usize, options: &TrainOptions) -> Range<usize> {
-    options.sinks.min(tokens)..tokens.saturating_sub(2 * options.window)
+    let end = if options.repeat.is_empty() { tokens.saturating_sub(2 * options.window) } else { tokens };
+    options.sinks.min(tokens)..end
 }
 
 /// Reads a text and collects attention inputs and labels.
@@ -209,8 +236,12 @@ fn read(model: &dyn CausalLm, dense: &RoutedAttention, text: &[u32], options: &T
     }
     let labels = Arc::new(Labels::new(model.config().num_layers, options.window));
     let attention = dense.to_dense().observed(labels.clone());
-    let mut cache = KvCache::new(&model.config().layer_specs(), KvDtype::F32.into(), &Device::Cpu, text.len())?;
-    for part in text.chunks(options.chunk.max(1)) {
+    let mut ids = text.to_vec();
+    if !options.repeat.is_empty() {
+        ids.extend(options.repeat.iter().chain(text));
+    }
+    let mut cache = KvCache::new(&model.config().layer_specs(), KvDtype::F32.into(), &Device::Cpu, ids.len())?;
+    for part in ids.chunks(options.chunk.max(1)) {
         model.forward(part, &attention, &mut cache)?;
     }
     Ok(labels)
@@ -257,6 +288,15 @@ fn solve(sums: Sums, ridge: f64, width: usize, kv_heads: usize) -> Result<GateLa
     })
 }
 
+/// A gate that no threshold is above.
+fn keep_all(width: usize, kv_heads: usize) -> Result<GateLayer> {
+    Ok(GateLayer {
+        hidden: None,
+        weight: Tensor::zeros((kv_heads, width), DType::F32, &Device::Cpu)?,
+        bias: Tensor::full(f32::MAX, kv_heads, &Device::Cpu)?,
+    })
+}
+
 /// The score that `fraction` of `sorted`, ascending, reach.
 fn threshold(sorted: &[f32], fraction: f32) -> f32 {
     let below = ((1.0 - f64::from(fraction)) * sorted.len() as f64).round() as usize;
@@ -272,6 +312,9 @@ fn lift_to_floor(gates: &mut [GateLayer], scores: &mut [Vec<f32>], options: &Tra
         let mut bias = gate.bias.to_vec1::<f32>()?;
         for (head, bias) in bias.iter_mut().enumerate() {
             let scores = &mut scores[layer * kv_heads + head];
+            if scores.is_empty() {
+                continue;
+            }
             let mut sorted = scores.clone();
             sorted.sort_unstable_by(f32::total_cmp);
             let lift = (tau - threshold(&sorted, options.floor)).max(0.0);

@@ -20,10 +20,18 @@ const HELD_OUT: usize = 8;
 /// Tokens of a sequence, where nothing is asked for.
 const LENGTH: usize = 4096;
 
+/// Asks for the text once more.
+const REPEAT: &str = "\n\nRepeat the previous context exactly:\n\n";
+
+/// Tokens of the longer sequences, where nothing is asked for and the context allows them.
+const LONG: usize = 16384;
+
 pub(crate) fn run(args: &TrainRouter, hub: &Hub, ui: Ui, interrupt: &Interrupt) -> Result<u8> {
     let texts = args.file.iter().map(|path| read_file(path)).collect::<Result<Vec<_>>>()?;
     let checkpoint = Checkpoint::open(&args.model, &TemplateArgs::default(), &AttentionArgs::none(), hub)?;
+    let repeat = if args.once { Vec::new() } else { checkpoint.tokenizer.encode(REPEAT, false)? };
     let options = TrainOptions {
+        repeat,
         window: args.window as usize,
         keep: args.keep,
         ridge: args.ridge,
@@ -31,7 +39,11 @@ pub(crate) fn run(args: &TrainRouter, hub: &Hub, ui: Ui, interrupt: &Interrupt) 
         ..TrainOptions::default()
     };
     let context = checkpoint.context(&args.model, ui)?;
-    let length = args.length.map_or(LENGTH, |length| length as usize).min(context);
+    // A text and its repetition share the context.
+    let most = if options.repeat.is_empty() { context } else { context.saturating_sub(options.repeat.len()) / 2 };
+    let length = args.length.map_or(LENGTH, |length| length as usize).min(most);
+    // A quarter of the tokens in longer ones: what is missed late differs from what is missed early.
+    let long = args.long.map_or(LONG, |long| long as usize).clamp(length, most.max(length));
     if length <= 4 * options.window {
         let what = format!("sequences of {length} tokens are too short for a window of {}", options.window);
         return Err(Failure::new(Kind::Usage, what).hint("a larger --length, or a smaller --window").into());
@@ -39,7 +51,7 @@ pub(crate) fn run(args: &TrainRouter, hub: &Hub, ui: Ui, interrupt: &Interrupt) 
     let mut sequences: Vec<Vec<u32>> = Vec::new();
     for text in &texts {
         let ids = checkpoint.tokenizer.encode(text, true)?;
-        sequences.extend(ids.chunks(length).filter(|part| part.len() > 4 * options.window).map(<[u32]>::to_vec));
+        sequences.extend(cut(&ids, [length, long]).filter(|part| part.len() > 4 * options.window).map(<[u32]>::to_vec));
     }
     let total = sequences.len();
     let (mut learn, mut held_out) = (Vec::new(), Vec::new());
@@ -52,17 +64,21 @@ pub(crate) fn run(args: &TrainRouter, hub: &Hub, ui: Ui, interrupt: &Interrupt) 
         let why = format!("{total} sequences of up to {length} tokens; one to learn from and one to set the threshold on are the least");
         return Err(Failure::new(Kind::Usage, "the texts are too short").why(why).hint("more text, or a smaller --length").into());
     }
-    check_memory(&checkpoint, length, args)?;
+    let longest = learn.iter().chain(&held_out).map(Vec::len).max().unwrap_or(length);
+    let read = if options.repeat.is_empty() { longest } else { 2 * longest + options.repeat.len() };
+    check_memory(&checkpoint, read, args)?;
     let fingerprint = checkpoint.weights.fingerprint().map_err(damaged)?;
     let tokens = |texts: &[Vec<u32>]| texts.iter().map(Vec::len).sum::<usize>();
     let (learn_tokens, held_out_tokens) = (tokens(&learn), tokens(&held_out));
     let names: Vec<String> = args.file.iter().filter_map(|path| Some(path.file_name()?.to_string_lossy().into_owned())).collect();
-    let engine = checkpoint.load(length, &args.model)?;
+    let engine = checkpoint.load(read, &args.model)?;
     ui.say(engine.banner(context));
-    ui.say(format!("{learn_tokens} tokens to learn from, {held_out_tokens} held out, in sequences of up to {length}"));
+    ui.say(format!(
+        "{learn_tokens} tokens to learn from, {held_out_tokens} held out, in sequences of up to {length}, a quarter of up to {longest}"
+    ));
     let training = json!({
-        "command": "foveate train-router", "texts": names, "tokens": learn_tokens, "held_out_tokens": held_out_tokens, "length": length,
-        "label": "largest later attention beyond the window, logarithm", "ridge": options.ridge, "floor": options.floor,
+        "command": "foveate train-router", "texts": names, "tokens": learn_tokens, "held_out_tokens": held_out_tokens, "length": length, "longest": longest,
+        "label": "largest later attention beyond the window, logarithm", "repeated": !options.repeat.is_empty(), "ridge": options.ridge, "floor": options.floor,
         "model": engine.checkpoint.located.id, "quant": engine.checkpoint.weights.dtype_name(),
     });
     let bar = ui.token_bar("train", (learn_tokens + held_out_tokens) as u64);
@@ -100,6 +116,19 @@ pub(crate) fn run(args: &TrainRouter, hub: &Hub, ui: Ui, interrupt: &Interrupt) 
     Ok(0)
 }
 
+/// `ids` in sequences of the first length, and about a quarter of them in sequences of the second.
+fn cut(ids: &[u32], [length, long]: [usize; 2]) -> impl Iterator<Item = &[u32]> {
+    let (mut at, mut in_long) = (0, 0);
+    std::iter::from_fn(move || {
+        let takes_long = 4 * (in_long + long) <= at + long || at == 0 && ids.len() >= 2 * long;
+        let end = ids.len().min(at + if takes_long { long } else { length });
+        in_long += if takes_long { end - at } else { 0 };
+        let part = &ids[at..end];
+        at = end;
+        (!part.is_empty()).then_some(part)
+    })
+}
+
 /// The sums of all layers, and the attention inputs and labels of one sequence.
 fn check_memory(checkpoint: &Checkpoint, length: usize, args: &TrainRouter) -> Result<()> {
     let config = checkpoint.config();
@@ -120,4 +149,20 @@ fn check_memory(checkpoint: &Checkpoint, length: usize, args: &TrainRouter) -> R
         bytes(free)
     );
     Err(Failure::new(Kind::OutOfMemory, "training this model does not fit in memory").why(why).hint("a smaller --length").into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::cut;
+
+    #[test]
+    fn a_quarter_of_a_text_is_in_long_sequences() {
+        let ids: Vec<u32> = (0..100_000).collect();
+        let parts: Vec<&[u32]> = cut(&ids, [1000, 8000]).collect();
+        assert_eq!(parts.concat(), ids);
+        let long: usize = parts.iter().filter(|part| part.len() > 1000).map(|part| part.len()).sum();
+        assert!((20_000..=30_000).contains(&long), "{long}");
+        assert!(cut(&ids[..3000], [1000, 8000]).all(|part| part.len() == 1000));
+        assert!(cut(&[], [1000, 8000]).next().is_none());
+    }
 }

@@ -2,7 +2,7 @@
 
 use super::{Checksum, Hub, Located, cache, mirror};
 use crate::failure::{Failure, Kind};
-use crate::routing::RoutingDefaults;
+use crate::routing::{RoutingDefaults, ShippedRouter};
 use anyhow::{Context, Result};
 use hf_hub::Cache;
 use serde::Deserialize;
@@ -10,6 +10,9 @@ use std::path::PathBuf;
 use std::sync::LazyLock;
 
 static EMBEDDED: &[(&str, &str)] = &include!(concat!(env!("OUT_DIR"), "/manifests.rs"));
+
+/// The token routers of `models/routers/`, by name.
+static ROUTERS: &[(&str, &[u8])] = &include!(concat!(env!("OUT_DIR"), "/routers.rs"));
 
 static MANIFESTS: LazyLock<Vec<Manifest>> = LazyLock::new(|| {
     EMBEDDED
@@ -50,6 +53,8 @@ pub(crate) struct Body {
     pub(crate) mirror: Option<mirror::Packages>,
     /// What was measured to be good for it.
     pub(crate) routing: Option<RoutingDefaults>,
+    /// The token router that ships with this program.
+    pub(crate) router: Option<ShippedRouter>,
 }
 
 #[derive(Debug, PartialEq, Eq, Deserialize)]
@@ -77,6 +82,12 @@ impl Manifest {
 
     pub(crate) fn by_name(name: &str) -> Option<&'static Self> {
         Self::all().iter().find(|manifest| manifest.name.eq_ignore_ascii_case(name))
+    }
+
+    /// The shipped token router: what is known of it, and its file.
+    pub(crate) fn router(&self) -> Option<(&ShippedRouter, &'static [u8])> {
+        let router = self.body.router.as_ref()?;
+        ROUTERS.iter().find(|(name, _)| *name == self.name).map(|(_, bytes)| (router, *bytes))
     }
 
     pub(crate) fn checksum(&self) -> Checksum {
@@ -155,6 +166,11 @@ mod tests {
             assert!(body.bytes > 0 && body.context > 0 && !body.licence.is_empty() && !body.description.is_empty(), "{}", manifest.name);
             let routing = body.routing.clone().unwrap_or_default();
             assert!(sparse_attn::block_router::by_name(&routing.block_router).is_some(), "{}: {}", manifest.name, routing.block_router);
+            assert_eq!(body.router.is_some(), ROUTERS.iter().any(|(name, _)| *name == manifest.name), "{}", manifest.name);
+            if let Some((known, bytes)) = manifest.router() {
+                model::RouterFile::from_bytes(bytes).unwrap().gate(Some(known.keep)).unwrap();
+                assert!(bytes.len() < 3 << 20, "{}", manifest.name);
+            }
             assert!(body.mirror.as_ref().is_none_or(|mirror| !mirror.parts().is_empty()), "{}", manifest.name);
         }
     }

@@ -4,7 +4,7 @@ use half::{bf16, f16};
 
 /// 16 f32. All functions: the processor must have the instruction set, and pointers 16 readable (writable) elements.
 pub(super) trait Lanes: Copy {
-    /// Rows of [`super::dot_tiles`] and of [`super::add_weighted`], and vectors of a row of the latter, that fit the registers.
+    /// Rows of [`super::dot_octets`] and of [`super::add_weighted`], and vectors of a row of the latter, that fit the registers.
     const WIDE: bool;
     unsafe fn zero() -> Self;
     unsafe fn splat(x: f32) -> Self;
