@@ -224,7 +224,7 @@ pub(crate) struct AttentionArgs {
     #[arg(long, value_name = "NAME", value_parser = clap::builder::PossibleValuesParser::new(["all", "recent", "mean", "bound", "mass", "oracle"]))]
     pub(crate) block_router: Option<String>,
     /// Which tokens stay in memory: all, sink_window, random, trained (the one that ships for the model), or the
-    /// file of another [default: with --attn auto trained, where it was measured to cost little; else all]
+    /// file of another [default: with --attn auto trained, where it was measured to cost little and no speed; else all]
     #[arg(long, value_name = "NAME|FILE")]
     pub(crate) token_router: Option<String>,
     /// The part of the tokens that the token router keeps, 0 to 1

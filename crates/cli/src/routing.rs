@@ -56,14 +56,16 @@ pub(crate) struct ShippedRouter {
     pub(crate) ppl_change: f32,
     /// What single needles are found, as a part of what dense finds.
     pub(crate) needles: f32,
+    /// Speed of decoding with it at the end of the context, as a part of that without it.
+    pub(crate) decode: f32,
     /// The text and the length of these scores, for people.
     pub(crate) scored: String,
 }
 
 impl ShippedRouter {
-    /// Whether it loses so little that `auto` uses it.
+    /// Whether it loses so little, and no speed, that `auto` uses it.
     fn is_good(&self) -> bool {
-        self.kl <= 0.03 && self.ppl_change <= 0.01 && self.needles >= 0.99
+        self.kl <= 0.03 && self.ppl_change <= 0.01 && self.needles >= 0.99 && self.decode >= 1.0
     }
 }
 

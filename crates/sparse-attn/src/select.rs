@@ -195,9 +195,11 @@ pub fn select(scores: &BlockScores, limits: &Limits, step: Step, store: &LayerSt
     }
     let tiles = tiles(step, limits.tile);
     let kv_heads = store.shape().kv_heads();
+    let blocks = limits.edge(step.end() - 1).map_or(0, |edge| edge + 1);
+    let tokens: Vec<Vec<u32>> = (0..kv_heads).map(|head| tokens_of_blocks(limits.block_size, blocks, head, store)).collect();
     let chosen = parallel::map(tiles.len() * kv_heads, |index| {
-        let queries = tiles[index / kv_heads].clone();
-        (!limits.is_dense(&queries, step)).then(|| tile_blocks(scores, limits, queries, step, index % kv_heads, store))
+        let (queries, head) = (tiles[index / kv_heads].clone(), index % kv_heads);
+        (!limits.is_dense(&queries, step)).then(|| tile_blocks(scores, limits, queries, step, head, &tokens[head], store))
     });
     let heads = chosen.chunks(kv_heads).map(|heads| heads.iter().cloned().collect::<Option<Vec<_>>>());
     let tiles: Vec<Tile> = tiles.iter().cloned().zip(heads).map(|(queries, heads)| Tile { queries, heads }).collect();
@@ -207,19 +209,36 @@ pub fn select(scores: &BlockScores, limits: &Limits, step: Step, store: &LayerSt
     Selection::Blocks(BlockSelection { limits: *limits, tiles })
 }
 
+/// Admitted tokens of the first `blocks` blocks of a head.
+fn tokens_of_blocks(block_size: usize, blocks: usize, head: usize, store: &LayerStore) -> Vec<u32> {
+    let Some(admitted) = store.admitted(head) else { return vec![block_size as u32; blocks] };
+    let mut before = 0;
+    let mut next = |block: usize| {
+        let rank = admitted.rank((block + 1) * block_size);
+        let tokens = rank - before;
+        before = rank;
+        tokens as u32
+    };
+    (0..blocks).map(&mut next).collect()
+}
+
 /// The blocks of one tile and head, ascending.
-fn tile_blocks(scores: &BlockScores, limits: &Limits, queries: Range<usize>, step: Step, head: usize, store: &LayerStore) -> Vec<usize> {
+fn tile_blocks(
+    scores: &BlockScores,
+    limits: &Limits,
+    queries: Range<usize>,
+    step: Step,
+    head: usize,
+    tokens: &[u32],
+    store: &LayerStore,
+) -> Vec<usize> {
     let Some(last) = queries.clone().filter_map(|t| limits.edge(t)).max() else { return Vec::new() };
     let first = queries.clone().find_map(|t| limits.edge(t)).unwrap_or(last);
-    let tokens = |block: usize| match store.admitted(head) {
-        None => limits.block_size,
-        Some(_) => store.count_admitted(head, block * limits.block_size..(block + 1) * limits.block_size),
-    };
     let mut chosen = vec![false; last + 1];
     chosen[0] = true;
     // Neighbouring queries have the same edge or neighbouring ones.
     chosen[first..].fill(true);
-    let mut total: usize = (0..=last).filter(|block| chosen[*block]).map(tokens).sum();
+    let mut total: usize = (0..=last).filter(|block| chosen[*block]).map(|block| tokens[block] as usize).sum();
     let budget = limits.budget.limit(store.count_admitted(head, 0..queries.end.saturating_sub(limits.window)));
     if let BlockScores::PerQuery(scores) = scores {
         let mut best = vec![f32::NEG_INFINITY; first];
@@ -227,22 +246,37 @@ fn tile_blocks(scores: &BlockScores, limits: &Limits, queries: Range<usize>, ste
         scores.rows(scored, head).for_each(|row| raise(&mut best, &row[..first]));
         // The score, then the block: the largest is the best, and of equal ones the later.
         let rank = |block: usize| u64::from(ordered(best[block])) << 32 | block as u64;
-        let mut candidates: Vec<u64> = (1..first).filter(|block| tokens(*block) > 0).map(rank).collect();
-        let room = budget.saturating_sub(total) / limits.block_size;
-        if store.admitted(head).is_some() {
-            candidates.sort_unstable_by(|a, b| b.cmp(a));
-        } else if room < candidates.len() {
-            // Blocks of one size: the best are enough, in any order.
-            candidates.select_nth_unstable_by(room, |a, b| b.cmp(a));
-            candidates.truncate(room);
+        let mut candidates: Vec<u64> = (1..first).filter(|block| tokens[*block] > 0).map(rank).collect();
+        let among: usize = (1..first).map(|block| tokens[block] as usize).sum();
+        let mut rest = candidates.as_mut_slice();
+        // Sorted are only those that may fit: as many as fit of middling ones and a few more, then the next as many.
+        let middling = among.div_ceil(rest.len().max(1)).max(1);
+        let of_one_size = store.admitted(head).is_none();
+        let room = (budget.saturating_sub(total) / middling).min(rest.len());
+        let portion = if of_one_size { room } else { room * 5 / 4 + 1 };
+        if of_one_size && room < rest.len() {
+            // The best are enough, in any order.
+            rest.select_nth_unstable_by(room, |a, b| b.cmp(a));
+            rest = &mut rest[..room];
         }
-        for block in candidates.into_iter().map(|rank| rank as u32 as usize) {
-            let more = tokens(block);
-            if total + more > budget {
-                break;
+        'fits: while !rest.is_empty() {
+            let count = portion.clamp(1, rest.len());
+            if count < rest.len() {
+                rest.select_nth_unstable_by(count - 1, |a, b| b.cmp(a));
             }
-            chosen[block] = true;
-            total += more;
+            let (portion, others) = rest.split_at_mut(count);
+            if !of_one_size {
+                portion.sort_unstable_by(|a, b| b.cmp(a));
+            }
+            for block in portion.iter().map(|rank| *rank as u32 as usize) {
+                let more = tokens[block] as usize;
+                if total + more > budget {
+                    break 'fits;
+                }
+                chosen[block] = true;
+                total += more;
+            }
+            rest = others;
         }
     }
     (0..=last).filter(|block| chosen[*block]).collect()

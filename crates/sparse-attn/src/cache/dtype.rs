@@ -51,11 +51,6 @@ impl KvDtype {
     pub fn row_bytes(self, width: usize) -> usize {
         width * self.tensor_dtype().size_in_bytes() + 2 * self.scales(width)
     }
-
-    /// How summaries of keys so stored are stored: minima and maxima of 16-bit keys are 16-bit numbers.
-    pub(crate) fn of_summaries(self) -> Self {
-        if self == Self::Q8_0 { Self::F16 } else { self }
-    }
 }
 
 /// The storage of keys and that of values.

@@ -28,10 +28,20 @@ impl Summary {
         }
     }
 
+    /// How it is stored beside keys stored as `k`: minima and maxima of 16-bit keys are 16-bit numbers; means and variances are
+    /// estimates anyway.
+    fn dtype(self, k: KvDtype) -> KvDtype {
+        match (self, k) {
+            (Self::MeanVariance, KvDtype::F16 | KvDtype::Bf16 | KvDtype::Q8_0) => KvDtype::Q8_0,
+            (_, KvDtype::Q8_0) => KvDtype::F16,
+            (_, k) => k,
+        }
+    }
+
     /// Bytes for the blocks of `capacity` positions of `kv_heads` heads whose keys are stored as `k`.
     pub fn planned_bytes(self, k: KvDtype, head_dim: usize, kv_heads: usize, capacity: usize, block_size: usize) -> usize {
         let pages = capacity.div_ceil(block_size).div_ceil(PAGE_SIZE);
-        Pool::page_bytes(k.of_summaries(), self.width(head_dim), pages * kv_heads)
+        Pool::page_bytes(self.dtype(k), self.width(head_dim), pages * kv_heads)
     }
 
     /// The summary of `keys` `[n, head_dim]`, rounded so that what is stored as `dtype` is still a bound.
@@ -99,7 +109,7 @@ pub struct Summaries {
 
 impl Summaries {
     pub(super) fn new(kind: Summary, block_size: usize, [kv_heads, head_dim]: [usize; 2], keys: KvDtype, device: &Device) -> Result<Self> {
-        let pool = Pool::new(keys.of_summaries(), Order::Tiles, kind.width(head_dim), 0, device)?;
+        let pool = Pool::new(kind.dtype(keys), Order::Tiles, kind.width(head_dim), 0, device)?;
         Ok(Self { kind, block_size, blocks: 0, kv_heads, head_dim, pool })
     }
 

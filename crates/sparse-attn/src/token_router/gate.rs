@@ -1,4 +1,5 @@
 use super::{Admission, RouterInput, TokenRouter};
+use crate::vectorised;
 use candle_core::{DType, Result, Tensor, bail};
 
 /// A trained gate: a token is kept where its score reaches `tau`. The score of head `h` is
@@ -94,14 +95,19 @@ fn row_by_row(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
     Tensor::from_vec(out, (x.dim(0)?, weight.dim(0)?), x.device())
 }
 
+vectorised! {
+    fn dot(a: &[f32], b: &[f32]) -> f32 = dot_loop;
+}
+
 /// In 16 sums, which the compiler turns into vectors.
-fn dot(a: &[f32], b: &[f32]) -> f32 {
+#[inline(always)]
+fn dot_loop(a: &[f32], b: &[f32]) -> f32 {
     let mut sums = [0f32; 16];
     let (a_chunks, b_chunks) = (a.chunks_exact(16), b.chunks_exact(16));
     let rest: f32 = a_chunks.remainder().iter().zip(b_chunks.remainder()).map(|(x, y)| x * y).sum();
     for (a, b) in a_chunks.zip(b_chunks) {
         for i in 0..16 {
-            sums[i] += a[i] * b[i];
+            sums[i] = a[i].mul_add(b[i], sums[i]);
         }
     }
     sums.iter().sum::<f32>() + rest

@@ -129,6 +129,21 @@ fn score(octets: &[OctetRef], rows: usize, k: Rows<'_>, scratch: &mut Scratch) {
     dot_octets(Rows { numbers: Numbers::F32(&scratch.k), width: k.width }, &scratch.q, &scratch.pairs, scores);
 }
 
+/// For each mask of an octet, all bits of the lanes in it.
+static LANES_OF: [[u32; OCTET]; 256] = {
+    let mut masks = [[0; OCTET]; 256];
+    let mut mask = 0;
+    while mask < 256 {
+        let mut lane = 0;
+        while lane < OCTET {
+            masks[mask][lane] = if mask >> lane & 1 == 1 { u32::MAX } else { 0 };
+            lane += 1;
+        }
+        mask += 1;
+    }
+    masks
+};
+
 /// Hides the lanes that a query does not see.
 fn hide(reads: &Reads<'_>, octets: &[OctetRef], group_size: usize, scores: &mut [f32]) {
     let stride = octets.len().next_multiple_of(2) * OCTET;
@@ -140,10 +155,10 @@ fn hide(reads: &Reads<'_>, octets: &[OctetRef], group_size: usize, scores: &mut 
         for (query, scores) in scores.chunks_exact_mut(group_size * stride).enumerate() {
             let visible = shared.unwrap_or_else(|| reads.visible(*octet, reads.queries.start + query));
             for scores in scores.chunks_exact_mut(stride) {
-                for (lane, score) in scores[index * OCTET..][..OCTET].iter_mut().enumerate() {
-                    if visible >> lane & 1 == 0 {
-                        *score = f32::NEG_INFINITY;
-                    }
+                // By bits, not by branches: with a token router most octets are read in part.
+                let lanes = &LANES_OF[usize::from(visible)];
+                for (score, lane) in scores[index * OCTET..][..OCTET].iter_mut().zip(lanes) {
+                    *score = f32::from_bits(score.to_bits() & lane | f32::NEG_INFINITY.to_bits() & !lane);
                 }
             }
         }
@@ -166,7 +181,14 @@ fn collect_columns(reads: &Reads<'_>, octets: &[OctetRef], columns: &mut Vec<Val
         let all = (0..OCTET as u32).map(|lane| ValueColumn { slot: slot + lane, weight: weight + lane });
         match seen {
             u8::MAX => columns.extend(all),
-            _ => columns.extend(all.filter(|column| seen >> (column.slot - slot) & 1 == 1)),
+            _ => {
+                let mut seen = seen;
+                while seen != 0 {
+                    let lane = seen.trailing_zeros();
+                    columns.push(ValueColumn { slot: slot + lane, weight: weight + lane });
+                    seen &= seen - 1;
+                }
+            }
         }
     }
 }
