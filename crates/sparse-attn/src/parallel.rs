@@ -22,28 +22,36 @@ pub fn map<T: Send + Sync>(count: usize, f: impl Fn(usize) -> T + Sync) -> Vec<T
 
 /// `f(scratch, i, &mut items[i])` for every `i`; a thread makes a `scratch` for the neighbours that it gets at once.
 pub fn for_each_mut<T: Send, S>(items: &mut [T], scratch: impl Fn() -> S + Sync, f: impl Fn(&mut S, usize, &mut T) + Sync) {
-    let first = Items(items.as_mut_ptr());
-    candle_core::utils::barrier_pool().execute_chunked(items.len(), |range| {
+    let count = items.len();
+    let places = Places::of(items);
+    candle_core::utils::barrier_pool().execute_chunked(count, |range| {
         let mut scratch = scratch();
         for index in range {
             // SAFETY: execute_chunked hands out every index of the list once, and returns when all are done; until then nothing
             // else touches the list, which this function has borrowed.
-            f(&mut scratch, index, unsafe { &mut *first.at(index) });
+            f(&mut scratch, index, unsafe { &mut *places.at(index) });
         }
     });
 }
 
-/// A list that threads take members of, each others.
-struct Items<T>(*mut T);
+/// Places of a list that threads fill, each its own.
+#[derive(Debug)]
+pub struct Places<T>(*mut T);
 
-impl<T> Items<T> {
-    fn at(&self, index: usize) -> *mut T {
+impl<T> Places<T> {
+    /// The places of `list`, which must stay where it is and untouched while they are used.
+    pub fn of(list: &mut [T]) -> Self {
+        Self(list.as_mut_ptr())
+    }
+
+    /// The place of `index`: to be read and written only where it lies inside, and by one thread at a time.
+    pub fn at(&self, index: usize) -> *mut T {
         self.0.wrapping_add(index)
     }
 }
 
-// SAFETY: members go to one thread each, see above, and may go to another thread.
-unsafe impl<T: Send> Sync for Items<T> {}
+// SAFETY: a place is only a pointer; who uses one promises that no other thread does, and members may go to another thread.
+unsafe impl<T: Send> Sync for Places<T> {}
 
 #[cfg(test)]
 mod tests {

@@ -213,13 +213,13 @@ pub fn select(scores: &BlockScores, limits: &Limits, step: Step, store: &LayerSt
 fn tokens_of_blocks(block_size: usize, blocks: usize, head: usize, store: &LayerStore) -> Vec<u32> {
     let Some(admitted) = store.admitted(head) else { return vec![block_size as u32; blocks] };
     let mut before = 0;
-    let mut next = |block: usize| {
+    let next = |block: usize| {
         let rank = admitted.rank((block + 1) * block_size);
         let tokens = rank - before;
         before = rank;
         tokens as u32
     };
-    (0..blocks).map(&mut next).collect()
+    (0..blocks).map(next).collect()
 }
 
 /// The blocks of one tile and head, ascending.

@@ -55,12 +55,13 @@ impl Matrix {
     pub fn multiply_each(matrices: &[&Self], x: &Tensor) -> Result<Vec<Tensor>> {
         let tokens = x.dim(0)?;
         let quantized = matrices.iter().map(|matrix| match matrix {
-            Self::Quantized(weight, precision) if product::supports(weight, tokens) => Some((weight.as_ref(), *precision)),
+            Self::Quantized(weight, _) if product::supports(weight, tokens) => Some(weight.as_ref()),
             _ => None,
         });
-        match quantized.collect::<Option<(Vec<&QTensor>, Vec<Precision>)>>() {
-            Some((weights, precisions)) => product::multiply(x, &weights, precisions.first().copied().unwrap_or_default()),
-            None => matrices.iter().map(|matrix| matrix.multiply(x)).collect(),
+        // The matrices of a checkpoint are all multiplied in one precision.
+        match (quantized.collect::<Option<Vec<&QTensor>>>(), matrices.first()) {
+            (Some(weights), Some(Self::Quantized(_, precision))) => product::multiply(x, &weights, *precision),
+            _ => matrices.iter().map(|matrix| matrix.multiply(x)).collect(),
         }
     }
 

@@ -15,6 +15,7 @@ use activations::Activations;
 use blocks::Format;
 use candle_core::quantized::QTensor;
 use candle_core::{DType, Device, Result, Storage, Tensor};
+use sparse_attn::parallel::Places;
 use std::ops::Range;
 
 /// Weight rows that a thread takes at a time, at least.
@@ -80,7 +81,7 @@ fn multiply_rounded(x: &[f32], [tokens, columns]: [usize; 2], weights: &[&QTenso
         parts.push(Part { format, bytes, row_bytes, rows: total..total + rows, out: vec![0f32; tokens * rows] });
         total += rows;
     }
-    let outs: Vec<Slots<f32>> = parts.iter_mut().map(|part| Slots(part.out.as_mut_ptr())).collect();
+    let outs: Vec<Places<f32>> = parts.iter_mut().map(|part| Places::of(&mut part.out)).collect();
     #[cfg(target_arch = "x86_64")]
     if tokens >= MANY_TOKENS && unpacks_fast() {
         multiply_many(&many::Batch::new(x, columns), columns, &parts, &outs);
@@ -91,7 +92,7 @@ fn multiply_rounded(x: &[f32], [tokens, columns]: [usize; 2], weights: &[&QTenso
 }
 
 /// A few tokens against each row as it is unpacked.
-fn multiply_few(x: &[f32], columns: usize, parts: &[Part<'_>], outs: &[Slots<f32>]) {
+fn multiply_few(x: &[f32], columns: usize, parts: &[Part<'_>], outs: &[Places<f32>]) {
     let rows_of_x: Vec<Activations> = x.chunks_exact(columns).map(Activations::new).collect();
     let total = parts.last().map_or(0, |part| part.rows.end);
     let chunks = total.div_ceil(ROWS_AT_ONCE);
@@ -115,7 +116,7 @@ fn multiply_few(x: &[f32], columns: usize, parts: &[Part<'_>], outs: &[Slots<f32
 
 /// All tokens against panels of unpacked rows.
 #[cfg(target_arch = "x86_64")]
-fn multiply_many(x: &many::Batch, columns: usize, parts: &[Part<'_>], outs: &[Slots<f32>]) {
+fn multiply_many(x: &many::Batch, columns: usize, parts: &[Part<'_>], outs: &[Places<f32>]) {
     let panels: Vec<(usize, usize)> =
         parts.iter().enumerate().flat_map(|(part, of)| (0..of.rows.len()).step_by(many::LANES).map(move |row| (part, row))).collect();
     candle_core::utils::barrier_pool().execute_chunked(panels.len(), |range| {
@@ -143,18 +144,6 @@ struct Part<'a> {
     rows: Range<usize>,
     out: Vec<f32>, // [tokens, rows]
 }
-
-/// Places that threads fill, each its own.
-struct Slots<T>(*mut T);
-
-impl<T> Slots<T> {
-    fn at(&self, index: usize) -> *mut T {
-        self.0.wrapping_add(index)
-    }
-}
-
-// SAFETY: the users above give every place to one thread only.
-unsafe impl<T: Send> Sync for Slots<T> {}
 
 #[cfg(test)]
 mod tests {
