@@ -3,6 +3,7 @@
 use crate::backend::AttentionBackend;
 use crate::block_router::{self, BlockRouter, Queries};
 use crate::cache::{KvCache, KvDtypes, LayerSpec, LayerStore, Local, Pool, ReadCount, Step};
+use crate::parallel;
 use crate::select::{Budget, Limits, Selection, TILE, select};
 use crate::token_router::{self, RouterInput, TokenRouter};
 use candle_core::{Result, Tensor, bail};
@@ -201,26 +202,26 @@ impl RoutedAttention {
     fn count(&self, layer: usize, step: Step, selection: &Selection, cache: &mut KvCache) {
         let store = cache.layer(layer);
         let kv_heads = store.shape().kv_heads();
-        let (mut read, mut visible) = (0, 0);
-        for queries in selection.pieces(step, usize::MAX) {
-            for head in 0..kv_heads {
-                let ranges = selection.ranges(queries.start, head, queries.end, store);
-                let Some((tail, blocks)) = ranges.split_last() else { continue };
-                let blocks: usize = blocks.iter().map(|range| store.count_admitted(head, range.clone())).sum();
-                for t in queries.clone() {
-                    let from = tail.start.max(store.first_visible(t));
-                    let in_tail = match store.local_window() {
-                        None => t + 1 - from,
-                        Some(window) => {
-                            let window = (t + 1).saturating_sub(window).max(from);
-                            store.count_admitted(head, from..window) + t + 1 - window
-                        }
-                    };
-                    read += (blocks + in_tail) as u64;
-                    visible += (t + 1 - store.first_visible(t)) as u64;
-                }
-            }
-        }
+        let pieces = selection.pieces(step, usize::MAX);
+        let counts = parallel::map(pieces.len() * kv_heads, |index| {
+            let (queries, head) = (pieces[index / kv_heads].clone(), index % kv_heads);
+            let ranges = selection.ranges(queries.start, head, queries.end, store);
+            let Some((tail, blocks)) = ranges.split_last() else { return (0, 0) };
+            let blocks: usize = blocks.iter().map(|range| store.count_admitted(head, range.clone())).sum();
+            let count = |t: usize| {
+                let from = tail.start.max(store.first_visible(t));
+                let in_tail = match store.local_window() {
+                    None => t + 1 - from,
+                    Some(window) => {
+                        let window = (t + 1).saturating_sub(window).max(from);
+                        store.count_admitted(head, from..window) + t + 1 - window
+                    }
+                };
+                ((blocks + in_tail) as u64, (t + 1 - store.first_visible(t)) as u64)
+            };
+            queries.map(count).fold((0, 0), |(read, visible), (more, of)| (read + more, visible + of))
+        });
+        let (read, visible) = counts.into_iter().fold((0, 0), |(read, visible), (more, of)| (read + more, visible + of));
         let row = |pool: &Pool| pool.dtype().row_bytes(pool.width()) as u64;
         let scored = match (selection, store.summaries()) {
             (Selection::Blocks(_), Ok(summaries)) => (step.len * kv_heads * summaries.blocks()) as u64 * row(summaries.pool()),

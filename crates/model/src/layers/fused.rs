@@ -59,11 +59,8 @@ fn numbers<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
 
 /// Fills `count` numbers, some rows of `width` at a time: `fill(first row, rows)`.
 fn fill_rows(count: usize, width: usize, fill: impl Fn(usize, &mut [f32]) + Sync) -> CpuStorage {
-    let mut out = vec![0f32; count];
     let rows = (CHUNK / width.max(1)).max(1);
-    let mut chunks: Vec<&mut [f32]> = out.chunks_mut(rows * width.max(1)).collect();
-    parallel::for_each_mut(&mut chunks, || (), |(), index, chunk| fill(index * rows, chunk));
-    CpuStorage::F32(out)
+    CpuStorage::F32(parallel::filled(count, rows * width.max(1), |index, chunk| fill(index * rows, chunk)))
 }
 
 /// Of two tensors that must have one shape.

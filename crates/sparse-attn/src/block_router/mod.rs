@@ -19,7 +19,7 @@ use crate::cache::{LANES, OCTET, PAGE_SIZE, Step, Summary};
 use crate::parallel;
 use crate::select::tiles;
 use crate::simd::{dot_octets, raise, with_rows};
-use candle_core::{DType, Result, Tensor};
+use candle_core::{DType, Result, Storage, Tensor};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -125,9 +125,14 @@ pub fn by_name(name: &str) -> Option<Arc<dyn BlockRouter>> {
     all().into_iter().find(|router| router.name() == name)
 }
 
-/// Queries `[q_len, q_heads, head_dim]` on the host.
-fn host_queries(q: &Tensor) -> Result<Vec<f32>> {
-    q.to_dtype(DType::F32)?.contiguous()?.flatten_all()?.to_vec1()
+/// What `f` makes of queries `[q_len, q_heads, head_dim]` on the host.
+fn with_host_queries<R>(q: &Tensor, f: impl FnOnce(&[f32]) -> Result<R>) -> Result<R> {
+    let q = q.to_dtype(DType::F32)?.contiguous()?;
+    let (storage, layout) = q.storage_and_layout();
+    match &*storage {
+        Storage::Cpu(storage) => f(&storage.as_slice::<f32>()?[layout.start_offset()..][..q.elem_count()]),
+        _ => f(&q.flatten_all()?.to_vec1()?),
+    }
 }
 
 /// Scores that are products of the block's summary with what `expand` makes of a query `[head_dim]`, which it appends to
@@ -148,30 +153,31 @@ fn score_summaries(
         octets.take(blocks.div_ceil(LANES)).collect()
     };
     let pairs: Vec<Vec<[u32; 2]>> = (0..shape.kv_heads()).map(pairs_of).collect();
-    let q = host_queries(queries.q)?;
     let group = shape.group_size() * shape.head_dim();
-    with_rows(summaries.pool(), |rows| {
-        score_groups(&q, tiles, store, blocks, |head, tiles, out| {
-            // [tiles, group_size, width]
-            let mut expanded = Vec::new();
-            for queries in tiles {
-                let at = expanded.len();
-                for (index, q) in queries.chunks_exact(group).enumerate() {
-                    let own = expanded.len();
-                    q.chunks_exact(shape.head_dim()).for_each(|row| expand(row, &mut expanded));
-                    if index > 0 {
-                        let (first, other) = expanded.split_at_mut(own);
-                        first[at..].iter_mut().zip(&*other).for_each(|(sum, x)| *sum += x);
-                        expanded.truncate(own);
+    with_host_queries(queries.q, |q| {
+        with_rows(summaries.pool(), |rows| {
+            score_groups(q, tiles, store, blocks, |head, tiles, out| {
+                // [tiles, group_size, width]
+                let mut expanded = Vec::new();
+                for queries in tiles {
+                    let at = expanded.len();
+                    for (index, q) in queries.chunks_exact(group).enumerate() {
+                        let own = expanded.len();
+                        q.chunks_exact(shape.head_dim()).for_each(|row| expand(row, &mut expanded));
+                        if index > 0 {
+                            let (first, other) = expanded.split_at_mut(own);
+                            first[at..].iter_mut().zip(&*other).for_each(|(sum, x)| *sum += x);
+                            expanded.truncate(own);
+                        }
+                    }
+                    let count = queries.len() / group;
+                    if count > 1 {
+                        expanded[at..].iter_mut().for_each(|sum| *sum /= count as f32);
                     }
                 }
-                let count = queries.len() / group;
-                if count > 1 {
-                    expanded[at..].iter_mut().for_each(|sum| *sum /= count as f32);
-                }
-            }
-            out.resize(expanded.len() / rows.width * pairs[head].len() * LANES, 0.0);
-            dot_octets(rows, &expanded, &pairs[head], out);
+                out.resize(expanded.len() / rows.width * pairs[head].len() * LANES, 0.0);
+                dot_octets(rows, &expanded, &pairs[head], out);
+            })
         })
     })
 }

@@ -1,4 +1,4 @@
-use super::{BlockRouter, BlockScores, Queries, host_queries, score_groups};
+use super::{BlockRouter, BlockScores, Queries, score_groups, with_host_queries};
 use crate::LayerStore;
 use candle_core::Result;
 
@@ -16,7 +16,7 @@ impl BlockRouter for Oracle {
         let (blocks, head_dim) = (store.written() / block_size, store.shape().head_dim());
         let heads = (0..store.shape().kv_heads()).map(|head| store.admitted_keys(head, 0..blocks * block_size));
         let heads = heads.collect::<Result<Vec<_>>>()?;
-        Ok(score_groups(&host_queries(queries.q)?, queries.each(), store, blocks, |head, tiles, out| {
+        let score_head = |head: usize, tiles: &[Vec<f32>], out: &mut Vec<f32>| {
             out.clear();
             let (positions, keys) = &heads[head];
             for q in tiles.iter().flat_map(|queries| queries.chunks_exact(head_dim)) {
@@ -28,6 +28,7 @@ impl BlockRouter for Oracle {
                     *best = best.max(score);
                 }
             }
-        }))
+        };
+        with_host_queries(queries.q, |q| Ok(score_groups(q, queries.each(), store, blocks, score_head)))
     }
 }

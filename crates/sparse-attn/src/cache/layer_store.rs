@@ -3,6 +3,7 @@
 use super::admitted::Admitted;
 use super::{KvDtypes, NO_PAGE, Order, PAGE_SIZE, PageTable, Pool, Step, Summaries, Summary};
 use crate::HeadShape;
+use crate::simd::with_rows;
 use crate::token_router::Admission;
 use candle_core::{DType, Device, IndexOp, Result, Tensor, bail};
 use std::ops::Range;
@@ -238,17 +239,9 @@ impl LayerStore {
         };
         let missing = summaries.missing(self.written);
         if !missing.is_empty() {
-            let (positions, head_dim) = (missing.start * block_size..missing.end * block_size, shape.head_dim());
-            let mut heads = Vec::with_capacity(shape.kv_heads());
-            for head in 0..shape.kv_heads() {
-                let (at, keys) = self.admitted_keys(head, positions.clone())?;
-                let mut blocks = vec![Vec::new(); missing.len()];
-                for (position, key) in at.iter().zip(keys.chunks_exact(head_dim)) {
-                    blocks[position / block_size - missing.start].extend_from_slice(key);
-                }
-                heads.push(blocks);
-            }
-            summaries.extend(&heads)?;
+            let positions = missing.start * block_size..missing.end * block_size;
+            let heads = (0..shape.kv_heads()).map(|head| self.admitted_keys(head, positions.clone()));
+            summaries.extend(missing.len(), &heads.collect::<Result<Vec<_>>>()?)?;
         }
         self.summaries = Some(summaries);
         Ok(())
@@ -273,8 +266,10 @@ impl LayerStore {
         let positions: Vec<usize> =
             range.filter(|position| self.admitted(head).is_none_or(|admitted| admitted.contains(*position))).collect();
         let slots = positions.iter().map(|position| self.slot(head, *position)).collect::<Result<Vec<u32>>>()?;
-        let keys = read_slots(&self.k, &slots)?;
-        Ok((positions, keys.flatten_all()?.to_vec1()?))
+        if self.k.values().device().is_cpu() {
+            return Ok((positions, with_rows(&self.k, |rows| rows.gather(self.k.order(), &slots))?));
+        }
+        Ok((positions, read_slots(&self.k, &slots)?.flatten_all()?.to_vec1()?))
     }
 
     /// All tokens of `head` up to `end` that are there: their positions, keys and values, `[n, head_dim]` f32.

@@ -1,6 +1,7 @@
 //! Pages of rows (keys, values or block summaries) in tensors that backends write in place.
 
 use super::{GROUP, KvDtype, PAGE_SIZE};
+use crate::parallel;
 use candle_core::{DType, Device, Result, Shape, Tensor};
 use half::vec::HalfBitsVecExt;
 use half::{bf16, f16};
@@ -11,6 +12,9 @@ pub const LANES: usize = 16;
 /// Half a tile: the fewest neighbouring slots that are read at once.
 pub const OCTET: usize = LANES / 2;
 
+/// Rows that a thread encodes at a time.
+const ROWS_AT_ONCE: usize = 32;
+
 /// How the rows of a page lie.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Order {
@@ -19,6 +23,17 @@ pub enum Order {
     Tiles,
     /// Row after row: `[pages, PAGE_SIZE, width]`. For weighted sums of rows.
     Rows,
+}
+
+impl Order {
+    /// Where a slot's numbers lie in rows of `width`: the first one, and the distance to the next.
+    pub(crate) fn place(self, slot: u32, width: usize) -> (usize, usize) {
+        let slot = slot as usize;
+        match self {
+            Self::Tiles => (slot / LANES * LANES * width + slot % LANES, LANES),
+            Self::Rows => (slot * width, 1),
+        }
+    }
 }
 
 /// Pages of [`PAGE_SIZE`] rows.
@@ -128,15 +143,21 @@ impl Pool {
         }
         let (count, width) = rows.dims2()?;
         let rows = rows.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
-        let (mut integers, mut scales) = (Vec::with_capacity(rows.len()), Vec::new());
-        for group in rows.chunks_exact(width).flat_map(|row| row.chunks(GROUP)) {
-            // NaN is not the maximum of anything, but must not vanish either.
-            let largest = group.iter().fold(0f32, |max, x| if x.is_nan() { f32::NAN } else { max.max(x.abs()) });
-            let scale = largest / 127.0;
-            let inverse = if scale == 0.0 { 0.0 } else { 1.0 / scale };
-            integers.extend(group.iter().map(|x| (x * inverse).round() as i8 as u8));
-            scales.push(f16::from_f32(scale));
-        }
+        let encoded = parallel::map(count.div_ceil(ROWS_AT_ONCE), |part| {
+            let rows = rows.chunks_exact(width).skip(part * ROWS_AT_ONCE).take(ROWS_AT_ONCE);
+            let (mut integers, mut scales) = (Vec::with_capacity(ROWS_AT_ONCE * width), Vec::new());
+            for group in rows.flat_map(|row| row.chunks(GROUP)) {
+                // NaN is not the maximum of anything, but must not vanish either.
+                let largest = group.iter().fold(0f32, |max, x| if x.is_nan() { f32::NAN } else { max.max(x.abs()) });
+                let scale = largest / 127.0;
+                let inverse = if scale == 0.0 { 0.0 } else { 1.0 / scale };
+                integers.extend(group.iter().map(|x| (x * inverse).round() as i8 as u8));
+                scales.push(f16::from_f32(scale));
+            }
+            (integers, scales)
+        });
+        let (integers, scales): (Vec<Vec<u8>>, Vec<Vec<f16>>) = encoded.into_iter().unzip();
+        let (integers, scales) = (integers.concat(), scales.concat());
         let groups = self.dtype.scales(width);
         let device = self.values.device();
         Ok(vec![Tensor::from_vec(integers, (count, width), device)?, Tensor::from_vec(scales, (count, groups), device)?])

@@ -1,8 +1,12 @@
 //! Writing rows into a pool, and moving them inside it, in place. On the CPU; a device's backend brings its own.
 
-use super::{KvDtype, LANES, Move, Order, Pool};
+use super::{KvDtype, Move, Order, Pool};
+use crate::parallel::Places;
 use candle_core::{CpuStorage, DType, InplaceOp1, InplaceOp2, Layout, Result, Tensor, bail};
 use half::slice::HalfFloatSliceExt;
+
+/// Rows that a thread takes at a time.
+const ROWS_AT_ONCE: usize = 64;
 
 impl Pool {
     /// Stores `rows` `[slots, width]` into `slots` (`page * PAGE_SIZE + slot`).
@@ -31,15 +35,6 @@ impl Pool {
             return Ok(());
         }
         self.tensors().try_for_each(|tensor| tensor.inplace_op1(&Apply { order: self.order(), moves }))
-    }
-}
-
-/// Where a slot's numbers lie: the first one, and the distance to the next.
-fn place(order: Order, slot: u32, width: usize) -> (usize, usize) {
-    let slot = slot as usize;
-    match order {
-        Order::Tiles => (slot / LANES * LANES * width + slot % LANES, LANES),
-        Order::Rows => (slot * width, 1),
     }
 }
 
@@ -73,30 +68,60 @@ impl InplaceOp2 for Write<'_> {
 }
 
 impl Write<'_> {
-    fn copy<T: Copy>(&self, pool: &mut [T], rows: &[T], width: usize) {
-        for (slot, row) in self.slots.iter().zip(rows.chunks_exact(width)) {
-            let (first, stride) = place(self.order, *slot, width);
-            for (i, value) in row.iter().enumerate() {
-                pool[first + i * stride] = *value;
+    fn copy<T: Copy + Send + Sync>(&self, pool: &mut [T], rows: &[T], width: usize) {
+        self.each(pool, |places, first| {
+            for (slot, row) in self.slots[first..].iter().zip(rows[first * width..].chunks_exact(width)).take(ROWS_AT_ONCE) {
+                // SAFETY: the slot is inside the pool, and no other row's.
+                unsafe { self.put(places, *slot, row) };
             }
+        });
+    }
+
+    fn round<T: Copy + Default + Send + Sync>(&self, pool: &mut [T], rows: &[f32], width: usize)
+    where
+        [T]: HalfFloatSliceExt,
+    {
+        self.each(pool, |places, first| {
+            let mut rounded = vec![T::default(); width];
+            for (slot, row) in self.slots[first..].iter().zip(rows[first * width..].chunks_exact(width)).take(ROWS_AT_ONCE) {
+                rounded.convert_from_f32_slice(row);
+                // SAFETY: the slot is inside the pool, and no other row's.
+                unsafe { self.put(places, *slot, &rounded) };
+            }
+        });
+    }
+
+    /// `rows(places of the pool, first row)` for each [`ROWS_AT_ONCE`] rows: on all threads, unless two rows go to one slot.
+    fn each<T: Send>(&self, pool: &mut [T], rows: impl Fn(&Places<T>, usize) + Sync) {
+        let places = Places::of(pool);
+        let parts = self.slots.len().div_ceil(ROWS_AT_ONCE);
+        if parts > 1 && are_distinct(self.slots) {
+            candle_core::utils::barrier_pool().execute_chunked(parts, |range| range.for_each(|part| rows(&places, part * ROWS_AT_ONCE)));
+        } else {
+            (0..parts).for_each(|part| rows(&places, part * ROWS_AT_ONCE));
+        }
+    }
+
+    /// # Safety
+    /// The slot must be inside the pool, and no other thread may be writing it.
+    unsafe fn put<T: Copy>(&self, pool: &Places<T>, slot: u32, row: &[T]) {
+        let (first, stride) = self.order.place(slot, row.len());
+        for (i, value) in row.iter().enumerate() {
+            // SAFETY: the caller's.
+            unsafe { pool.at(first + i * stride).write(*value) };
         }
     }
 }
 
-impl Write<'_> {
-    fn round<T: Copy + Default>(&self, pool: &mut [T], rows: &[f32], width: usize)
-    where
-        [T]: HalfFloatSliceExt,
-    {
-        let mut rounded = vec![T::default(); width];
-        for (slot, row) in self.slots.iter().zip(rows.chunks_exact(width)) {
-            rounded.convert_from_f32_slice(row);
-            let (first, stride) = place(self.order, *slot, width);
-            for (i, value) in rounded.iter().enumerate() {
-                pool[first + i * stride] = *value;
-            }
-        }
-    }
+fn are_distinct(slots: &[u32]) -> bool {
+    let most = slots.iter().max().map_or(0, |slot| *slot as usize);
+    let mut seen = vec![0u64; most / 64 + 1];
+    slots.iter().all(|slot| {
+        let (word, bit) = (*slot as usize / 64, 1 << (slot % 64));
+        let new = seen[word] & bit == 0;
+        seen[word] |= bit;
+        new
+    })
 }
 
 struct Apply<'a> {
@@ -129,7 +154,7 @@ impl InplaceOp1 for Apply<'_> {
 impl Apply<'_> {
     fn copy<T: Copy>(&self, pool: &mut [T], width: usize) {
         for token in self.moves {
-            let ((from, stride), (to, _)) = (place(self.order, token.from, width), place(self.order, token.to, width));
+            let ((from, stride), (to, _)) = (self.order.place(token.from, width), self.order.place(token.to, width));
             for i in 0..width {
                 pool[to + i * stride] = pool[from + i * stride];
             }

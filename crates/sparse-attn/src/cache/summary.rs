@@ -151,20 +151,29 @@ impl Summaries {
         Ok(())
     }
 
-    /// Adds the next blocks: per head, the admitted keys of each block, `[n, head_dim]`, n may be 0.
-    pub(super) fn extend(&mut self, heads: &[Vec<Vec<f32>>]) -> Result<()> {
-        let new = heads.first().map_or(0, Vec::len);
+    /// Adds the next `new` blocks: per head, the ascending positions of their admitted keys, and those, `[positions, head_dim]`.
+    pub(super) fn extend(&mut self, new: usize, heads: &[(Vec<usize>, Vec<f32>)]) -> Result<()> {
         self.reserve(self.blocks + new)?;
-        let blocks = heads.iter().enumerate().flat_map(|(head, blocks)| (self.blocks..).zip(blocks).map(move |block| (head, block)));
-        let blocks: Vec<_> = blocks.filter(|(_, (_, keys))| !keys.is_empty()).collect();
-        let slot = |(head, (block, _)): &(usize, (usize, _))| {
+        let keys = |head: usize, block: usize| {
+            let (positions, keys) = &heads[head];
+            let before = |position: usize| positions.partition_point(|at| *at < position);
+            let rows = before(block * self.block_size)..before((block + 1) * self.block_size);
+            &keys[rows.start * self.head_dim..rows.end * self.head_dim]
+        };
+        let blocks = (0..heads.len()).flat_map(|head| (self.blocks..self.blocks + new).map(move |block| (head, block)));
+        let blocks: Vec<(usize, usize)> = blocks.filter(|(head, block)| !keys(*head, *block).is_empty()).collect();
+        let slot = |(head, block): &(usize, usize)| {
             let page = block / PAGE_SIZE * self.kv_heads + head;
             (page * PAGE_SIZE + block % PAGE_SIZE) as u32
         };
         let slots: Vec<u32> = blocks.iter().map(slot).collect();
         if !slots.is_empty() {
-            let rows = parallel::map(blocks.len(), |index| self.kind.of(blocks[index].1.1, self.head_dim, self.pool.dtype()));
-            let rows = Tensor::from_vec(rows.concat(), (slots.len(), self.pool.width()), self.pool.values().device())?;
+            let row = |index: usize| {
+                let (head, block) = blocks[index];
+                self.kind.of(keys(head, block), self.head_dim, self.pool.dtype())
+            };
+            let rows = parallel::map(blocks.len(), row).concat();
+            let rows = Tensor::from_vec(rows, (slots.len(), self.pool.width()), self.pool.values().device())?;
             self.pool.write(&rows, &slots)?;
         }
         self.blocks += new;

@@ -166,6 +166,7 @@ unsafe fn dot_all<L: Lanes, S: Source<L>>(source: S, width: usize, q: &[f32], pa
         // SAFETY: as many rows are left as each handles.
         row += unsafe {
             match left {
+                12.. if L::WIDE => dot_rows::<L, S, 12>(source, width, q, pairs, out),
                 8.. if L::WIDE => dot_rows::<L, S, 8>(source, width, q, pairs, out),
                 6.. if L::WIDE => dot_rows::<L, S, 6>(source, width, q, pairs, out),
                 4.. if L::WIDE => dot_rows::<L, S, 4>(source, width, q, pairs, out),
@@ -314,6 +315,7 @@ unsafe fn add_all<L: Lanes, S: Source<L>>(source: S, width: usize, weights: &[f3
         // SAFETY: as many rows are left as each handles.
         row += unsafe {
             match count - row {
+                6.. if L::WIDE => add_rows::<L, S, 6, 4>(source, width, weights, stride, columns, out),
                 4.. if L::WIDE => add_rows::<L, S, 4, 4>(source, width, weights, stride, columns, out),
                 3 if L::WIDE => add_rows::<L, S, 3, 4>(source, width, weights, stride, columns, out),
                 2.. if L::WIDE => add_rows::<L, S, 2, 4>(source, width, weights, stride, columns, out),

@@ -63,15 +63,16 @@ mod kernels;
 mod lanes;
 mod softmax;
 
-use crate::cache::{KvDtype, LANES, OCTET, Pool};
+use crate::cache::{GROUP, KvDtype, LANES, OCTET, Order, Pool};
+use crate::parallel;
 use candle_core::{CpuStorage, Result, Storage, bail};
 use half::{bf16, f16};
 use kernels::Column;
 use lanes::Portable;
 
 pub(crate) use kernels::Column as ValueColumn;
-pub use softmax::exp;
-pub(crate) use softmax::{exp_sum, max, raise};
+pub(crate) use softmax::{all_finite, exp_sum, max, raise};
+pub use softmax::{exp, halved};
 
 /// The numbers of a pool on the host.
 #[derive(Debug, Clone, Copy)]
@@ -107,7 +108,33 @@ pub(crate) fn with_rows<R>(pool: &Pool, f: impl FnOnce(Rows<'_>) -> R) -> Result
     Ok(f(Rows { numbers, width: pool.width() }))
 }
 
+/// Rows that a thread gathers at a time.
+const ROWS_AT_ONCE: usize = 64;
+
 impl Rows<'_> {
+    /// The rows `slots` as f32, `[slots, width]`.
+    pub(crate) fn gather(&self, order: Order, slots: &[u32]) -> Vec<f32> {
+        let (width, groups) = (self.width, self.width.div_ceil(GROUP));
+        assert!(self.holds(slots.iter().max().map_or(0, |slot| *slot as usize + 1)), "gather: a slot is beyond the pool");
+        parallel::filled(slots.len() * width, ROWS_AT_ONCE * width, |part, out| {
+            for (slot, out) in slots[part * ROWS_AT_ONCE..].iter().zip(out.chunks_exact_mut(width)) {
+                let (first, stride) = order.place(*slot, width);
+                match self.numbers {
+                    Numbers::F32(values) => (0..width).for_each(|i| out[i] = values[first + i * stride]),
+                    Numbers::F16(values) => (0..width).for_each(|i| out[i] = values[first + i * stride].to_f32()),
+                    Numbers::Bf16(values) => (0..width).for_each(|i| out[i] = values[first + i * stride].to_f32()),
+                    Numbers::Q8(values, scales) => {
+                        let (first_scale, scale_stride) = order.place(*slot, groups);
+                        for (i, out) in out.iter_mut().enumerate() {
+                            let scale = scales[first_scale + i / GROUP * scale_stride].to_f32();
+                            *out = f32::from(values[first + i * stride] as i8) * scale;
+                        }
+                    }
+                }
+            }
+        })
+    }
+
     fn len(&self) -> usize {
         match self.numbers {
             Numbers::F32(values) => values.len(),

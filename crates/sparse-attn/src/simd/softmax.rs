@@ -12,6 +12,9 @@ vectorised! {
 
     /// `best[i] = max(best[i], scores[i])`; NaN changes nothing.
     pub(crate) fn raise(best: &mut [f32], scores: &[f32]) -> () = raise_lanes;
+
+    /// Whether all are numbers and finite.
+    pub(crate) fn all_finite(values: &[f32]) -> bool = all_finite_lanes;
 }
 
 #[inline(always)]
@@ -19,6 +22,19 @@ fn raise_lanes(best: &mut [f32], scores: &[f32]) {
     for (best, score) in best.iter_mut().zip(scores) {
         *best = if *score > *best { *score } else { *best };
     }
+}
+
+#[inline(always)]
+fn all_finite_lanes(values: &[f32]) -> bool {
+    // 0 times anything finite is 0, times anything else NaN, which stays.
+    let mut lanes = [0f32; LANES];
+    let (chunks, rest) = values.as_chunks::<LANES>();
+    for chunk in chunks {
+        for i in 0..LANES {
+            lanes[i] += chunk[i] * 0.0;
+        }
+    }
+    lanes.iter().chain(rest).all(|x| x.is_finite())
 }
 
 /// Plain code in 16 lanes, which the compiler turns into the vectors of its caller. The order of the sum
@@ -40,9 +56,9 @@ fn exp_sum_lanes(scores: &mut [f32], max: f32) -> f32 {
     halved(sums, |a, b| a + b)
 }
 
-/// One of 16, by halves: vectors almost to the end.
+/// Joins 16 numbers to one by halves: vectors almost to the end, and the same whatever the width.
 #[inline(always)]
-fn halved(mut lanes: [f32; LANES], join: impl Fn(f32, f32) -> f32) -> f32 {
+pub fn halved(mut lanes: [f32; LANES], join: impl Fn(f32, f32) -> f32) -> f32 {
     let mut half = LANES / 2;
     while half > 0 {
         for i in 0..half {
@@ -118,6 +134,18 @@ mod tests {
                 assert!(max(&scores) == -0.5 && max_lanes(&scores) == -0.5, "{len} {at}");
             }
             assert_eq!(max(&vec![f32::NEG_INFINITY; len]), f32::NEG_INFINITY);
+        }
+    }
+
+    #[test]
+    fn what_is_not_finite_is_found_wherever_it_is() {
+        for len in [1, 15, 16, 17, 203] {
+            assert!(all_finite(&vec![f32::MAX; len]) && all_finite_lanes(&vec![-1e-40; len]));
+            for (at, odd) in (0..len).zip([f32::NAN, f32::INFINITY, f32::NEG_INFINITY].into_iter().cycle()) {
+                let mut values = vec![1.0; len];
+                values[at] = odd;
+                assert!(!all_finite(&values) && !all_finite_lanes(&values), "{len} {at}");
+            }
         }
     }
 

@@ -1,7 +1,5 @@
 //! A row of activations in 8 bits.
 
-use sparse_attn::vectorised;
-
 /// Numbers that share a scale.
 pub(super) const GROUP: usize = 32;
 
@@ -40,50 +38,40 @@ impl Activations {
     }
 }
 
-vectorised! {
-    /// `x[i] ~ integers[i] * scales[i / GROUP]`, for a multiple of [`GROUP`] numbers.
-    pub(super) fn round_row(x: &[f32], integers: &mut [i8], scales: &mut [f32]) -> () = round_groups;
+/// `x[i] ~ integers[i] * scales[i / GROUP]`, for a multiple of [`GROUP`] numbers; a NaN makes its group's scale one.
+pub(super) fn round_row(x: &[f32], integers: &mut [i8], scales: &mut [f32]) {
+    #[cfg(target_arch = "x86_64")]
+    if super::avx512::is_here() {
+        // SAFETY: the instructions are here.
+        return unsafe { super::avx512::round_groups(x, integers, scales) };
+    }
+    round_groups(x, integers, scales);
 }
 
-#[inline(always)]
 fn round_groups(x: &[f32], integers: &mut [i8], scales: &mut [f32]) {
-    /// Adding this to a number below 2^22 leaves its nearest integer in the last bits.
-    const ROUND: f32 = 12_582_912.0;
-    for ((x, integers), group_scale) in x.as_chunks::<GROUP>().0.iter().zip(integers.as_chunks_mut::<GROUP>().0).zip(scales) {
-        let (mut lanes, mut poison) = ([0f32; 16], [0f32; 16]);
-        for part in x.as_chunks::<16>().0 {
-            for i in 0..16 {
-                let size = part[i].abs();
-                lanes[i] = if size > lanes[i] { size } else { lanes[i] };
-                poison[i] += part[i] * 0.0;
-            }
-        }
+    for ((x, integers), scale) in x.as_chunks::<GROUP>().0.iter().zip(integers.as_chunks_mut::<GROUP>().0).zip(scales) {
         // NaN is above nothing, but must not vanish.
-        let scale = maximum(lanes) / 127.0 + poison.iter().sum::<f32>();
-        let inverse = if scale > 0.0 { 1.0 / scale } else { 0.0 };
+        let largest = x.iter().fold(0f32, |largest, x| largest.max(x.abs()));
+        *scale = if x.iter().any(|x| x.is_nan()) { f32::NAN } else { largest / 127.0 };
+        let inverse = if *scale > 0.0 { 1.0 / *scale } else { 0.0 };
         for (integer, x) in integers.iter_mut().zip(x) {
-            *integer = (x * inverse + ROUND).to_bits() as i8;
+            *integer = (x * inverse).round_ties_even() as i8;
         }
-        *group_scale = scale;
     }
-}
-
-/// By halves, so that it is vectors almost to the end.
-#[inline(always)]
-fn maximum(mut lanes: [f32; 16]) -> f32 {
-    let mut half = 8;
-    while half > 0 {
-        for i in 0..half {
-            lanes[i] = if lanes[i + half] > lanes[i] { lanes[i + half] } else { lanes[i] };
-        }
-        half /= 2;
-    }
-    lanes[0]
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn every_instruction_set_rounds_alike() {
+        let x: Vec<f32> = (0..320).map(|i| if i / 32 == 3 { 0.0 } else { ((i * 7919) % 2003) as f32 / 7.0 - 140.0 }).collect();
+        let row = Activations::new(&x);
+        let (mut integers, mut scales) = (vec![0; x.len()], vec![0.0; x.len() / GROUP]);
+        round_groups(&x, &mut integers, &mut scales);
+        assert_eq!((row.integers, scales), (integers, row.scales.iter().step_by(GROUP / QUAD).copied().collect()));
+    }
 
     #[test]
     fn a_number_that_is_none_stays_none() {

@@ -1,6 +1,6 @@
 //! The same with AVX-512 VNNI: 64 products in an instruction.
 
-use super::activations::{Activations, QUAD};
+use super::activations::{Activations, GROUP, QUAD};
 use super::blocks::{Format, STEP, scales_and_minima};
 use std::arch::x86_64::*;
 
@@ -227,5 +227,28 @@ unsafe fn k_6(row: &[u8], x: &Activations) -> f32 {
             }
         }
         _mm512_reduce_add_ps(sum)
+    }
+}
+
+/// See [`super::activations::round_row`].
+///
+/// # Safety
+/// The processor must have AVX-512.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vnni,avx2,f16c")]
+pub(super) unsafe fn round_groups(x: &[f32], integers: &mut [i8], scales: &mut [f32]) {
+    for ((x, integers), scale) in x.as_chunks::<GROUP>().0.iter().zip(integers.as_chunks_mut::<GROUP>().0).zip(scales) {
+        // SAFETY: each half of a group is a vector.
+        unsafe {
+            let halves = [_mm512_loadu_ps(x.as_ptr()), _mm512_loadu_ps(x.as_ptr().add(GROUP / 2))];
+            let largest = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(halves[0]), _mm512_abs_ps(halves[1])));
+            // NaN is above nothing, but must not vanish.
+            let nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(halves[0], halves[1]) != 0;
+            *scale = if nan { f32::NAN } else { largest / 127.0 };
+            let inverse = _mm512_set1_ps(if *scale > 0.0 { 1.0 / *scale } else { 0.0 });
+            for (half, numbers) in halves.into_iter().enumerate() {
+                let rounded = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(numbers, inverse)));
+                _mm_storeu_si128(integers.as_mut_ptr().add(half * GROUP / 2).cast(), rounded);
+            }
+        }
     }
 }

@@ -20,29 +20,37 @@ pub(super) struct Batch {
     scales: Vec<f32>,
     /// The sum of the integers of each [`RUN`].
     sums: Vec<i32>,
+    /// The sum of what the integers of each [`GROUP`] stand for.
+    totals: Vec<f32>,
 }
 
 impl Batch {
     /// Rounds `x` `[tokens, columns]`, on all threads.
     pub(super) fn new(x: &[f32], columns: usize) -> Self {
         let (tokens, runs) = (x.len() / columns, columns / RUN);
-        let (mut integers, mut scales, mut sums) = (vec![0; x.len()], vec![0.0; tokens * runs], vec![0; tokens * runs]);
-        let parts = integers.chunks_exact_mut(columns).zip(scales.chunks_exact_mut(runs)).zip(sums.chunks_exact_mut(runs));
+        let groups = columns / GROUP;
+        let (mut integers, mut scales) = (vec![0; x.len()], vec![0.0; tokens * runs]);
+        let (mut sums, mut totals) = (vec![0; tokens * runs], vec![0.0; tokens * groups]);
+        let parts = integers.chunks_exact_mut(columns).zip(scales.chunks_exact_mut(runs));
+        let parts = parts.zip(sums.chunks_exact_mut(runs).zip(totals.chunks_exact_mut(groups)));
         let mut rows: Vec<_> = parts.zip(x.chunks_exact(columns)).collect();
         parallel::for_each_mut(
             &mut rows,
             || vec![0.0; columns / GROUP],
-            |of_groups, _, (((integers, scales), sums), x)| {
+            |of_groups, _, (((integers, scales), (sums, totals)), x)| {
                 round_row(x, integers, of_groups);
-                for (scales, scale) in scales.chunks_exact_mut(GROUP / RUN).zip(of_groups) {
+                for (scales, scale) in scales.chunks_exact_mut(GROUP / RUN).zip(&*of_groups) {
                     scales.fill(*scale);
                 }
                 for (sum, run) in sums.iter_mut().zip(integers.as_chunks::<RUN>().0) {
                     *sum = run.iter().map(|x| i32::from(*x)).sum();
                 }
+                for ((total, sums), scale) in totals.iter_mut().zip(sums.chunks_exact(GROUP / RUN)).zip(&*of_groups) {
+                    *total = sums.iter().sum::<i32>() as f32 * *scale;
+                }
             },
         );
-        Self { tokens, columns, integers, scales, sums }
+        Self { tokens, columns, integers, scales, sums, totals }
     }
 }
 
@@ -61,11 +69,9 @@ impl Panel {
     /// The processor must have AVX-512.
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vnni,avx2,f16c")]
     pub(super) unsafe fn fill<'a>(&mut self, format: Format, rows: impl Iterator<Item = &'a [u8]>, columns: usize) {
-        self.integers.clear();
+        // Lanes beyond the rows keep what they held: nobody stores their products.
         self.integers.resize(columns * LANES, 0);
-        self.scales.clear();
         self.scales.resize(columns / RUN * LANES, 0.0);
-        self.minima.clear();
         self.minima.resize(columns / RUN * LANES, 0.0);
         for (lane, row) in rows.enumerate() {
             format.each_step(row, |step, unpacked| {
@@ -143,16 +149,15 @@ unsafe fn tile<const MINIMUM: bool, const RUNS: usize, const T: usize>(
         let x_integers = x.integers.as_ptr().add(token * x.columns);
         let x_scales = x.scales.as_ptr().add(token * runs);
         let x_sums = x.sums.as_ptr().add(token * runs);
+        let x_totals = x.totals.as_ptr().add(token * runs / 2);
         let mut total = [_mm512_setzero_ps(); T];
         let mut run = 0;
         while run < runs {
-            let mut sums = [0i32; T];
             let mut products = [_mm512_setzero_si512(); T];
-            for t in 0..T {
-                let at = x_sums.add(t * runs + run);
-                sums[t] = if RUNS == 2 { *at + *at.add(1) } else { *at };
-                if !MINIMUM {
-                    products[t] = _mm512_set1_epi32(-offset * sums[t]);
+            if !MINIMUM {
+                for t in 0..T {
+                    let at = x_sums.add(t * runs + run);
+                    products[t] = _mm512_set1_epi32(-offset * if RUNS == 2 { *at + *at.add(1) } else { *at });
                 }
             }
             for quad in run * (RUN / QUAD)..(run + RUNS) * (RUN / QUAD) {
@@ -165,10 +170,10 @@ unsafe fn tile<const MINIMUM: bool, const RUNS: usize, const T: usize>(
             let scale = _mm512_loadu_ps(panel.scales.as_ptr().add(run * LANES));
             let minimum = _mm512_loadu_ps(panel.minima.as_ptr().add(run * LANES));
             for t in 0..T {
-                let mut scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(products[t]), scale);
                 if MINIMUM {
-                    scaled = _mm512_fmadd_ps(minimum, _mm512_set1_ps(sums[t] as f32), scaled);
+                    total[t] = _mm512_fmadd_ps(minimum, _mm512_set1_ps(*x_totals.add((t * runs + run) / 2)), total[t]);
                 }
+                let scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(products[t]), scale);
                 total[t] = _mm512_fmadd_ps(scaled, _mm512_set1_ps(*x_scales.add(t * runs + run)), total[t]);
             }
             run += RUNS;

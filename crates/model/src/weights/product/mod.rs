@@ -15,7 +15,7 @@ use activations::Activations;
 use blocks::Format;
 use candle_core::quantized::QTensor;
 use candle_core::{DType, Device, Result, Storage, Tensor};
-use sparse_attn::parallel::Places;
+use sparse_attn::parallel::{Places, Unset};
 use std::ops::Range;
 
 /// Weight rows that a thread takes at a time, at least.
@@ -66,7 +66,7 @@ pub(super) fn multiply(x: &Tensor, weights: &[&QTensor], precision: Precision) -
 
 /// [`multiply`] with activations in 8 bits.
 fn multiply_rounded(x: &[f32], [tokens, columns]: [usize; 2], weights: &[&QTensor]) -> Result<Vec<Vec<f32>>> {
-    let mut parts = Vec::with_capacity(weights.len());
+    let (mut parts, mut outs) = (Vec::with_capacity(weights.len()), Vec::with_capacity(weights.len()));
     let mut total = 0;
     for weight in weights {
         let (rows, width) = weight.shape().dims2()?;
@@ -78,17 +78,23 @@ fn multiply_rounded(x: &[f32], [tokens, columns]: [usize; 2], weights: &[&QTenso
         if bytes.len() != rows * row_bytes {
             candle_core::bail!("product: {} bytes for {rows} rows of {row_bytes}", bytes.len());
         }
-        parts.push(Part { format, bytes, row_bytes, rows: total..total + rows, out: vec![0f32; tokens * rows] });
+        parts.push(Part { format, bytes, row_bytes, rows: total..total + rows });
+        outs.push(Unset::new(tokens * rows));
         total += rows;
     }
-    let outs: Vec<Places<f32>> = parts.iter_mut().map(|part| Places::of(&mut part.out)).collect();
+    let places: Vec<Places<f32>> = outs.iter_mut().map(Unset::places).collect();
+    fill(x, columns, &parts, &places);
+    // SAFETY: each row of each matrix met every token.
+    Ok(outs.into_iter().map(|out| unsafe { out.set() }).collect())
+}
+
+/// Every row of every matrix against every token, into `outs` `[tokens, rows]`.
+fn fill(x: &[f32], columns: usize, parts: &[Part<'_>], outs: &[Places<f32>]) {
     #[cfg(target_arch = "x86_64")]
-    if tokens >= MANY_TOKENS && unpacks_fast() {
-        multiply_many(&many::Batch::new(x, columns), columns, &parts, &outs);
-        return Ok(parts.into_iter().map(|part| part.out).collect());
+    if x.len() / columns >= MANY_TOKENS && unpacks_fast() {
+        return multiply_many(&many::Batch::new(x, columns), columns, parts, outs);
     }
-    multiply_few(x, columns, &parts, &outs);
-    Ok(parts.into_iter().map(|part| part.out).collect())
+    multiply_few(x, columns, parts, outs);
 }
 
 /// A few tokens against each row as it is unpacked.
@@ -142,7 +148,6 @@ struct Part<'a> {
     row_bytes: usize,
     /// Of all rows.
     rows: Range<usize>,
-    out: Vec<f32>, // [tokens, rows]
 }
 
 #[cfg(test)]

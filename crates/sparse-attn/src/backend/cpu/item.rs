@@ -2,7 +2,8 @@
 
 use super::reads::{OctetRef, Reads};
 use crate::cache::{LANES, OCTET, Step};
-use crate::simd::{Numbers, Rows, ValueColumn, add_weighted, dot_octets, exp_sum, max, widen_columns, widen_octets};
+use crate::parallel::Places;
+use crate::simd::{Numbers, Rows, ValueColumn, add_weighted, all_finite, dot_octets, exp_sum, max, widen_columns, widen_octets};
 
 /// Octets of keys that are scored at a time, an even number: scores and widened keys stay in the caches next to the core.
 const BLOCK_OCTETS: usize = 16;
@@ -19,10 +20,11 @@ pub(super) struct Scratch {
     scores: Vec<f32>, // [rows, BLOCK_OCTETS * OCTET]
     pairs: Vec<[u32; 2]>,
     columns: Vec<ValueColumn>,
+    pub(super) partial: Partial,
 }
 
 /// A softmax over some of the keys, not yet divided: row = `(query, head of the group)`.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(super) struct Partial {
     max: Vec<f32>, // [rows], -inf: no key yet
     sum: Vec<f32>, // [rows]
@@ -32,7 +34,21 @@ pub(super) struct Partial {
 
 impl Partial {
     pub(super) fn new(rows: usize, head_dim: usize) -> Self {
-        Self { max: vec![f32::NEG_INFINITY; rows], sum: vec![0.0; rows], out: vec![0.0; rows * head_dim], head_dim }
+        let mut partial = Self::default();
+        partial.reset(rows, head_dim);
+        partial
+    }
+
+    /// No key yet.
+    pub(super) fn reset(&mut self, rows: usize, head_dim: usize) {
+        let fill = |list: &mut Vec<f32>, count: usize, value: f32| {
+            list.clear();
+            list.resize(count, value);
+        };
+        fill(&mut self.max, rows, f32::NEG_INFINITY);
+        fill(&mut self.sum, rows, 0.0);
+        fill(&mut self.out, rows * head_dim, 0.0);
+        self.head_dim = head_dim;
     }
 
     /// Adds the keys of `other`.
@@ -52,16 +68,18 @@ impl Partial {
         }
     }
 
-    /// Divides and stores into `out` `[q_len, q_heads, head_dim]`.
-    pub(super) fn write(&self, reads: &Reads<'_>, step: Step, out: &mut [f32]) {
+    /// Divides and stores the queries and heads of `reads` into `out` `[q_len, q_heads, head_dim]`, which no other thread may
+    /// be writing.
+    pub(super) fn write(&self, reads: &Reads<'_>, step: Step, out: &Places<f32>) {
         let shape = reads.store.shape();
         let group_size = shape.group_size();
         for (row, (values, sum)) in self.out.chunks_exact(self.head_dim).zip(&self.sum).enumerate() {
             let query = reads.queries.start - step.start + row / group_size;
             let head = reads.kv_head * group_size + row % group_size;
-            let to = &mut out[(query * shape.q_heads() + head) * self.head_dim..][..self.head_dim];
-            for (to, value) in to.iter_mut().zip(values) {
-                *to = value / sum;
+            let first = (query * shape.q_heads() + head) * self.head_dim;
+            for (i, value) in values.iter().enumerate() {
+                // SAFETY: the query is one of the step and the head one of the layer's; the caller's: only this thread writes them.
+                unsafe { out.at(first + i).write(value / sum) };
             }
         }
     }
@@ -206,7 +224,7 @@ fn weigh(reads: &Reads<'_>, octets: &[OctetRef], rows: usize, v: Rows<'_>, scrat
     let head_dim = v.width;
     scratch.v.resize(scratch.columns.len() * head_dim, 0.0);
     widen_columns(v, &scratch.columns, &mut scratch.v);
-    if mixed && !scratch.v.iter().all(|x| x.is_finite()) {
+    if mixed && !all_finite(&scratch.v) {
         for (weights, out) in weights.chunks_exact(stride).zip(partial.out.chunks_exact_mut(head_dim)) {
             for (column, value) in scratch.columns.iter().zip(scratch.v.chunks_exact(head_dim)) {
                 let weight = weights[column.weight as usize];

@@ -6,7 +6,7 @@ mod write;
 
 use super::AttentionBackend;
 use crate::cache::{LayerStore, Step};
-use crate::parallel;
+use crate::parallel::{self, Unset};
 use crate::select::Selection;
 use crate::simd::{Rows, with_rows};
 use candle_core::{DType, Device, Result, Storage, Tensor, bail};
@@ -54,29 +54,47 @@ impl AttentionBackend for Cpu {
 /// `q` and the result: `[q_len, q_heads, head_dim]`.
 fn attend(q: &[f32], scale: f32, kv: [Rows<'_>; 2], store: &LayerStore, step: Step, selection: &Selection) -> Vec<f32> {
     let shape = store.shape();
-    let mut out = vec![0f32; q.len()];
     let pieces = selection.pieces(step, QUERY_TILE);
     let keys = parallel::map(shape.kv_heads() * pieces.len(), |index| {
         let (head, queries) = (index / pieces.len(), &pieces[index % pieces.len()]);
         reads::octets(store, head, queries, &selection.ranges(queries.start, head, queries.end, store))
     });
     let most = if step.len <= MAX_SPLIT_QUERIES { SPLIT_OCTETS } else { usize::MAX };
-    let mut items = Vec::new();
+    let mut items = Vec::with_capacity(keys.len());
     for (index, keys) in keys.iter().enumerate() {
         let (kv_head, queries) = (index / pieces.len(), &pieces[index % pieces.len()]);
-        for octets in keys.chunks(most) {
-            let partial = Partial::new(queries.len() * shape.group_size(), shape.head_dim());
-            items.push((Reads { store, kv_head, queries: queries.clone(), octets }, partial));
-        }
+        let split = keys.len() > most;
+        items.extend(keys.chunks(most).map(|octets| {
+            let reads = Reads { store, kv_head, queries: queries.clone(), octets };
+            Item { reads, partial: split.then(|| Partial::new(queries.len() * shape.group_size(), shape.head_dim())) }
+        }));
     }
-    parallel::for_each_mut(&mut items, Scratch::default, |scratch, _, (reads, partial)| {
-        item::attend(reads, q, scale, kv, step, scratch, partial);
+    // Every query reads itself at least, so every piece has keys, and all of the list is written.
+    let mut out = Unset::new(q.len());
+    let places = out.places();
+    parallel::for_each_long(&mut items, Scratch::default, |scratch, Item { reads, partial }| match partial {
+        Some(partial) => item::attend(reads, q, scale, kv, step, scratch, partial),
+        None => {
+            let mut whole = std::mem::take(&mut scratch.partial);
+            whole.reset(reads.queries.len() * shape.group_size(), shape.head_dim());
+            item::attend(reads, q, scale, kv, step, scratch, &mut whole);
+            whole.write(reads, step, &places);
+            scratch.partial = whole;
+        }
     });
     // Splits of the same queries follow each other.
-    for splits in items.chunk_by_mut(|(a, _), (b, _)| a.kv_head == b.kv_head && a.queries == b.queries) {
-        let Some(((reads, merged), others)) = splits.split_first_mut() else { continue };
-        others.iter().for_each(|(_, other)| merged.merge(other));
-        merged.write(reads, step, &mut out);
+    for splits in items.chunk_by_mut(|a, b| a.reads.kv_head == b.reads.kv_head && a.reads.queries == b.reads.queries) {
+        let Some((Item { reads, partial: Some(merged) }, others)) = splits.split_first_mut() else { continue };
+        others.iter().filter_map(|other| other.partial.as_ref()).for_each(|other| merged.merge(other));
+        merged.write(reads, step, &places);
     }
-    out
+    // SAFETY: the pieces hold every query once, and every head had an item for each.
+    unsafe { out.set() }
+}
+
+/// A piece of work.
+struct Item<'a> {
+    reads: Reads<'a>,
+    /// Where its keys are some of its queries' only.
+    partial: Option<Partial>,
 }
