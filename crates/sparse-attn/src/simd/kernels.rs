@@ -32,6 +32,18 @@ trait Source<L: Lanes>: Copy {
     unsafe fn load_two(self, at: [usize; 2], scale: Self::Scale) -> L;
     /// One number.
     unsafe fn one(self, at: usize, scale_at: usize) -> f32;
+    /// Asks for the number at `at` and its neighbours, which need not be there.
+    fn prefetch(self, at: usize);
+}
+
+/// Asks the processor to bring a line nearer.
+#[inline(always)]
+fn prefetch<T>(_from: *const T) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a hint: any address will do.
+    unsafe {
+        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(_from.cast());
+    }
 }
 
 macro_rules! plain_source {
@@ -61,6 +73,11 @@ macro_rules! plain_source {
             unsafe fn one(self, at: usize, _scale_at: usize) -> f32 {
                 // SAFETY: the caller's: the number is there.
                 $one(unsafe { *self.add(at) })
+            }
+
+            #[inline(always)]
+            fn prefetch(self, at: usize) {
+                prefetch(self.wrapping_add(at));
             }
         }
     };
@@ -107,6 +124,11 @@ impl<L: Lanes> Source<L> for Q8 {
     unsafe fn one(self, at: usize, scale_at: usize) -> f32 {
         // SAFETY: the caller's: the number and its scale are there.
         unsafe { f32::from(*self.integers.add(at)) * (*self.scales.add(scale_at)).to_f32() }
+    }
+
+    #[inline(always)]
+    fn prefetch(self, at: usize) {
+        prefetch(self.integers.wrapping_add(at));
     }
 }
 
@@ -166,21 +188,28 @@ unsafe fn dot_all<L: Lanes, S: Source<L>>(source: S, width: usize, q: &[f32], pa
         // SAFETY: as many rows are left as each handles.
         row += unsafe {
             match left {
-                12.. if L::WIDE => dot_rows::<L, S, 12>(source, width, q, pairs, out),
-                8.. if L::WIDE => dot_rows::<L, S, 8>(source, width, q, pairs, out),
-                6.. if L::WIDE => dot_rows::<L, S, 6>(source, width, q, pairs, out),
-                4.. if L::WIDE => dot_rows::<L, S, 4>(source, width, q, pairs, out),
-                3 if L::WIDE => dot_rows::<L, S, 3>(source, width, q, pairs, out),
-                2.. => dot_rows::<L, S, 2>(source, width, q, pairs, out),
-                _ => dot_rows::<L, S, 1>(source, width, q, pairs, out),
+                12.. if L::WIDE => dot_rows::<L, S, 12>(source, width, q, pairs, row == 0, out),
+                8.. if L::WIDE => dot_rows::<L, S, 8>(source, width, q, pairs, row == 0, out),
+                6.. if L::WIDE => dot_rows::<L, S, 6>(source, width, q, pairs, row == 0, out),
+                4.. if L::WIDE => dot_rows::<L, S, 4>(source, width, q, pairs, row == 0, out),
+                3 if L::WIDE => dot_rows::<L, S, 3>(source, width, q, pairs, row == 0, out),
+                2.. => dot_rows::<L, S, 2>(source, width, q, pairs, row == 0, out),
+                _ => dot_rows::<L, S, 1>(source, width, q, pairs, row == 0, out),
             }
         };
     }
 }
 
-/// `R` rows of `q` against all pairs; returns `R`.
+/// `R` rows of `q` against all pairs; returns `R`. `first`: no row met them before.
 #[inline(always)]
-unsafe fn dot_rows<L: Lanes, S: Source<L>, const R: usize>(source: S, width: usize, q: &[f32], pairs: &[Pair], out: &mut [f32]) -> usize {
+unsafe fn dot_rows<L: Lanes, S: Source<L>, const R: usize>(
+    source: S,
+    width: usize,
+    q: &[f32],
+    pairs: &[Pair],
+    first: bool,
+    out: &mut [f32],
+) -> usize {
     let stride = pairs.len() * LANES;
     let q = q.as_ptr();
     let mut at = 0;
@@ -189,11 +218,13 @@ unsafe fn dot_rows<L: Lanes, S: Source<L>, const R: usize>(source: S, width: usi
         while at < pairs.len() {
             let (pairs, out) = (&pairs[at..], out.as_mut_ptr().add(at * LANES));
             let count = pairs.len().min(2);
+            // The first time that these keys are met is when they come from afar.
+            let next = if first { &pairs[count..] } else { &[] };
             match (count, pairs[..count].iter().all(is_tile)) {
-                (2, true) => dot_block::<L, S, R, 2, true>(source, width, q, pairs, out, stride),
-                (2, false) => dot_block::<L, S, R, 2, false>(source, width, q, pairs, out, stride),
-                (_, true) => dot_block::<L, S, R, 1, true>(source, width, q, pairs, out, stride),
-                (_, false) => dot_block::<L, S, R, 1, false>(source, width, q, pairs, out, stride),
+                (2, true) => dot_block::<L, S, R, 2, true>(source, width, q, [pairs, next], out, stride),
+                (2, false) => dot_block::<L, S, R, 2, false>(source, width, q, [pairs, next], out, stride),
+                (_, true) => dot_block::<L, S, R, 1, true>(source, width, q, [pairs, next], out, stride),
+                (_, false) => dot_block::<L, S, R, 1, false>(source, width, q, [pairs, next], out, stride),
             }
             at += count;
         }
@@ -201,13 +232,16 @@ unsafe fn dot_rows<L: Lanes, S: Source<L>, const R: usize>(source: S, width: usi
     R
 }
 
-/// `R` rows of `q` against `P` pairs of octets; `TILES`: each is a tile.
+/// Dimensions of a tile of 16-bit numbers in a line of the caches.
+const LINE: usize = 2;
+
+/// `R` rows of `q` against `P` pairs of octets; `TILES`: each is a tile. `next`: what will be read after them.
 #[inline(always)]
 unsafe fn dot_block<L: Lanes, S: Source<L>, const R: usize, const P: usize, const TILES: bool>(
     source: S,
     width: usize,
     q: *const f32,
-    pairs: &[Pair],
+    [pairs, next]: [&[Pair]; 2],
     out: *mut f32,
     stride: usize,
 ) {
@@ -218,6 +252,10 @@ unsafe fn dot_block<L: Lanes, S: Source<L>, const R: usize, const P: usize, cons
         for p in 0..P {
             (at[p], scales_at[p]) = (starts(&pairs[p], width), starts(&pairs[p], groups));
         }
+        let mut next_at = [[0; 2]; P];
+        for (at, pair) in next_at.iter_mut().zip(next) {
+            *at = starts(pair, width);
+        }
         let mut sums = [[L::zero(); P]; R];
         for group in 0..groups {
             let mut scales = [source.two_scales([scales_at[0][0] + group * LANES, scales_at[0][1] + group * LANES]); P];
@@ -225,6 +263,14 @@ unsafe fn dot_block<L: Lanes, S: Source<L>, const R: usize, const P: usize, cons
                 scales[p] = source.two_scales([scales_at[p][0] + group * LANES, scales_at[p][1] + group * LANES]);
             }
             for d in group * GROUP..width.min((group + 1) * GROUP) {
+                if d % LINE == 0 && !next.is_empty() {
+                    for p in 0..P {
+                        source.prefetch(next_at[p][0] + d * LANES);
+                        if !TILES {
+                            source.prefetch(next_at[p][1] + d * LANES);
+                        }
+                    }
+                }
                 let mut keys = [L::zero(); P];
                 for p in 0..P {
                     keys[p] = if TILES {
@@ -362,6 +408,9 @@ unsafe fn add_rows<L: Lanes, S: Source<L>, const R: usize, const C: usize>(
     R
 }
 
+/// How many rows before its turn a row is asked for.
+const AHEAD: usize = 8;
+
 /// `R` rows of sums, `C` vectors from dimension `d` on.
 #[inline(always)]
 unsafe fn add_block<L: Lanes, S: Source<L>, const R: usize, const C: usize>(
@@ -383,7 +432,11 @@ unsafe fn add_block<L: Lanes, S: Source<L>, const R: usize, const C: usize>(
                 sums[row][c] = L::load(out.add(row * width + d + c * LANES));
             }
         }
-        for column in columns {
+        for (index, column) in columns.iter().enumerate() {
+            if let Some(later) = columns.get(index + AHEAD) {
+                source.prefetch(later.slot as usize * width + d);
+                source.prefetch(later.slot as usize * width + d + C * LANES / 2);
+            }
             let slot = column.slot as usize;
             let mut values = [L::zero(); C];
             for c in 0..C {

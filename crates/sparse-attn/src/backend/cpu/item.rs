@@ -6,7 +6,7 @@ use crate::parallel::Places;
 use crate::simd::{Numbers, Rows, ValueColumn, add_weighted, all_finite, dot_octets, exp_sum, max, widen_columns, widen_octets};
 
 /// Octets of keys that are scored at a time, an even number: scores and widened keys stay in the caches next to the core.
-const BLOCK_OCTETS: usize = 16;
+const BLOCK_OCTETS: usize = 32;
 
 /// From this many rows on, keys and values are widened to f32 once instead of by each few rows.
 const WIDEN_ROWS: usize = 16;
