@@ -118,8 +118,17 @@ fn too_large(config: &Config, weights: u64, storage: Storage<'_>, context: usize
 
 /// The most memory this process ever held, where the system tells.
 pub(crate) fn peak_bytes() -> Option<u64> {
+    own_status("VmHWM:")
+}
+
+/// The memory this process holds now, where the system tells.
+pub(crate) fn resident_bytes() -> Option<u64> {
+    own_status("VmRSS:")
+}
+
+fn own_status(name: &str) -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    let line = status.lines().find_map(|line| line.strip_prefix(name))?;
     let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
     Some(kib << 10)
 }

@@ -79,6 +79,28 @@ fn gemma_tokenizes_and_continues_as_llama_cpp() {
     check_greedy("gemma-3-270m");
 }
 
+/// The very same binary on processors that lack instructions of this one.
+#[test]
+#[ignore = "emulates other processors, for minutes, with qemu-user: just test-models"]
+fn older_processors_give_the_same_tokens() {
+    if Command::new("qemu-x86_64").arg("-version").output().is_err() || cfg!(not(target_arch = "x86_64")) {
+        println!("skipped: qemu-x86_64 is not here, or this is no x86-64");
+        return;
+    }
+    run(foveate().args(["pull", SMOLLM2]), 0);
+    // Long enough for the way that prompts take, and routed.
+    let prompt = "The capital of France is Paris, that of Italy is Rome, that of Spain is Madrid, and the capital of Japan is";
+    let flags = ["--raw", "--greedy", "-n", "6", "-t", "2", "--attn", "routed", "--min-ctx", "0", "--window", "8", "--budget", "16"];
+    let here = generate(SMOLLM2, &[&["-p", prompt][..], &flags].concat());
+    // Neither AVX nor FMA; AVX2; both without AVX-512.
+    for processor in ["Westmere", "Haswell"] {
+        let mut emulated = Command::new("qemu-x86_64");
+        emulated.args(["-cpu", processor, env!("CARGO_BIN_EXE_foveate"), "generate", "--json", "-q", "-m", SMOLLM2, "-p", prompt]);
+        let there: Value = serde_json::from_str(&stdout(&run(emulated.args(flags), 0))).unwrap();
+        assert_eq!(ids(&here["token_ids"]), ids(&there["token_ids"]), "{processor}");
+    }
+}
+
 #[test]
 fn a_chat_computes_each_turn_once() {
     use std::io::Write;

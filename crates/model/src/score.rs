@@ -19,6 +19,8 @@ pub struct PositionScore {
     pub kl: f64,
     /// Whether both find the same token likeliest.
     pub same_top: bool,
+    /// The largest difference of two logits: 0 if the rows are the same, bit for bit but for the sign of a zero.
+    pub difference: f32,
 }
 
 /// Compares two rows of logits before the token `next`.
@@ -34,7 +36,12 @@ pub fn score_position(reference: &[f32], other: &[f32], next: u32) -> PositionSc
     let top = |logits: &[f32]| (0..logits.len()).fold(0, |best, id| if logits[id] > logits[best] { id } else { best });
     let next = next as usize;
     // Rounding can leave a divergence of equal distributions just below 0.
-    PositionScore { nll: [-log(reference, a, next), -log(other, b, next)], kl: kl.max(0.0), same_top: top(reference) == top(other) }
+    PositionScore {
+        nll: [-log(reference, a, next), -log(other, b, next)],
+        kl: kl.max(0.0),
+        same_top: top(reference) == top(other),
+        difference: reference.iter().zip(other).fold(0.0, |most, (a, b)| if a == b { most } else { (a - b).abs().max(most) }),
+    }
 }
 
 /// `ln sum exp(logits)`
@@ -137,6 +144,7 @@ mod tests {
         let shifted = q.map(|logit| logit + 100.0);
         assert!((score_position(&p, &shifted, 0).kl - score.kl).abs() < 1e-5);
         let same = score_position(&p, &p, 2);
-        assert!(same.kl == 0.0 && same.same_top);
+        assert!(same.kl == 0.0 && same.same_top && same.difference == 0.0);
+        assert!((score.difference - 2f32.ln()).abs() < 1e-6);
     }
 }

@@ -66,6 +66,7 @@ struct Summary {
     change: f64,
     kl: [f64; 3], // mean, p99, max
     same_top: f64,
+    difference: f32,
     density: f64,
 }
 
@@ -82,6 +83,7 @@ impl Summary {
             change: ppl.0 / dense.0 - 1.0,
             kl: [mean, kl[(kl.len() * 99 / 100).min(kl.len() - 1)], kl[kl.len() - 1]],
             same_top: positions.iter().filter(|position| position.same_top).count() as f64 / positions.len() as f64,
+            difference: positions.iter().fold(0.0, |most, position| position.difference.max(most)),
             density: score.read.read as f64 / score.read.visible.max(1) as f64,
         }
     }
@@ -92,6 +94,7 @@ impl Summary {
             "kv_dtypes": {"k": setting.dtypes.k.name(), "v": setting.dtypes.v.name()},
             "ppl": self.ppl.0, "stderr": self.ppl.1, "ppl_change": self.change,
             "kl_mean": self.kl[0], "kl_p99": self.kl[1], "kl_max": self.kl[2], "same_top1": self.same_top,
+            "logits_max_difference": self.difference,
             "density": self.density, "kv_bytes": score.kv_bytes,
         })
     }
@@ -113,8 +116,9 @@ fn report(args: &EvalPpl, settings: &[Setting], scores: &[SettingScore], tokens:
         stdout(&format!("{tokens} tokens, the last {scored} scored\n"))?;
         stdout(&format!("  PPL {:.4} ± {:.4}   dense, f16 KV\n", dense.0, dense.1))?;
         for ((setting, score), summary) in settings.iter().zip(scores).zip(&summaries) {
+            let same = if summary.difference == 0.0 { "   every logit the same" } else { "" };
             stdout(&format!(
-                "  PPL {:.4} ± {:.4} ({:+.2} %)   KL {:.4} (p99 {:.3}, max {:.2})   same top-1 {:.1} %   keys read {:.1} %   KV {}   [{}]\n",
+                "  PPL {:.4} ± {:.4} ({:+.2} %)   KL {:.4} (p99 {:.3}, max {:.2})   same top-1 {:.1} %{same}   keys read {:.1} %   KV {}   [{}]\n",
                 summary.ppl.0,
                 summary.ppl.1,
                 100.0 * summary.change,

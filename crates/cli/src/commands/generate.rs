@@ -147,7 +147,12 @@ fn document(engine: &Engine, reply: &Reply, session: &Session, prompt: &[u32], o
         "kv_read_bytes_per_token": session.read_count().bytes,
         "density": density(session),
         "kv_dtypes": {"k": engine.checkpoint.dtypes.k.name(), "v": engine.checkpoint.dtypes.v.name()},
-        "memory": {"weights_bytes": engine.plan.weights, "kv_bytes": session.kv_bytes(), "peak_bytes": plan::peak_bytes()},
+        "memory": {
+            "weights_bytes": engine.plan.weights,
+            "kv_bytes": session.kv_bytes(),
+            "peak_bytes": plan::peak_bytes(),
+            "resident_bytes": plan::resident_bytes(),
+        },
     });
     if reply.tokens.iter().any(|token| token.logprobs.is_some()) {
         let entry = |id: u32, logprob: f32| json!({"id": id, "token": engine.checkpoint.tokenizer.token(id), "logprob": logprob});
