@@ -1,6 +1,6 @@
-use super::{Precision, product};
+use super::{Precision, Tiles, product};
 use candle_core::quantized::{GgmlDType, QMatMul, QTensor};
-use candle_core::{Module, Result, Tensor};
+use candle_core::{DType, Module, Result, Tensor};
 use std::sync::Arc;
 
 /// Rows of activations from which unpacking a matrix once costs less than multiplying its blocks row by row.
@@ -18,16 +18,30 @@ fn unpacks(weight: &QTensor) -> bool {
 pub enum Matrix {
     /// f32.
     Dense(Tensor),
+    /// 16-bit floats on the host.
+    Tiles(Arc<Tiles>),
     /// Blocks, multiplied without unpacking.
     Quantized(Arc<QTensor>, Precision),
 }
 
 impl Matrix {
-    /// Unpacks f32, f16 and bf16 "blocks", which candle multiplies faster as a dense matrix.
+    /// f32, f16 and bf16 "blocks" become dense matrices and tiles.
     pub(super) fn from_qtensor(tensor: QTensor, precision: Precision) -> Result<Self> {
+        let dense = || tensor.dequantize(&tensor.device());
         match tensor.dtype() {
-            GgmlDType::F32 | GgmlDType::F16 | GgmlDType::BF16 => Ok(Self::Dense(tensor.dequantize(&tensor.device())?)),
+            GgmlDType::F32 => Ok(Self::Dense(dense()?)),
+            // Back to what they were, which f32 holds exactly.
+            GgmlDType::F16 => Self::from_dense(dense()?.to_dtype(DType::F16)?),
+            GgmlDType::BF16 => Self::from_dense(dense()?.to_dtype(DType::BF16)?),
             _ => Ok(Self::Quantized(Arc::new(tensor), precision)),
+        }
+    }
+
+    /// A matrix of f32, f16 or bf16.
+    pub(super) fn from_dense(tensor: Tensor) -> Result<Self> {
+        match tensor.dtype() {
+            DType::F16 | DType::BF16 if tensor.device().is_cpu() => Ok(Self::Tiles(Arc::new(Tiles::new(&tensor)?))),
+            _ => Ok(Self::Dense(tensor.to_dtype(DType::F32)?)),
         }
     }
 
@@ -38,6 +52,7 @@ impl Matrix {
     pub fn multiply(&self, x: &Tensor) -> Result<Tensor> {
         match self {
             Self::Dense(weight) => x.matmul(&weight.t()?),
+            Self::Tiles(weight) => weight.multiply(x),
             Self::Quantized(weight, precision) if product::supports(weight, x.dim(0)?) => {
                 Ok(product::multiply(x, &[weight.as_ref()], *precision)?.remove(0))
             }
@@ -72,6 +87,7 @@ impl Matrix {
     pub fn rows(&self, ids: &Tensor) -> Result<Tensor> {
         match self {
             Self::Dense(weight) => weight.index_select(ids, 0),
+            Self::Tiles(weight) => weight.rows(ids),
             Self::Quantized(weight, _) => weight.embedding(ids),
         }
     }

@@ -4,8 +4,10 @@ pub mod gguf;
 mod matrix;
 mod product;
 pub mod safetensors;
+mod tiles;
 
 pub use matrix::Matrix;
+pub use tiles::Tiles;
 
 use crate::Config;
 use candle_core::quantized::{GgmlDType, QTensor};
@@ -98,21 +100,16 @@ impl Weights {
         let packs = self.device.is_cpu() && !product::unpacks_fast();
         let packed = |dtype: GgmlDType, elements: u64| if packs { packed_bytes(dtype, elements) } else { 0 };
         match &self.source {
-            Source::Gguf(file) => file
-                .tensors()
-                .map(|t| match t.dtype {
-                    GgmlDType::F16 | GgmlDType::BF16 => t.elements() * 4, // loaded as f32
-                    dtype => t.bytes + packed(dtype, t.elements()),
-                })
-                .sum(),
+            Source::Gguf(file) => file.tensors().map(|t| t.bytes + packed(t.dtype, t.elements())).sum(),
             Source::Safetensors(files) => files
                 .tensors()
-                .map(|(shape, _)| {
+                .map(|(shape, dtype)| {
                     let elements: u64 = shape.iter().map(|d| *d as u64).product();
                     match self.quantize {
                         Some(dtype) if shape.len() == 2 => {
                             elements / dtype.block_size() as u64 * dtype.type_size() as u64 + packed(dtype, elements)
                         }
+                        _ if shape.len() == 2 && self.device.is_cpu() => elements * dtype.size_in_bytes() as u64,
                         _ => elements * 4,
                     }
                 })
@@ -125,7 +122,7 @@ impl Weights {
         match (&self.source, self.quantize) {
             (Source::Gguf(file), _) => file.quant_name(),
             (_, Some(dtype)) => format!("{dtype:?}").to_lowercase(),
-            (_, None) => "f32".to_string(),
+            (Source::Safetensors(files), None) => files.matrix_dtype().as_str().to_string(),
         }
     }
 
@@ -246,13 +243,14 @@ impl Scope<'_> {
         let name = self.full(name);
         match &self.weights.source {
             Source::Safetensors(files) => {
-                let dense = files.load(&name, &[rows, columns], &self.weights.device)?.to_dtype(DType::F32)?;
+                let dense = files.load(&name, &[rows, columns], &self.weights.device)?;
                 match self.weights.quantize {
                     Some(dtype) if columns.is_multiple_of(dtype.block_size()) => {
+                        let dense = dense.to_dtype(DType::F32)?;
                         Ok(Matrix::Quantized(Arc::new(QTensor::quantize(&dense, dtype)?), self.weights.precision))
                     }
                     // Rows that no block of this type divides stay as they are.
-                    _ => Ok(Matrix::Dense(dense)),
+                    _ => Matrix::from_dense(dense),
                 }
             }
             Source::Gguf(file) => Matrix::from_qtensor(file.load(&name, &[rows, columns], &self.weights.device)?, self.weights.precision),

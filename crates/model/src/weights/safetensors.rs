@@ -86,6 +86,15 @@ impl SafetensorsFiles {
         self.tensors.values().map(|entry| (entry.shape.as_slice(), entry.dtype))
     }
 
+    /// The dtype of most numbers in matrices.
+    pub fn matrix_dtype(&self) -> DType {
+        let elements = |dtype: DType| -> usize {
+            let matrices = self.tensors().filter(|(shape, of)| shape.len() == 2 && *of == dtype);
+            matrices.map(|(shape, _)| shape.iter().product::<usize>()).sum()
+        };
+        [DType::F32, DType::F16, DType::BF16].into_iter().max_by_key(|dtype| elements(*dtype)).unwrap_or(DType::F32)
+    }
+
     /// Copies a tensor to `device`, in the dtype it is stored in.
     ///
     /// # Errors

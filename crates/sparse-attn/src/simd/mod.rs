@@ -74,21 +74,26 @@ pub(crate) use kernels::Column as ValueColumn;
 pub(crate) use softmax::{all_finite, exp_sum, max, raise};
 pub use softmax::{exp, halved};
 
-/// The numbers of a pool on the host.
+/// Stored numbers on the host.
 #[derive(Debug, Clone, Copy)]
-pub(crate) enum Numbers<'a> {
+pub enum Numbers<'a> {
+    /// As they are.
     F32(&'a [f32]),
+    /// In 16 bits.
     F16(&'a [f16]),
+    /// In 16 bits.
     Bf16(&'a [bf16]),
     /// Integers in two's complement, and the scale of every group.
     Q8(&'a [u8], &'a [f16]),
 }
 
-/// The rows of a pool on the host: `width` numbers each.
+/// Stored rows on the host.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Rows<'a> {
-    pub(crate) numbers: Numbers<'a>,
-    pub(crate) width: usize,
+pub struct Rows<'a> {
+    /// Their numbers.
+    pub numbers: Numbers<'a>,
+    /// Numbers in a row.
+    pub width: usize,
 }
 
 /// Calls `f` with the rows of `pool`.
@@ -183,7 +188,10 @@ fn slots_of(pairs: &[[u32; 2]]) -> usize {
 ///
 /// - `q`: `[n, width]`
 /// - `out`: `[n, OCTET * octets]`
-pub(crate) fn dot_octets(rows: Rows<'_>, q: &[f32], pairs: &[[u32; 2]], out: &mut [f32]) {
+///
+/// # Panics
+/// If an octet is beyond the rows, or a list has another length.
+pub fn dot_octets(rows: Rows<'_>, q: &[f32], pairs: &[[u32; 2]], out: &mut [f32]) {
     let count = q.len() / rows.width;
     assert!(rows.holds(slots_of(pairs)) && q.len() == count * rows.width, "dot_octets: an octet is beyond the pool");
     assert!(out.len() == count * pairs.len() * LANES, "dot_octets: the output has another shape");
