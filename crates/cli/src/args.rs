@@ -154,9 +154,9 @@ pub(crate) struct ModelArgs {
     /// Most tokens of prompt and answer together [default: what the model was trained on, lowered to fit]
     #[arg(short, long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1 << 28))]
     pub(crate) ctx_size: Option<u32>,
-    /// Tokens of a prompt that are computed at once
-    #[arg(short, long, value_name = "N", default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..=1 << 16))]
-    pub(crate) batch_size: u32,
+    /// Tokens of a prompt that are computed at once [default: 512 to 2048, the more the narrower the model]
+    #[arg(short, long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1 << 16))]
+    pub(crate) batch_size: Option<u32>,
     /// Most memory to use, e.g. 10GiB or 80% of what is free
     #[arg(long, value_name = "SIZE", value_parser = parse_memory)]
     pub(crate) mem_limit: Option<MemoryLimit>,

@@ -68,6 +68,18 @@ enum EndTokens {
     Several(Vec<u32>),
 }
 
+/// Tokens of a prompt to compute at once: weights are unpacked once for all of them, but their activations should stay in a
+/// cache. Where tokens are dropped as a window moves on, those of a chunk come on top of it: there the fewest.
+fn chunk(config: &Config, attention: &RoutedAttention) -> usize {
+    const ACTIVATIONS: usize = 20 << 20;
+    let drops = config.sliding_window.iter().any(Option::is_some) || attention.routing().token_router.kept_fraction() < 1.0;
+    let fits = |tokens: &usize| tokens * config.intermediate_size * size_of::<f32>() <= ACTIVATIONS;
+    if drops { FEWEST_AT_ONCE } else { [2048, 1024].into_iter().find(fits).unwrap_or(FEWEST_AT_ONCE) }
+}
+
+/// Tokens computed at once, at the least, where nothing is asked for.
+pub(crate) const FEWEST_AT_ONCE: usize = 512;
+
 impl Checkpoint {
     /// Finds or fetches the model and reads all but its weights.
     pub(crate) fn open(args: &ModelArgs, template: &TemplateArgs, attention: &AttentionArgs, hub: &Hub) -> Result<Self> {
@@ -109,7 +121,7 @@ impl Checkpoint {
             device,
             attention: RoutedAttention::dense(backend),
             dtypes: routing::dtypes(attention),
-            chunk: args.batch_size as usize,
+            chunk: 0,
             protected: 0,
         };
         if let Some(system) = system {
@@ -119,6 +131,10 @@ impl Checkpoint {
             checkpoint.protected = checkpoint.tokenizer.encode(rendered.as_deref().unwrap_or(system), true)?.len();
         }
         checkpoint.attention = checkpoint.attention_of(attention)?;
+        checkpoint.chunk = match args.batch_size {
+            Some(tokens) => tokens as usize,
+            None => chunk(checkpoint.config(), &checkpoint.attention),
+        };
         Ok(checkpoint)
     }
 

@@ -222,3 +222,29 @@ fn shapes_that_do_not_fit_are_errors_with_both_shapes() -> Result<()> {
     }
     Ok(())
 }
+
+#[test]
+fn sums_do_not_depend_on_how_many_queries_a_step_has() -> Result<()> {
+    // More keys than a split has, so that single queries are shared by threads and the others are not.
+    let (shape, tokens) = (HeadShape::new(6, 2, 64)?, 1200);
+    let random = |heads: usize| Tensor::randn(0f32, 1.0, (tokens, heads, 64), &Device::Cpu);
+    let (q, k, v) = (random(6)?, random(2)?, random(2)?);
+    let attention = RoutedAttention::dense(Arc::new(Cpu));
+    let run = |cuts: &[usize]| -> Result<Vec<f32>> {
+        let mut cache = KvCache::new(&[LayerSpec::full(shape)], KvDtype::F16.into(), &Device::Cpu, tokens)?;
+        let mut out = Vec::new();
+        for len in cuts {
+            let step = cache.reserve(*len)?;
+            let part = |x: &Tensor| x.narrow(0, step.start, step.len);
+            let (q, k, v) = (part(&q)?, part(&k)?, part(&v)?);
+            let input = AttentionInput { hidden: &q, q: &q, k: &k, v: &v, scale: 0.125 };
+            out.extend(attention.forward(0, input, step, &mut cache)?.flatten_all()?.to_vec1::<f32>()?);
+            cache.commit(step)?;
+        }
+        Ok(out)
+    };
+    let whole = run(&[tokens])?;
+    assert!(whole == run(&[[64; 18].as_slice(), &[1; 48]].concat())?);
+    assert!(whole == run(&[&[600, 7, 8, 9], [32; 18].as_slice()].concat())?);
+    Ok(())
+}

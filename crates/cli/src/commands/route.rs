@@ -2,7 +2,7 @@
 
 use super::input::{prompt_ids, prompt_text};
 use crate::args::Route;
-use crate::engine::{Checkpoint, Engine};
+use crate::engine::{Checkpoint, Engine, FEWEST_AT_ONCE};
 use crate::failure::{Failure, Kind, unexpected};
 use crate::interrupt::Interrupt;
 use crate::routing;
@@ -46,10 +46,18 @@ pub(crate) fn run(args: &Route, hub: &Hub, ui: Ui, interrupt: &Interrupt) -> Res
     ui.say(engine.banner(context));
     let bar = ui.token_bar("prefill", 2 * prompt.len() as u64);
     let attention = &engine.checkpoint.attention;
-    let seen = trace(&engine.model, attention, engine.checkpoint.dtypes, &prompt, args.steps as usize, engine.checkpoint.chunk, |done| {
-        bar.set_position(done as u64);
-        if interrupt.is_set() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
-    });
+    let seen = trace(
+        &engine.model,
+        attention,
+        engine.checkpoint.dtypes,
+        &prompt,
+        args.steps as usize,
+        engine.checkpoint.chunk.min(FEWEST_AT_ONCE),
+        |done| {
+            bar.set_position(done as u64);
+            if interrupt.is_set() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        },
+    );
     bar.finish_and_clear();
     let Some(seen) = seen.map_err(unexpected)? else { return Err(Failure::new(Kind::Interrupted, "stopped").into()) };
     if ui.json {

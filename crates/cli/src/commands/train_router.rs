@@ -2,7 +2,7 @@
 
 use super::input::read_file;
 use crate::args::{AttentionArgs, TemplateArgs, TrainRouter};
-use crate::engine::Checkpoint;
+use crate::engine::{Checkpoint, FEWEST_AT_ONCE};
 use crate::failure::{Failure, Kind, damaged, unexpected};
 use crate::interrupt::Interrupt;
 use crate::plan;
@@ -35,7 +35,7 @@ pub(crate) fn run(args: &TrainRouter, hub: &Hub, ui: Ui, interrupt: &Interrupt) 
         window: args.window as usize,
         keep: args.keep,
         ridge: args.ridge,
-        chunk: checkpoint.chunk,
+        chunk: checkpoint.chunk.min(FEWEST_AT_ONCE),
         ..TrainOptions::default()
     };
     let context = checkpoint.context(&args.model, ui)?;
@@ -135,7 +135,7 @@ fn check_memory(checkpoint: &Checkpoint, length: usize, args: &TrainRouter) -> R
     let (layers, width) = (config.num_layers as u64, config.hidden_size as u64);
     let sums = layers * (width + 1) * (width + 1) * 8;
     let sequence = layers * length as u64 * (width + config.heads.kv_heads() as u64) * 4;
-    let scores = 3 * (checkpoint.chunk * config.heads.q_heads() * length * 4) as u64;
+    let scores = 3 * (checkpoint.chunk.min(FEWEST_AT_ONCE) * config.heads.q_heads() * length * 4) as u64;
     let (needed, free) = (checkpoint.weights_bytes() + sums + sequence + scores, plan::available(args.model.mem_limit));
     if needed <= free {
         return Ok(());

@@ -3,7 +3,7 @@
 use super::reads::{OctetRef, Reads};
 use crate::cache::{LANES, OCTET, Step};
 use crate::parallel::Places;
-use crate::simd::{Numbers, Rows, ValueColumn, add_weighted, all_finite, dot_octets, exp_sum, max, widen_columns, widen_octets};
+use crate::simd::{Numbers, Rows, ValueColumn, add_weighted, all_finite, dot_octets, exp, exp_sum, max, widen_columns, widen_octets};
 
 /// Octets of keys that are scored at a time, an even number: scores and widened keys stay in the caches next to the core.
 const BLOCK_OCTETS: usize = 32;
@@ -20,7 +20,9 @@ pub(super) struct Scratch {
     scores: Vec<f32>, // [rows, BLOCK_OCTETS * OCTET]
     pairs: Vec<[u32; 2]>,
     columns: Vec<ValueColumn>,
-    pub(super) partial: Partial,
+    /// Of all keys of the queries, and of the next split of them.
+    pub(super) whole: Partial,
+    pub(super) next: Partial,
 }
 
 /// A softmax over some of the keys, not yet divided: row = `(query, head of the group)`.
@@ -58,7 +60,7 @@ impl Partial {
                 continue; // or -inf - -inf below would be NaN
             }
             let max = self.max[row].max(other.max[row]);
-            let (a, b) = ((self.max[row] - max).exp(), (other.max[row] - max).exp());
+            let (a, b) = (exp(self.max[row] - max), exp(other.max[row] - max));
             self.sum[row] = self.sum[row] * a + other.sum[row] * b;
             let out = &mut self.out[row * self.head_dim..][..self.head_dim];
             for (x, y) in out.iter_mut().zip(&other.out[row * self.head_dim..]) {

@@ -19,14 +19,14 @@ const QUERY_TILE: usize = 32;
 /// Steps up to this many queries also split the keys, or a single head would keep a single core busy.
 const MAX_SPLIT_QUERIES: usize = 8;
 
-/// Octets of keys of one split. The number of splits follows from what is read alone.
+/// Octets of keys of one split. The splits follow from what is read alone.
 const SPLIT_OCTETS: usize = 64;
 
 /// Attention on the CPU.
 ///
 /// Work is cut into items (a key/value head, a tile of queries, some octets of keys). An item makes one pass
-/// over its keys with a running softmax in f32; where keys were split, partial results are merged in
-/// the order of the splits, so the result does not depend on the number of threads.
+/// over its keys with a running softmax in f32; partial results are merged split by split, in order, whether one thread had all
+/// splits or several had some: the result depends neither on the number of threads nor on that of queries.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Cpu;
 
@@ -75,11 +75,19 @@ fn attend(q: &[f32], scale: f32, kv: [Rows<'_>; 2], store: &LayerStore, step: St
     parallel::for_each_long(&mut items, Scratch::default, |scratch, Item { reads, partial }| match partial {
         Some(partial) => item::attend(reads, q, scale, kv, step, scratch, partial),
         None => {
-            let mut whole = std::mem::take(&mut scratch.partial);
-            whole.reset(reads.queries.len() * shape.group_size(), shape.head_dim());
-            item::attend(reads, q, scale, kv, step, scratch, &mut whole);
+            // In the same splits, one after the other: sums are the same however a prompt was cut into steps.
+            let (mut whole, mut next) = (std::mem::take(&mut scratch.whole), std::mem::take(&mut scratch.next));
+            for (split, octets) in reads.octets.chunks(SPLIT_OCTETS).enumerate() {
+                let part = Reads { store, kv_head: reads.kv_head, queries: reads.queries.clone(), octets };
+                let partial = if split == 0 { &mut whole } else { &mut next };
+                partial.reset(reads.queries.len() * shape.group_size(), shape.head_dim());
+                item::attend(&part, q, scale, kv, step, scratch, partial);
+                if split > 0 {
+                    whole.merge(&next);
+                }
+            }
             whole.write(reads, step, &places);
-            scratch.partial = whole;
+            (scratch.whole, scratch.next) = (whole, next);
         }
     });
     // Splits of the same queries follow each other.
