@@ -66,10 +66,8 @@ def mistral_rs(path: str, prompt: int, args: argparse.Namespace) -> dict:
     runner = mistralrs.Runner(which, prefix_cache_n=0)
     words = "the quick brown fox jumps over the lazy dog and runs along the river until night falls".split()
     text = " ".join(words[(j * 7) % len(words)] for j in range(prompt))
-    run = lambda count: runner.send_completion_request(
-        mistralrs.CompletionRequest(prompt=text, model="default", max_tokens=count, temperature=0.0, ignore_eos=True)
-    ).usage
-    usage = run(args.n)
+    request = mistralrs.CompletionRequest(prompt=text, model="default", max_tokens=args.n, temperature=0.0, ignore_eos=True)
+    usage = runner.send_completion_request(request).usage
     return {"prefill": usage.avg_prompt_tok_per_sec, "decode": usage.avg_compl_tok_per_sec, "ttft": usage.total_prompt_time_sec}
 
 

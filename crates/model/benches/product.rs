@@ -5,13 +5,16 @@
 
 #![allow(clippy::print_stdout, reason = "a table is what it is for")]
 
+#[path = "../../sparse-attn/benches/machine/mod.rs"]
+mod machine;
+
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::utils::{barrier_pool, get_num_threads};
 use candle_core::{Device, Result, Tensor};
+use machine::{bandwidth, median};
 use model::weights::{Matrix, Precision};
 use std::hint::black_box;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
 /// More than any cache holds.
 const BEYOND_CACHES: usize = 160 << 20;
@@ -73,20 +76,6 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-/// Bytes per second that all threads read together.
-fn bandwidth() -> f64 {
-    let buffer = vec![1u64; 512 << 20 >> 3];
-    let parts: Vec<&[u64]> = buffer.chunks(1 << 16).collect();
-    let run = || {
-        barrier_pool().execute_chunked(parts.len(), |range| {
-            for part in &parts[range] {
-                black_box(part.iter().fold(0u64, |sum, x| sum.wrapping_add(*x)));
-            }
-        });
-    };
-    (buffer.len() * 8) as f64 / median(5, run).as_secs_f64()
-}
-
 /// Products and sums of bytes per second, two for each, on all threads, with nothing to load.
 fn integer_peak() -> Option<f64> {
     #[cfg(target_arch = "x86_64")]
@@ -118,16 +107,4 @@ unsafe fn byte_products(rounds: usize) -> i32 {
         }
     }
     sums.into_iter().fold(0, |total, sum| total.wrapping_add(_mm512_reduce_add_epi32(sum)))
-}
-
-fn median(times: usize, mut run: impl FnMut()) -> Duration {
-    let mut taken: Vec<Duration> = (0..times)
-        .map(|_| {
-            let started = Instant::now();
-            run();
-            started.elapsed()
-        })
-        .collect();
-    taken.sort_unstable();
-    taken[times / 2]
 }

@@ -5,15 +5,18 @@
 
 #![allow(clippy::print_stdout, reason = "a table is what it is for")]
 
-use candle_core::utils::{barrier_pool, get_num_threads};
+mod machine;
+
+use candle_core::utils::get_num_threads;
 use candle_core::{Device, Result, Tensor};
+use machine::{bandwidth, median};
 use sparse_attn::backend::{AttentionBackend, Cpu};
 use sparse_attn::block_router::Mass;
 use sparse_attn::select::{Budget, Limits};
 use sparse_attn::{AttentionInput, HeadShape, KvCache, KvDtype, LayerSpec, RoutedAttention, Routing};
 use std::hint::black_box;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// More than any cache holds.
 const BEYOND_CACHES: usize = 192 << 20;
@@ -52,32 +55,6 @@ fn main() -> Result<()> {
         }
     }
     Ok(())
-}
-
-/// Bytes per second that all threads read together.
-fn bandwidth() -> f64 {
-    let buffer = vec![1u64; 512 << 20 >> 3];
-    let parts: Vec<&[u64]> = buffer.chunks(1 << 16).collect();
-    let run = || {
-        barrier_pool().execute_chunked(parts.len(), |range| {
-            for part in &parts[range] {
-                black_box(part.iter().fold(0u64, |sum, x| sum.wrapping_add(*x)));
-            }
-        });
-    };
-    (buffer.len() * 8) as f64 / median(5, run).as_secs_f64()
-}
-
-fn median(times: usize, mut run: impl FnMut()) -> Duration {
-    let mut taken: Vec<Duration> = (0..times)
-        .map(|_| {
-            let started = Instant::now();
-            run();
-            started.elapsed()
-        })
-        .collect();
-    taken.sort_unstable();
-    taken[times / 2]
 }
 
 /// A cache of random keys and values.

@@ -1,10 +1,10 @@
 //! Matrices of 16-bit floats, as most checkpoints are published: kept in 16 bits, multiplied in f32.
 
-use candle_core::{CpuStorage, DType, Device, Result, Storage, Tensor, bail};
+use candle_core::{CpuStorage, Device, Result, Storage, Tensor, bail};
 use half::{bf16, f16};
-use sparse_attn::cache::LANES;
+use sparse_attn::cache::{LANES, Order};
 use sparse_attn::parallel::Unset;
-use sparse_attn::simd::{Numbers, Rows, dot_octets};
+use sparse_attn::simd::{Numbers, Rows, dot_octets, with_f32};
 
 /// Tiles that meet many tokens together, so that tokens are read as seldom as that.
 const TILES_OF_MANY: usize = 2;
@@ -76,10 +76,11 @@ impl Tiles {
         if columns != self.columns {
             bail!("product: activations {:?} do not fit a matrix [{}, {}]", x.shape(), self.rows, self.columns);
         }
-        let x = x.to_dtype(DType::F32)?.contiguous()?;
-        let (storage, layout) = x.storage_and_layout();
-        let Storage::Cpu(storage) = &*storage else { bail!("product: activations of another device") };
-        let x = &storage.as_slice::<f32>()?[layout.start_offset()..][..tokens * columns];
+        with_f32(x, |x| self.multiply_host(x, tokens))
+    }
+
+    /// `x`: `[tokens, columns]`
+    fn multiply_host(&self, x: &[f32], tokens: usize) -> Result<Tensor> {
         let (stored, tiles) = (self.stored(), self.rows.div_ceil(LANES));
         let at_once = if tokens < MANY_TOKENS { TILES_OF_FEW } else { TILES_OF_MANY };
         let mut out = Unset::<f32>::new(tokens * self.rows);
@@ -111,19 +112,10 @@ impl Tiles {
     /// If an id is beyond the rows.
     pub fn rows(&self, ids: &Tensor) -> Result<Tensor> {
         let ids = ids.to_vec1::<u32>()?;
-        let mut out = Vec::with_capacity(ids.len() * self.columns);
-        for id in &ids {
-            let row = *id as usize;
-            if row >= self.rows {
-                bail!("row {row} of a matrix of {} rows", self.rows);
-            }
-            let first = row / LANES * LANES * self.columns + row % LANES;
-            let at = (0..self.columns).map(|column| first + column * LANES);
-            match &self.packed {
-                Packed::F16(numbers) => out.extend(at.map(|at| numbers[at].to_f32())),
-                Packed::Bf16(numbers) => out.extend(at.map(|at| numbers[at].to_f32())),
-            }
+        if let Some(row) = ids.iter().find(|row| **row as usize >= self.rows) {
+            bail!("row {row} of a matrix of {} rows", self.rows);
         }
+        let out = self.stored().gather(Order::Tiles, &ids);
         Tensor::from_vec(out, (ids.len(), self.columns), &Device::Cpu)
     }
 }
@@ -131,6 +123,7 @@ impl Tiles {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use candle_core::DType;
 
     #[test]
     fn products_and_rows_are_those_of_the_f32_matrix() -> Result<()> {

@@ -18,8 +18,8 @@ use crate::LayerStore;
 use crate::cache::{LANES, OCTET, PAGE_SIZE, Step, Summary};
 use crate::parallel;
 use crate::select::tiles;
-use crate::simd::{dot_octets, raise, with_rows};
-use candle_core::{DType, Result, Storage, Tensor};
+use crate::simd::{dot_octets, raise, with_f32, with_rows};
+use candle_core::{Result, Tensor};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -125,16 +125,6 @@ pub fn by_name(name: &str) -> Option<Arc<dyn BlockRouter>> {
     all().into_iter().find(|router| router.name() == name)
 }
 
-/// What `f` makes of queries `[q_len, q_heads, head_dim]` on the host.
-fn with_host_queries<R>(q: &Tensor, f: impl FnOnce(&[f32]) -> Result<R>) -> Result<R> {
-    let q = q.to_dtype(DType::F32)?.contiguous()?;
-    let (storage, layout) = q.storage_and_layout();
-    match &*storage {
-        Storage::Cpu(storage) => f(&storage.as_slice::<f32>()?[layout.start_offset()..][..q.elem_count()]),
-        _ => f(&q.flatten_all()?.to_vec1()?),
-    }
-}
-
 /// Scores that are products of the block's summary with what `expand` makes of a query `[head_dim]`, which it appends to
 /// its second argument; of a tile of several queries, the mean.
 fn score_summaries(
@@ -154,7 +144,7 @@ fn score_summaries(
     };
     let pairs: Vec<Vec<[u32; 2]>> = (0..shape.kv_heads()).map(pairs_of).collect();
     let group = shape.group_size() * shape.head_dim();
-    with_host_queries(queries.q, |q| {
+    with_f32(queries.q, |q| {
         with_rows(summaries.pool(), |rows| {
             score_groups(q, tiles, store, blocks, |head, tiles, out| {
                 // [tiles, group_size, width]

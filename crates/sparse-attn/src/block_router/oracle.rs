@@ -1,5 +1,6 @@
-use super::{BlockRouter, BlockScores, Queries, score_groups, with_host_queries};
+use super::{BlockRouter, BlockScores, Queries, score_groups};
 use crate::LayerStore;
+use crate::simd::with_f32;
 use candle_core::Result;
 
 /// The largest `q . k` of the block itself: reads every key, so it saves nothing. What estimators are measured against.
@@ -29,6 +30,6 @@ impl BlockRouter for Oracle {
                 }
             }
         };
-        with_host_queries(queries.q, |q| Ok(score_groups(q, queries.each(), store, blocks, score_head)))
+        with_f32(queries.q, |q| Ok(score_groups(q, queries.each(), store, blocks, score_head)))
     }
 }

@@ -65,7 +65,7 @@ mod softmax;
 
 use crate::cache::{GROUP, KvDtype, LANES, OCTET, Order, Pool};
 use crate::parallel;
-use candle_core::{CpuStorage, Result, Storage, bail};
+use candle_core::{CpuStorage, DType, Result, Storage, Tensor, bail};
 use half::{bf16, f16};
 use kernels::Column;
 use lanes::Portable;
@@ -96,6 +96,19 @@ pub struct Rows<'a> {
     pub width: usize,
 }
 
+/// Calls `f` with the numbers of `tensor`, as f32, one after the other.
+///
+/// # Errors
+/// If the tensor is not on the host, and what `f` returns.
+pub fn with_f32<R>(tensor: &Tensor, f: impl FnOnce(&[f32]) -> Result<R>) -> Result<R> {
+    let tensor = tensor.to_dtype(DType::F32)?.contiguous()?;
+    let (storage, layout) = tensor.storage_and_layout();
+    match &*storage {
+        Storage::Cpu(storage) => f(&storage.as_slice::<f32>()?[layout.start_offset()..][..tensor.elem_count()]),
+        _ => bail!("code for the host got a tensor on {:?}", tensor.device().location()),
+    }
+}
+
 /// Calls `f` with the rows of `pool`.
 ///
 /// # Errors
@@ -117,8 +130,11 @@ pub(crate) fn with_rows<R>(pool: &Pool, f: impl FnOnce(Rows<'_>) -> R) -> Result
 const ROWS_AT_ONCE: usize = 64;
 
 impl Rows<'_> {
-    /// The rows `slots` as f32, `[slots, width]`.
-    pub(crate) fn gather(&self, order: Order, slots: &[u32]) -> Vec<f32> {
+    /// The rows `slots` as f32, `[slots, width]`; all lie in `order`.
+    ///
+    /// # Panics
+    /// If a slot is beyond the rows.
+    pub fn gather(&self, order: Order, slots: &[u32]) -> Vec<f32> {
         let (width, groups) = (self.width, self.width.div_ceil(GROUP));
         assert!(self.holds(slots.iter().max().map_or(0, |slot| *slot as usize + 1)), "gather: a slot is beyond the pool");
         parallel::filled(slots.len() * width, ROWS_AT_ONCE * width, |part, out| {

@@ -14,8 +14,9 @@ use super::Precision;
 use activations::Activations;
 use blocks::Format;
 use candle_core::quantized::QTensor;
-use candle_core::{DType, Device, Result, Storage, Tensor};
+use candle_core::{Device, Result, Tensor};
 use sparse_attn::parallel::{Places, Unset};
+use sparse_attn::simd::with_f32;
 use std::ops::Range;
 
 /// Weight rows that a thread takes at a time, at least.
@@ -46,10 +47,11 @@ pub(super) fn unpacks_fast() -> bool {
 /// If a width differs or the matrices are not on the CPU.
 pub(super) fn multiply(x: &Tensor, weights: &[&QTensor], precision: Precision) -> Result<Vec<Tensor>> {
     let (tokens, columns) = x.dims2()?;
-    let x = x.to_dtype(DType::F32)?.contiguous()?;
-    let (storage, layout) = x.storage_and_layout();
-    let Storage::Cpu(storage) = &*storage else { candle_core::bail!("product: activations of another device") };
-    let x = &storage.as_slice::<f32>()?[layout.start_offset()..][..tokens * columns];
+    with_f32(x, |x| multiply_host(x, [tokens, columns], weights, precision))
+}
+
+/// `x`: `[tokens, columns]`
+fn multiply_host(x: &[f32], [tokens, columns]: [usize; 2], weights: &[&QTensor], precision: Precision) -> Result<Vec<Tensor>> {
     let mut products = multiply_rounded(x, [tokens, columns], weights)?;
     if precision == Precision::Int16 {
         let rounded = |row: &[f32]| Activations::new(row).values();

@@ -8,8 +8,8 @@ use super::AttentionBackend;
 use crate::cache::{LayerStore, Step};
 use crate::parallel::{self, Unset};
 use crate::select::Selection;
-use crate::simd::{Rows, with_rows};
-use candle_core::{DType, Device, Result, Storage, Tensor, bail};
+use crate::simd::{Rows, with_f32, with_rows};
+use candle_core::{Device, Result, Tensor};
 use item::{Partial, Scratch};
 use reads::Reads;
 
@@ -42,11 +42,7 @@ impl AttentionBackend for Cpu {
 
     fn attend(&self, q: &Tensor, scale: f32, store: &LayerStore, step: Step, selection: &Selection) -> Result<Tensor> {
         store.check_queries(q, step)?;
-        let q = q.to_dtype(DType::F32)?.contiguous()?;
-        let (q_storage, q_layout) = q.storage_and_layout();
-        let Storage::Cpu(q_storage) = &*q_storage else { bail!("attend: the cpu backend got queries of another device") };
-        let q_values = &q_storage.as_slice::<f32>()?[q_layout.start_offset()..][..q.elem_count()];
-        let out = with_rows(store.k(), |k| with_rows(store.v(), |v| attend(q_values, scale, [k, v], store, step, selection)))??;
+        let out = with_f32(q, |q| with_rows(store.k(), |k| with_rows(store.v(), |v| attend(q, scale, [k, v], store, step, selection)))?)?;
         Tensor::from_vec(out, q.shape(), &Device::Cpu)
     }
 }
