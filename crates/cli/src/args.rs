@@ -208,7 +208,7 @@ pub(crate) struct AttentionArgs {
     /// First tokens, which no token router drops [default: 4]
     #[arg(long, value_name = "N")]
     pub(crate) sinks: Option<u32>,
-    /// Below this many tokens all blocks are read [default: what bench measured, else 4096]
+    /// Below this many tokens all blocks are read [default: what bench measured, else twice what a query reads]
     #[arg(long, value_name = "N")]
     pub(crate) min_ctx: Option<u32>,
     /// Queries of a prompt that share a selection, 1 to 64
@@ -221,7 +221,7 @@ pub(crate) struct AttentionArgs {
     #[arg(long, value_name = "F,...", hide_short_help = true, value_delimiter = ',', value_parser = parse_factor)]
     pub(crate) layer_budgets: Option<Vec<f32>>,
     /// How blocks are scored
-    #[arg(long, value_name = "NAME", value_parser = clap::builder::PossibleValuesParser::new(["all", "recent", "mean", "bound", "mass", "oracle"]))]
+    #[arg(long, value_name = "NAME", value_parser = clap::builder::PossibleValuesParser::new(["all", "recent", "mean", "bound", "spread", "oracle"]))]
     pub(crate) block_router: Option<String>,
     /// Which tokens stay in memory: all, sink_window, random, trained (the one that ships for the model), or the
     /// file of another [default: with --attn auto trained, where it was measured to cost little and no speed; else all]
@@ -517,9 +517,14 @@ pub(crate) struct TrainRouter {
     /// Read each text once: half the time, but nothing is learnt of what a later question may need
     #[arg(long)]
     pub(crate) once: bool,
-    /// The part of the tokens that the threshold is set for; the same flag chooses another at use
-    #[arg(long, value_name = "F", default_value_t = 0.5, value_parser = parse_fraction)]
-    pub(crate) keep: f32,
+    /// The part of the tokens that the threshold is set for; the same flag chooses another at use [default: 0.5, or the
+    /// threshold that published gates come with]
+    #[arg(long, value_name = "F", value_parser = parse_fraction)]
+    pub(crate) keep: Option<f32>,
+    /// Train nothing: measure on the texts what published gates keep, and write those as a router. Fast KVzip's .pt, or
+    /// the .safetensors of WG-KV
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["once", "long", "ridge"])]
+    pub(crate) gates: Option<PathBuf>,
     /// Weight of the ridge, relative to the mean square of a feature
     #[arg(long, value_name = "F", default_value_t = 1e-3, hide_short_help = true)]
     pub(crate) ridge: f64,

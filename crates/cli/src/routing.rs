@@ -12,8 +12,11 @@ use sparse_attn::{KvDtype, KvDtypes, RoutedAttention, Routing, block_router};
 use std::path::Path;
 use std::sync::Arc;
 
-/// Below this many tokens attention is dense, where nothing was measured.
+/// Below this many tokens attention is dense, where neither measurements nor a budget in tokens say otherwise.
 const MIN_CTX: usize = 4096;
+
+/// Where nothing was measured, attention is dense below this many times what a query would read: scoring costs something, too.
+const LEAST_GAIN: usize = 2;
 
 /// Tokens of the first positions that no token router drops (StreamingLLM, arXiv:2309.17453).
 const SINKS: usize = 4;
@@ -40,7 +43,15 @@ pub(crate) struct RoutingDefaults {
 
 impl Default for RoutingDefaults {
     fn default() -> Self {
-        Self { block_router: "bound".into(), budget: 2048, part: 0.125, block: 32, window: 256, dense_layers: 2, layer_budgets: Vec::new() }
+        Self {
+            block_router: "spread".into(),
+            budget: 2048,
+            part: 0.125,
+            block: 16,
+            window: 256,
+            dense_layers: 2,
+            layer_budgets: Vec::new(),
+        }
     }
 }
 
@@ -120,9 +131,10 @@ pub(crate) fn resolve(args: &AttentionArgs, known: &Known<'_>) -> Result<Routing
         Some(BudgetChoice::Tokens(tokens)) => Budget::tokens(tokens),
         Some(BudgetChoice::Part(part)) => Budget { tokens: 0, part },
     };
+    let expected = if budget.tokens == 0 { MIN_CTX } else { LEAST_GAIN.saturating_mul(budget.tokens.saturating_add(window)) };
     let dense_len = match name {
         "all" => usize::MAX,
-        _ => args.min_ctx.map(|tokens| tokens as usize).or(known.crossover).unwrap_or(MIN_CTX),
+        _ => args.min_ctx.map(|tokens| tokens as usize).or(known.crossover).unwrap_or(expected),
     };
     let block_size = args.block.map_or(defaults.block, |block| block as usize);
     if block_size > window + 1 {

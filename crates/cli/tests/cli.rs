@@ -164,7 +164,7 @@ fn routed_attention_reads_less_and_is_dense_while_all_fits() {
     for (batch, threads) in [("64", "2"), ("128", "1")] {
         assert!(selected(batch, threads) == whole, "chunks of {batch}, {threads} threads");
     }
-    for router in ["recent", "mean", "mass", "oracle"] {
+    for router in ["recent", "mean", "spread", "oracle"] {
         assert_eq!(routed(&["--min-ctx", "0", "--budget", "128", "--block-router", router])["attn"]["block_router"], router);
     }
     run(&mut case.llama(&["generate", "hi", "--attn", "routed", "--block-router", "magic"]), 2);
@@ -777,4 +777,40 @@ fn a_router_that_was_trained_here_is_used_here_and_nowhere_else() {
     run(&mut case.llama(&["generate", "hi", "--token-router", &damaged]), 5);
     let short = case.file("short.txt", "too short");
     run(&mut case.llama(&["train-router", "-f", &short, "-o", &router]), 2);
+}
+
+#[test]
+fn published_gates_become_a_router() {
+    let case = Case::new();
+    let text: String = (0..900).map(|i| format!("word{} ", i * 7919 % 97)).collect();
+    let file = case.file("text.txt", text);
+    let router = case.home.path().join("router.safetensors").display().to_string();
+    let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("../model/tests/fixtures/gates");
+    let ids: Vec<String> = (0..900).map(|i| (5 + i * 31 % 500).to_string()).collect();
+    for (name, whose) in [("fast_kvzip.pt", "Fast KVzip"), ("wg_kv.safetensors", "WG-KV")] {
+        let gates = fixtures.join(name).display().to_string();
+        let calibrate = |extra: &[&str]| {
+            let args = ["train-router", "--gates", &gates, "-f", &file, "-o", &router, "--window", "64", "--length", "600", "--json"];
+            let output = run(&mut case.llama(&[&args[..], extra].concat()), 0);
+            serde_json::from_slice::<Value>(&output.stdout).unwrap()
+        };
+        let half = calibrate(&["--keep", "0.5"]);
+        assert_eq!((&half["gates"], half["keep"].as_f64()), (&whose.into(), Some(0.5)), "{half}");
+        // WG-KV's own threshold is another one; Fast KVzip has none.
+        let own = calibrate(&[]);
+        assert_eq!(own["tau"] == half["tau"], whose == "Fast KVzip", "{own}");
+        calibrate(&["--keep", "0.3"]);
+        let generate = |extra: &[&str]| {
+            let args = ["generate", "--greedy", "-n", "2", "--attn", "dense", "--prompt-ids", &ids.join(",")];
+            case.json(&[&args[..], extra].concat())
+        };
+        let (all, some) = (generate(&[]), generate(&["--token-router", &router]));
+        assert_eq!(some["attn"]["token_router"], "gate");
+        assert!(some["memory"]["kv_bytes"].as_u64() < all["memory"]["kv_bytes"].as_u64(), "{some}");
+        let mut other = foveate(case.home.path());
+        other.args(["train-router", "--gates", &gates, "-f", &file, "-o", &router, "-m"]).arg(tiny("gemma3_text"));
+        assert!(stderr(&run(&mut other, 5)).contains(name), "gates of another model");
+    }
+    run(&mut case.llama(&["train-router", "--gates", &file, "-f", &file, "-o", &router]), 5);
+    run(&mut case.llama(&["train-router", "--gates", "/nowhere.pt", "-f", &file, "-o", &router]), 5);
 }

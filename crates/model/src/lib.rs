@@ -8,10 +8,12 @@
 //! Knows token ids, weights and tensors; nothing of text or URLs, nor which backend runs.
 
 pub mod arch;
+pub mod calibrate;
 pub mod config;
 mod error;
 pub mod generate;
 pub mod layers;
+mod published;
 mod router_file;
 pub mod sampler;
 pub mod score;
@@ -23,6 +25,7 @@ pub use arch::{CausalLm, load};
 pub use config::Config;
 pub use error::message;
 pub use generate::{FinishReason, GenerateOptions, Session, Token};
+pub use published::Published;
 pub use router_file::RouterFile;
 pub use sampler::{Sampler, SamplerOptions};
 pub use weights::Weights;

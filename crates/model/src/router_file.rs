@@ -1,12 +1,13 @@
 //! `router.safetensors`: a trained token router, and what is known of it.
 //!
-//! Tensors, f32: `layers.{i}.weight` `[kv_heads, width]` and `layers.{i}.bias` `[kv_heads]`; with a hidden layer also
-//! `layers.{i}.hidden.weight` `[width, hidden_size]` and `layers.{i}.hidden.bias` `[width]`. The rest is metadata: strings,
-//! numbers and JSON.
+//! Tensors, f32, of kind `linear`: `layers.{i}.weight` `[kv_heads, width]` and `layers.{i}.bias` `[kv_heads]`; of `mlp` also
+//! `layers.{i}.hidden.weight` `[width, hidden_size]` and `layers.{i}.hidden.bias` `[width]`; of `sink` (Fast KVzip) and `keys` (WG-KV)
+//! what is published under its own names, after `layers.{i}.`. A layer without tensors keeps every token. The rest is
+//! metadata: strings, numbers and JSON.
 
-use candle_core::{Device, Result, Tensor, bail};
+use candle_core::{DType, Device, Result, Tensor, bail};
 use serde_json::Value;
-use sparse_attn::token_router::{Gate, GateLayer};
+use sparse_attn::token_router::{Feedforward, Gate, GateLayer, KeyGate, SinkGate};
 use std::collections::HashMap;
 use std::path::Path;
 
@@ -15,6 +16,12 @@ const FORMAT: &str = "foveate.router/1";
 
 /// The largest file that is read: a gate has some numbers for each head.
 const MOST_BYTES: u64 = 1 << 30;
+
+/// The most layers that a file may name.
+const MOST_LAYERS: usize = 1024;
+
+/// What a gate may be.
+const KINDS: [&str; 4] = ["linear", "mlp", "sink", "keys"];
 
 /// A trained token router.
 #[derive(Debug, Clone)]
@@ -70,8 +77,8 @@ impl RouterFile {
             bail!("format {:?} is not {FORMAT:?}", text("format")?);
         }
         let kind = text("kind")?;
-        if !matches!(kind, "linear" | "mlp") {
-            bail!("kind {kind:?} is neither \"linear\" nor \"mlp\"");
+        if !KINDS.contains(&kind) {
+            bail!("kind {kind:?} is none of {KINDS:?}");
         }
         let curve: Vec<(f32, f32)> = match serde_json::from_str(text("curve")?) {
             Ok(curve) => curve,
@@ -81,17 +88,29 @@ impl RouterFile {
             bail!("metadata \"curve\" must have thresholds that rise and kept fractions that fall");
         }
         let mut tensors = candle_core::safetensors::load_buffer(bytes, &Device::Cpu)?;
+        for (name, tensor) in &mut tensors {
+            *tensor = tensor.to_dtype(DType::F32)?;
+            if tensor.flatten_all()?.to_vec1::<f32>()?.iter().any(|x| !x.is_finite()) {
+                bail!("tensor {name} holds a number that is not finite");
+            }
+        }
+        // Files that do not say how many layers there are have a gate in each.
+        let count = if metadata.contains_key("layers") { number("layers")? as usize } else { usize::MAX };
         let mut layers = Vec::new();
-        while let Some(weight) = tensors.remove(&format!("layers.{}.weight", layers.len())) {
-            let index = layers.len();
-            let mut take = |name: &str| -> Result<Tensor> {
-                match tensors.remove(&format!("layers.{index}.{name}")) {
-                    Some(tensor) => tensor.to_dtype(candle_core::DType::F32),
-                    None => bail!("tensor layers.{index}.{name} is missing"),
+        while layers.len() < count.min(MOST_LAYERS) {
+            let prefix = format!("layers.{}.", layers.len());
+            if !tensors.keys().any(|name| name.starts_with(&prefix)) {
+                if count == usize::MAX {
+                    break;
                 }
+                layers.push(GateLayer::Open);
+                continue;
+            }
+            let take = |name: &str| match tensors.remove(&format!("{prefix}{name}")) {
+                Some(tensor) => Ok(tensor),
+                None => bail!("tensor {prefix}{name} is missing"),
             };
-            let hidden = if kind == "mlp" { Some((take("hidden.weight")?, take("hidden.bias")?)) } else { None };
-            layers.push(GateLayer { hidden, bias: take("bias")?, weight: weight.to_dtype(candle_core::DType::F32)? });
+            layers.push(layer(kind, take)?);
         }
         if let Some(name) = tensors.keys().next() {
             bail!("tensor {name} is unknown, or follows a layer that is missing");
@@ -109,15 +128,6 @@ impl RouterFile {
             layers,
         };
         file.gate(None)?; // shapes fit each other
-        for (index, layer) in file.layers.iter().enumerate() {
-            let tensors =
-                [Some(&layer.weight), Some(&layer.bias), layer.hidden.as_ref().map(|h| &h.0), layer.hidden.as_ref().map(|h| &h.1)];
-            for tensor in tensors.into_iter().flatten() {
-                if tensor.flatten_all()?.to_vec1::<f32>()?.iter().any(|x| !x.is_finite()) {
-                    bail!("layers.{index} holds a number that is not finite");
-                }
-            }
-        }
         Ok(file)
     }
 
@@ -127,18 +137,19 @@ impl RouterFile {
     /// If it cannot be written.
     pub fn save(&self, path: &Path) -> Result<()> {
         let mut tensors = Vec::new();
+        let mut kind = "linear";
         for (index, layer) in self.layers.iter().enumerate() {
-            tensors.push((format!("layers.{index}.weight"), layer.weight.clone()));
-            tensors.push((format!("layers.{index}.bias"), layer.bias.clone()));
-            if let Some((weight, bias)) = &layer.hidden {
-                tensors.push((format!("layers.{index}.hidden.weight"), weight.clone()));
-                tensors.push((format!("layers.{index}.hidden.bias"), bias.clone()));
+            let parts = parts(layer);
+            if let Some((own, _)) = &parts {
+                kind = own;
             }
+            let named = parts.into_iter().flat_map(|(_, tensors)| tensors);
+            tensors.extend(named.map(|(name, tensor)| (format!("layers.{index}.{name}"), tensor.clone())));
         }
-        let kind = if self.layers.iter().any(|layer| layer.hidden.is_some()) { "mlp" } else { "linear" };
         let metadata: HashMap<String, String> = [
             ("format", FORMAT.to_string()),
             ("kind", kind.to_string()),
+            ("layers", self.layers.len().to_string()),
             ("model_fingerprint", self.fingerprint.clone()),
             ("window", self.window.to_string()),
             ("sinks", self.sinks.to_string()),
@@ -178,12 +189,71 @@ impl RouterFile {
         Ok(pair.map_or(self.tau, |pair| between((pair[0].1, pair[0].0), (pair[1].1, pair[1].0), keep)))
     }
 
-    /// The fraction that `tau` keeps, between the measured ones.
-    fn kept_at(&self, tau: f32) -> f32 {
+    /// The fraction of the tokens that `tau` keeps, between the measured ones.
+    pub fn kept_at(&self, tau: f32) -> f32 {
         let (first, last) = (self.curve[0], self.curve[self.curve.len() - 1]);
         let pair = self.curve.windows(2).find(|pair| (pair[0].0..=pair[1].0).contains(&tau));
         pair.map_or(if tau < first.0 { first.1 } else { last.1 }, |pair| between(pair[0], pair[1], tau))
     }
+}
+
+/// A layer of a file of this kind, of tensors that `take` finds by name.
+fn layer(kind: &str, mut take: impl FnMut(&str) -> Result<Tensor>) -> Result<GateLayer> {
+    Ok(match kind {
+        "sink" => GateLayer::Sink(SinkGate {
+            q_weight: take("q_proj.weight")?,
+            q_bias: take("q_proj.bias")?,
+            k_weight: take("k_proj.weight")?,
+            q_norm: take("q_norm.weight")?,
+            k_norm: take("k_norm.weight")?,
+            k_base: take("k_base")?,
+            b: take("b")?,
+        }),
+        "keys" => GateLayer::Keys(KeyGate {
+            pre_key_norm: take("pre_key_norm.weight")?,
+            post_key_norm: take("post_key_norm.weight")?,
+            conv1: (take("conv1.weight")?, take("conv1.bias")?),
+            conv2: (take("conv2.weight")?, take("conv2.bias")?),
+        }),
+        _ => {
+            let hidden = if kind == "mlp" { Some((take("hidden.weight")?, take("hidden.bias")?)) } else { None };
+            GateLayer::Feedforward(Feedforward { hidden, weight: take("weight")?, bias: take("bias")? })
+        }
+    })
+}
+
+/// A layer's kind and its tensors by name, as [`layer`] takes them; `None`: it has none.
+fn parts(layer: &GateLayer) -> Option<(&'static str, Vec<(&'static str, &Tensor)>)> {
+    Some(match layer {
+        GateLayer::Open => return None,
+        GateLayer::Feedforward(Feedforward { hidden: None, weight, bias }) => ("linear", vec![("weight", weight), ("bias", bias)]),
+        GateLayer::Feedforward(Feedforward { hidden: Some(hidden), weight, bias }) => {
+            ("mlp", vec![("weight", weight), ("bias", bias), ("hidden.weight", &hidden.0), ("hidden.bias", &hidden.1)])
+        }
+        GateLayer::Sink(SinkGate { q_weight, q_bias, k_weight, q_norm, k_norm, k_base, b }) => {
+            let tensors = [
+                ("q_proj.weight", q_weight),
+                ("q_proj.bias", q_bias),
+                ("k_proj.weight", k_weight),
+                ("q_norm.weight", q_norm),
+                ("k_norm.weight", k_norm),
+                ("k_base", k_base),
+                ("b", b),
+            ];
+            ("sink", tensors.to_vec())
+        }
+        GateLayer::Keys(KeyGate { pre_key_norm, post_key_norm, conv1, conv2 }) => {
+            let tensors = [
+                ("pre_key_norm.weight", pre_key_norm),
+                ("post_key_norm.weight", post_key_norm),
+                ("conv1.weight", &conv1.0),
+                ("conv1.bias", &conv1.1),
+                ("conv2.weight", &conv2.0),
+                ("conv2.bias", &conv2.1),
+            ];
+            ("keys", tensors.to_vec())
+        }
+    })
 }
 
 /// The line through two points, at `x`.
@@ -200,7 +270,8 @@ mod tests {
         let tensor = |rows: usize, columns: usize| Tensor::randn(0f32, 1.0, (rows, columns), &Device::Cpu).unwrap();
         let layer = |_| {
             let inner = hidden.then(|| (tensor(12, 8), tensor(1, 12).squeeze(0).unwrap()));
-            GateLayer { weight: tensor(2, if hidden { 12 } else { 8 }), bias: tensor(1, 2).squeeze(0).unwrap(), hidden: inner }
+            let weight = tensor(2, if hidden { 12 } else { 8 });
+            GateLayer::Feedforward(Feedforward { weight, bias: tensor(1, 2).squeeze(0).unwrap(), hidden: inner })
         };
         RouterFile {
             fingerprint: "0123".into(),
@@ -211,6 +282,14 @@ mod tests {
             training: serde_json::json!({"labels": "none"}),
             layers: (0..3).map(layer).collect(),
         }
+    }
+
+    fn assert_same(a: &[GateLayer], b: &[GateLayer]) {
+        let values = |layer: &GateLayer| {
+            let tensor = |tensor: &Tensor| (tensor.dims().to_vec(), tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap());
+            parts(layer).map(|(kind, tensors)| (kind, tensors.into_iter().map(|(name, part)| (name, tensor(part))).collect::<Vec<_>>()))
+        };
+        assert_eq!(a.iter().map(values).collect::<Vec<_>>(), b.iter().map(values).collect::<Vec<_>>());
     }
 
     fn near(a: f32, b: f32) -> bool {
@@ -227,11 +306,12 @@ mod tests {
             let read = RouterFile::open(&path).unwrap();
             assert_eq!((&read.fingerprint, read.window, read.sinks, read.tau), (&saved.fingerprint, 256, 4, 0.5));
             assert_eq!((&read.curve, &read.training), (&saved.curve, &saved.training));
-            for (a, b) in read.layers.iter().zip(&saved.layers) {
-                let values = |tensor: &Tensor| tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap();
-                assert_eq!((values(&a.weight), values(&a.bias)), (values(&b.weight), values(&b.bias)));
-                assert_eq!(a.hidden.is_some(), hidden);
-            }
+            assert_same(&read.layers, &saved.layers);
+            // A layer that keeps all is one again.
+            let layers = vec![GateLayer::Open, saved.layers[1].clone(), GateLayer::Open];
+            let gaps = RouterFile { layers, ..saved };
+            gaps.save(&path).unwrap();
+            assert_same(&RouterFile::open(&path).unwrap().layers, &gaps.layers);
         }
     }
 
@@ -258,9 +338,15 @@ mod tests {
         refused(&|file| file.curve.clear(), "curve");
         refused(&|file| file.curve.reverse(), "curve");
         refused(&|file| file.tau = f32::NAN, "tau");
-        refused(&|file| file.layers[1].bias = file.layers[1].bias.narrow(0, 0, 1).unwrap(), "layer 1");
-        refused(&|file| file.layers[0].hidden = None, "hidden");
-        refused(&|file| file.layers[2].bias = (&file.layers[2].bias * f64::NAN).unwrap(), "layers.2");
+        fn of(layer: &mut GateLayer) -> &mut Feedforward {
+            match layer {
+                GateLayer::Feedforward(gate) => gate,
+                other => panic!("{other:?}"),
+            }
+        }
+        refused(&|file| of(&mut file.layers[1]).bias = of(&mut file.layers[1]).bias.narrow(0, 0, 1).unwrap(), "layer 1");
+        refused(&|file| of(&mut file.layers[0]).hidden = None, "hidden");
+        refused(&|file| of(&mut file.layers[2]).bias = (&of(&mut file.layers[2]).bias * f64::NAN).unwrap(), "layers.2");
         file(false).save(&path).unwrap();
         let bytes = std::fs::read(&path).unwrap();
         for cut in 0..bytes.len() {

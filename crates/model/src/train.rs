@@ -13,7 +13,7 @@ use nalgebra::{Cholesky, DMatrix};
 use rayon::prelude::*;
 use serde_json::Value;
 use sparse_attn::simd::exp;
-use sparse_attn::token_router::GateLayer;
+use sparse_attn::token_router::{Feedforward, GateLayer};
 use sparse_attn::{Attended, KvCache, KvDtype, Observer, RoutedAttention, vectorised};
 use std::ops::{ControlFlow, Range};
 use std::sync::{Arc, Mutex};
@@ -178,7 +178,7 @@ pub fn train(
     }
     let mut gates = Vec::with_capacity(layers);
     for (sums, learns) in sums.into_iter().zip(&learns) {
-        gates.push(if *learns { solve(sums, options.ridge, width, kv_heads)? } else { keep_all(width, kv_heads)? });
+        gates.push(if *learns { Some(solve(sums, options.ridge, width, kv_heads)?) } else { None });
     }
     // Scores and labels of held-out text: [layers * kv_heads][tokens].
     let mut scores: Vec<Vec<f32>> = vec![Vec::new(); layers * kv_heads];
@@ -188,7 +188,7 @@ pub fn train(
             return Ok(None);
         }
         let labels = read(model, dense, text, options)?;
-        for (layer, gate) in gates.iter().enumerate().filter(|(layer, _)| learns[*layer]) {
+        for (layer, gate) in gates.iter().enumerate().filter_map(|(layer, gate)| Some((layer, gate.as_ref()?))) {
             let seen = labels.take(layer);
             let hidden = Tensor::from_slice(&seen.hidden[..text.len() * width], (text.len(), width), &Device::Cpu)?;
             let predicted = gate.score(&hidden)?.t()?.to_vec2::<f32>()?;
@@ -207,18 +207,9 @@ pub fn train(
     }
     let correlation = correlations.iter().sum::<f64>() / correlations.len() as f64;
     lift_to_floor(&mut gates, &mut scores, options, kv_heads)?;
-    let mut all: Vec<f32> = scores.concat();
-    all.sort_unstable_by(f32::total_cmp);
-    let curve: Vec<(f32, f32)> = FRACTIONS.iter().map(|fraction| (threshold(&all, *fraction), *fraction)).collect();
-    let router = RouterFile {
-        fingerprint,
-        window: options.window,
-        sinks: options.sinks,
-        tau: threshold(&all, options.keep),
-        curve,
-        training,
-        layers: gates,
-    };
+    let (tau, curve) = calibrated(scores.concat(), options.keep);
+    let layers = gates.into_iter().map(|gate| gate.map_or(GateLayer::Open, GateLayer::Feedforward)).collect();
+    let router = RouterFile { fingerprint, window: options.window, sinks: options.sinks, tau, curve, training, layers };
     router.gate(None)?;
     Ok(Some(Trained { router, correlation }))
 }
@@ -267,7 +258,7 @@ fn add(sums: &mut Sums, seen: &Seen, useful: Range<usize>, width: usize) -> Resu
 }
 
 /// `(X'X + ridge) w = X'y`; the constant is not held back.
-fn solve(sums: Sums, ridge: f64, width: usize, kv_heads: usize) -> Result<GateLayer> {
+fn solve(sums: Sums, ridge: f64, width: usize, kv_heads: usize) -> Result<Feedforward> {
     let mut xx = sums.xx;
     let weight = ridge * (0..width).map(|i| xx[(i, i)]).sum::<f64>() / width as f64;
     (0..width).for_each(|i| xx[(i, i)] += weight);
@@ -281,20 +272,18 @@ fn solve(sums: Sums, ridge: f64, width: usize, kv_heads: usize) -> Result<GateLa
     if values.iter().chain(&bias).any(|x| !x.is_finite()) {
         bail!("training: the solution is not finite");
     }
-    Ok(GateLayer {
+    Ok(Feedforward {
         hidden: None,
         weight: Tensor::from_vec(values, (kv_heads, width), &Device::Cpu)?,
         bias: Tensor::from_vec(bias, kv_heads, &Device::Cpu)?,
     })
 }
 
-/// A gate that no threshold is above.
-fn keep_all(width: usize, kv_heads: usize) -> Result<GateLayer> {
-    Ok(GateLayer {
-        hidden: None,
-        weight: Tensor::zeros((kv_heads, width), DType::F32, &Device::Cpu)?,
-        bias: Tensor::full(f32::MAX, kv_heads, &Device::Cpu)?,
-    })
+/// The threshold that keeps `keep` of these scores, and the curve of many.
+pub(crate) fn calibrated(mut scores: Vec<f32>, keep: f32) -> (f32, Vec<(f32, f32)>) {
+    scores.sort_unstable_by(f32::total_cmp);
+    let curve = FRACTIONS.iter().map(|fraction| (threshold(&scores, *fraction), *fraction)).collect();
+    (threshold(&scores, keep), curve)
 }
 
 /// The score that `fraction` of `sorted`, ascending, reach.
@@ -304,11 +293,12 @@ fn threshold(sorted: &[f32], fraction: f32) -> f32 {
 }
 
 /// Raises heads that would keep less than the floor at the threshold: a head that keeps nothing is blind beyond its window.
-fn lift_to_floor(gates: &mut [GateLayer], scores: &mut [Vec<f32>], options: &TrainOptions, kv_heads: usize) -> Result<()> {
+fn lift_to_floor(gates: &mut [Option<Feedforward>], scores: &mut [Vec<f32>], options: &TrainOptions, kv_heads: usize) -> Result<()> {
     let mut all: Vec<f32> = scores.concat();
     all.sort_unstable_by(f32::total_cmp);
     let tau = threshold(&all, options.keep);
     for (layer, gate) in gates.iter_mut().enumerate() {
+        let Some(gate) = gate else { continue };
         let mut bias = gate.bias.to_vec1::<f32>()?;
         for (head, bias) in bias.iter_mut().enumerate() {
             let scores = &mut scores[layer * kv_heads + head];
@@ -348,7 +338,7 @@ mod tests {
     fn a_linear_law_is_found_again() {
         let (width, kv_heads, tokens) = (6, 2, 400);
         let x = Tensor::randn(0f32, 1.0, (tokens, width), &Device::Cpu).unwrap();
-        let truth = GateLayer {
+        let truth = Feedforward {
             hidden: None,
             // Small, so that no label falls below the least.
             weight: Tensor::randn(0f32, 0.3, (kv_heads, width), &Device::Cpu).unwrap(),
@@ -376,15 +366,15 @@ mod tests {
         }
         // Head 1 is far below head 0.
         let mut scores = vec![sorted.clone(), sorted.iter().map(|x| x - 5000.0).collect()];
-        let mut gates = vec![GateLayer {
+        let mut gates = vec![Some(Feedforward {
             hidden: None,
             weight: Tensor::zeros((2, 3), DType::F32, &Device::Cpu).unwrap(),
             bias: Tensor::zeros(2, DType::F32, &Device::Cpu).unwrap(),
-        }];
+        })];
         let options = TrainOptions { keep: 0.5, floor: 0.1, ..TrainOptions::default() };
         lift_to_floor(&mut gates, &mut scores, &options, 2).unwrap();
         assert_eq!(scores[1].iter().filter(|score| **score >= 0.0).count(), 100);
-        let bias = gates[0].bias.to_vec1::<f32>().unwrap();
+        let bias = gates[0].as_ref().unwrap().bias.to_vec1::<f32>().unwrap();
         assert_eq!((bias[0], bias[1]), (0.0, scores[1][0] + 5000.0));
         assert!((correlation(&sorted, &sorted) - 1.0).abs() < 1e-9);
     }

@@ -11,7 +11,7 @@ use candle_core::utils::get_num_threads;
 use candle_core::{Device, Result, Tensor};
 use machine::{bandwidth, median};
 use sparse_attn::backend::{AttentionBackend, Cpu};
-use sparse_attn::block_router::Mass;
+use sparse_attn::block_router::Spread;
 use sparse_attn::select::{Budget, Limits};
 use sparse_attn::{AttentionInput, HeadShape, KvCache, KvDtype, LayerSpec, RoutedAttention, Routing};
 use std::hint::black_box;
@@ -38,8 +38,8 @@ fn main() -> Result<()> {
             let layers = (BEYOND_CACHES / (context * bytes)).clamp(1, 64);
             let mut cache = filled(shape, dtype, *context, layers)?;
             let limits = Limits { budget: Budget::tokens(2048), block_size: 16, dense_len: 0, ..Routing::dense().limits };
-            let routed = Routing { block_router: Arc::new(Mass), limits, ..Routing::dense() };
-            for (name, routing) in [("dense", Routing::dense()), ("mass 2048, blocks of 16", routed)] {
+            let routed = Routing { block_router: Arc::new(Spread), limits, ..Routing::dense() };
+            for (name, routing) in [("dense", Routing::dense()), ("spread 2048, blocks of 16", routed)] {
                 let attention = RoutedAttention::new(routing, Arc::new(Cpu))?;
                 let (time, kv) = measure(&attention, shape, &mut cache, layers)?;
                 let rate = kv / time.as_secs_f64();
@@ -76,7 +76,7 @@ fn filled(shape: HeadShape, dtype: KvDtype, tokens: usize, layers: usize) -> Res
 fn measure(attention: &RoutedAttention, shape: HeadShape, cache: &mut KvCache, layers: usize) -> Result<(Duration, f64)> {
     let token = |heads: usize| Tensor::randn(0f32, 1.0, (1, heads, shape.head_dim()), &Device::Cpu);
     let (q, kv) = (token(shape.q_heads())?, token(shape.kv_heads())?);
-    let input = AttentionInput { hidden: &q, q: &q, k: &kv, v: &kv, scale: (shape.head_dim() as f32).powf(-0.5) };
+    let input = AttentionInput { hidden: &q, q: &q, k: &kv, k_before_rope: &kv, v: &kv, scale: (shape.head_dim() as f32).powf(-0.5) };
     // The step is never committed: each time it is the same.
     let step = |cache: &mut KvCache| -> Result<()> {
         let step = cache.reserve(1)?;

@@ -18,6 +18,8 @@ pub struct AttentionInput<'a> {
     pub q: &'a Tensor,
     /// Keys after rope, `[tokens, kv_heads, head_dim]`.
     pub k: &'a Tensor,
+    /// The same before rope: what some token routers see, too.
+    pub k_before_rope: &'a Tensor,
     /// Values, `[tokens, kv_heads, head_dim]`.
     pub v: &'a Tensor,
     /// Factor of `q . k`, usually `1 / sqrt(head_dim)`.
@@ -171,7 +173,8 @@ impl RoutedAttention {
         let Routing { token_router, block_router, dense_layers, .. } = &self.routing;
         let limits = self.routing.limits_of(layer);
         let store = cache.layer_mut(layer);
-        let admission = token_router.admit(layer, RouterInput { hidden: input.hidden, k: input.k, step })?;
+        let admission =
+            token_router.admit(layer, RouterInput { hidden: input.hidden, k: input.k, k_before_rope: input.k_before_rope, step })?;
         store.admit(step, &admission, limits.sinks)?;
         self.backend.write(input.k, input.v, step, store)?;
         // Layers with a sliding window read no more than that anyway.
@@ -182,8 +185,7 @@ impl RoutedAttention {
             if step.end() <= limits.dense_len || block_router.fills_budget() && limits.budget.limit(0) >= step.end() {
                 Selection::Every
             } else {
-                let scores = block_router
-                    .score(&Queries { q: input.q, scale: input.scale, step, block_size: limits.block_size, tile: limits.tile }, store)?;
+                let scores = block_router.score(&Queries { q: input.q, step, block_size: limits.block_size, tile: limits.tile }, store)?;
                 select(&scores, &limits, step, store)
             }
         } else {

@@ -72,7 +72,12 @@ impl Case {
             let part = |x: &Tensor| x.narrow(0, step.start, step.len);
             let (q, k, v) = (part(&q)?, part(&k)?, part(&v)?);
             let scale = (self.head_dim as f32).powf(-0.5);
-            parts.push(attention.forward(0, AttentionInput { hidden: &q, q: &q, k: &k, v: &v, scale }, step, &mut cache)?);
+            parts.push(attention.forward(
+                0,
+                AttentionInput { hidden: &q, q: &q, k: &k, k_before_rope: &k, v: &v, scale },
+                step,
+                &mut cache,
+            )?);
             let (limits, store) = (&attention.routing().limits, cache.layer(0));
             let selection = if step.end() <= limits.dense_len {
                 Selection::Every
@@ -81,7 +86,7 @@ impl Case {
                     &attention
                         .routing()
                         .block_router
-                        .score(&Queries { q: &q, scale, step, block_size: limits.block_size, tile: limits.tile }, store)?,
+                        .score(&Queries { q: &q, step, block_size: limits.block_size, tile: limits.tile }, store)?,
                     limits,
                     step,
                     store,

@@ -48,7 +48,7 @@ impl Case {
             let step = cache.reserve(chunk.min(self.tokens() - cache.len()))?;
             let part = |x: &Tensor| x.narrow(0, step.start, step.len);
             let (q, k, v) = (part(&self.q)?, part(&self.k)?, part(&self.v)?);
-            let input = AttentionInput { hidden: &q, q: &q, k: &k, v: &v, scale: 0.3 };
+            let input = AttentionInput { hidden: &q, q: &q, k: &k, k_before_rope: &k, v: &v, scale: 0.3 };
             parts.push(attention.forward(0, input, step, &mut cache)?);
             cache.commit(step)?;
         }
@@ -145,12 +145,22 @@ fn a_failed_step_leaves_the_cache_as_it_was() -> Result<()> {
                     // A step that writes other tokens and is never committed, as after an error in a later layer.
                     let step = cache.reserve(64)?;
                     let (q, k, v) = (part(&data.q, 5)?, part(&data.k, 6)?, part(&data.v, 7)?);
-                    attention.forward(0, AttentionInput { hidden: &q, q: &q, k: &k, v: &v, scale: 0.3 }, step, &mut cache)?;
+                    attention.forward(
+                        0,
+                        AttentionInput { hidden: &q, q: &q, k: &k, k_before_rope: &k, v: &v, scale: 0.3 },
+                        step,
+                        &mut cache,
+                    )?;
                     assert_eq!(cache.len(), start);
                 }
                 let step = cache.reserve(64)?;
                 let (q, k, v) = (part(&data.q, start)?, part(&data.k, start)?, part(&data.v, start)?);
-                last = Some(attention.forward(0, AttentionInput { hidden: &q, q: &q, k: &k, v: &v, scale: 0.3 }, step, &mut cache)?);
+                last = Some(attention.forward(
+                    0,
+                    AttentionInput { hidden: &q, q: &q, k: &k, k_before_rope: &k, v: &v, scale: 0.3 },
+                    step,
+                    &mut cache,
+                )?);
                 cache.commit(step)?;
             }
             Ok(last.expect("ten steps"))
@@ -169,7 +179,7 @@ fn truncating_and_writing_again_equals_never_having_written() -> Result<()> {
         assert_eq!(step.start, from);
         let part = |x: &Tensor| x.narrow(0, source, len);
         let (q, k, v) = (part(&data.q)?, part(&data.k)?, part(&data.v)?);
-        let out = attention.forward(0, AttentionInput { hidden: &q, q: &q, k: &k, v: &v, scale: 0.3 }, step, cache)?;
+        let out = attention.forward(0, AttentionInput { hidden: &q, q: &q, k: &k, k_before_rope: &k, v: &v, scale: 0.3 }, step, cache)?;
         cache.commit(step)?;
         Ok(out)
     };
@@ -215,7 +225,12 @@ fn shapes_that_do_not_fit_are_errors_with_both_shapes() -> Result<()> {
         let wrong = Tensor::zeros((5, 3, 16), DType::F32, &Device::Cpu)?;
         let attention = RoutedAttention::dense(backend);
         let error = attention
-            .forward(0, AttentionInput { hidden: &wrong, q: &wrong, k: &wrong, v: &wrong, scale: 1.0 }, step, &mut cache)
+            .forward(
+                0,
+                AttentionInput { hidden: &wrong, q: &wrong, k: &wrong, k_before_rope: &wrong, v: &wrong, scale: 1.0 },
+                step,
+                &mut cache,
+            )
             .unwrap_err()
             .to_string();
         assert!(error.contains("[5, 3, 16]") && error.contains("[5, 2, 16]"), "{error}");
@@ -237,7 +252,7 @@ fn sums_do_not_depend_on_how_many_queries_a_step_has() -> Result<()> {
             let step = cache.reserve(*len)?;
             let part = |x: &Tensor| x.narrow(0, step.start, step.len);
             let (q, k, v) = (part(&q)?, part(&k)?, part(&v)?);
-            let input = AttentionInput { hidden: &q, q: &q, k: &k, v: &v, scale: 0.125 };
+            let input = AttentionInput { hidden: &q, q: &q, k: &k, k_before_rope: &k, v: &v, scale: 0.125 };
             out.extend(attention.forward(0, input, step, &mut cache)?.flatten_all()?.to_vec1::<f32>()?);
             cache.commit(step)?;
         }

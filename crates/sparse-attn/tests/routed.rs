@@ -69,7 +69,12 @@ impl Data {
             let step = cache.reserve(chunk.min(self.tokens() - cache.len()))?;
             let part = |x: &Tensor| x.narrow(0, step.start, step.len);
             let (q, k, v) = (part(&self.q)?, part(&self.k)?, part(&self.v)?);
-            parts.push(attention.forward(0, AttentionInput { hidden: &q, q: &q, k: &k, v: &v, scale }, step, &mut cache)?);
+            parts.push(attention.forward(
+                0,
+                AttentionInput { hidden: &q, q: &q, k: &k, k_before_rope: &k, v: &v, scale },
+                step,
+                &mut cache,
+            )?);
             look(step, &q, &cache);
             cache.commit(step)?;
         }
@@ -90,11 +95,10 @@ impl Data {
         let mut all = Vec::new();
         self.run_with(attention, chunk, |step, q, cache| {
             let store = cache.layer(0);
-            let scale = (self.q.dims()[2] as f32).powf(-0.5);
             let scores = attention
                 .routing()
                 .block_router
-                .score(&Queries { q, scale, step, block_size: limits.block_size, tile: limits.tile }, store)
+                .score(&Queries { q, step, block_size: limits.block_size, tile: limits.tile }, store)
                 .unwrap();
             let selection = select(&scores, &limits, step, store);
             for t in step.start..step.end() {
@@ -214,7 +218,7 @@ fn what_fits_is_dense_bit_for_bit() -> Result<()> {
     let data = Data::new(700, 6, 2, 32)?;
     for chunk in [700, 64, 1] {
         let dense = data.run(&RoutedAttention::dense(Arc::new(Cpu)), chunk)?;
-        for router in ["mean", "bound", "oracle"] {
+        for router in ["mean", "bound", "spread", "oracle"] {
             for limits in [
                 Limits { budget: Budget::ALL, ..LIMITS },
                 Limits { budget: Budget::tokens(700), ..LIMITS },
@@ -277,14 +281,11 @@ fn the_bound_is_never_below_a_true_score() -> Result<()> {
     let data = Data::new(200, 4, 2, 16)?;
     data.run_with(&routed("bound", LIMITS, Arc::new(Cpu))?, 200, |step, q, cache| {
         let store = cache.layer(0);
-        let score = |name: &str| match block_router::by_name(name)
-            .unwrap()
-            .score(&Queries { q, scale: 0.25, step, block_size: 16, tile: 1 }, store)
-            .unwrap()
-        {
-            BlockScores::PerQuery(scores) => scores,
-            other => panic!("{name} gives {other:?}"),
-        };
+        let score =
+            |name: &str| match block_router::by_name(name).unwrap().score(&Queries { q, step, block_size: 16, tile: 1 }, store).unwrap() {
+                BlockScores::PerQuery(scores) => scores,
+                other => panic!("{name} gives {other:?}"),
+            };
         let (bound, exact) = (score("bound"), score("oracle"));
         for query in 0..200 {
             for head in 0..2 {
@@ -293,6 +294,33 @@ fn the_bound_is_never_below_a_true_score() -> Result<()> {
                     assert!(bound >= exact - 1e-4, "query {query}, head {head}, block {block}: {bound} < {exact}");
                 }
             }
+        }
+    })?;
+    Ok(())
+}
+
+#[test]
+fn spread_is_the_mean_and_a_deviation_in_every_dimension() -> Result<()> {
+    let data = Data::new(200, 4, 2, 16)?;
+    let (all, keys) = (data.q.to_vec3::<f32>()?, data.k.to_vec3::<f32>()?);
+    data.run_with(&routed("spread", LIMITS, Arc::new(Cpu))?, 200, |step, q, cache| {
+        let queries = Queries { q, step, block_size: 16, tile: 1 };
+        let BlockScores::PerQuery(scores) = block_router::by_name("spread").unwrap().score(&queries, cache.layer(0)).unwrap() else {
+            panic!("spread gives no scores")
+        };
+        for (query, head, block) in [(0, 0, 0), (7, 1, 3), (199, 0, 11), (150, 1, 5)] {
+            let of_row = |q: &[f32]| -> f32 {
+                let dimension = |d: usize| {
+                    let column = || (block * 16..(block + 1) * 16).map(|t| keys[t][head][d]);
+                    let mean = column().sum::<f32>() / 16.0;
+                    let variance = column().map(|x| (x - mean) * (x - mean)).sum::<f32>() / 16.0;
+                    q[d] * mean + q[d].abs() * variance.sqrt()
+                };
+                (0..16).map(dimension).sum()
+            };
+            let expected = of_row(&all[query][2 * head]).max(of_row(&all[query][2 * head + 1]));
+            let got = scores.row(query, head)[block];
+            assert!((got - expected).abs() < 1e-4, "query {query}, head {head}, block {block}: {got}, not {expected}");
         }
     })?;
     Ok(())
@@ -316,7 +344,7 @@ fn a_planted_key_is_found() -> Result<()> {
     let mut keys = data.k.to_vec3::<f32>()?;
     keys[200][1] = planted.to_vec1()?;
     let data = Data { k: Tensor::new(keys, &Device::Cpu)?, ..data };
-    for router in ["mean", "bound", "oracle"] {
+    for router in ["mean", "bound", "spread", "oracle"] {
         let last = data.selections(router, LIMITS, 1)?.pop().unwrap();
         assert!(last[1].as_ref().unwrap().contains(&(200 / 16)), "{router}: {last:?}");
     }
@@ -349,7 +377,7 @@ fn after_a_rewind_or_a_failed_step_summaries_are_those_of_the_tokens_that_are_th
         let step = cache.reserve(len)?;
         let part = |x: &Tensor| x.narrow(0, source, len);
         let (q, k, v) = (part(&data.q)?, part(&data.k)?, part(&data.v)?);
-        let out = attention.forward(0, AttentionInput { hidden: &q, q: &q, k: &k, v: &v, scale: 0.2 }, step, cache)?;
+        let out = attention.forward(0, AttentionInput { hidden: &q, q: &q, k: &k, k_before_rope: &k, v: &v, scale: 0.2 }, step, cache)?;
         if commit {
             cache.commit(step)?;
         }
@@ -394,7 +422,7 @@ fn keeping_half_takes_little_more_than_half_the_memory_and_reports_what_is_alloc
         while cache.len() < 8192 {
             let step = cache.reserve(512)?;
             let x = token(512, 3)?;
-            attention.forward(0, AttentionInput { hidden: &x, q: &x, k: &x, v: &x, scale: 1.0 }, step, &mut cache)?;
+            attention.forward(0, AttentionInput { hidden: &x, q: &x, k: &x, k_before_rope: &x, v: &x, scale: 1.0 }, step, &mut cache)?;
             cache.commit(step)?;
         }
         cache.trim()?;
@@ -423,7 +451,7 @@ fn a_fork_goes_its_own_way() -> Result<()> {
         let step = cache.reserve(len)?;
         let part = |x: &Tensor| x.narrow(0, source, len);
         let (q, k, v) = (part(&data.q)?, part(&data.k)?, part(&data.v)?);
-        let out = attention.forward(0, AttentionInput { hidden: &q, q: &q, k: &k, v: &v, scale: 0.2 }, step, cache)?;
+        let out = attention.forward(0, AttentionInput { hidden: &q, q: &q, k: &k, k_before_rope: &k, v: &v, scale: 0.2 }, step, cache)?;
         cache.commit(step)?;
         Ok(out)
     };

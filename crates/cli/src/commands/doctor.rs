@@ -105,7 +105,12 @@ fn kernel_error() -> candle_core::Result<(&'static str, f32)> {
         let spec = LayerSpec::full(HeadShape::new(6, 2, 64)?);
         let mut cache = KvCache::new(&[spec], KvDtype::F16.into(), &device, tokens)?;
         let step = cache.reserve(tokens)?;
-        RoutedAttention::dense(backend).forward(0, AttentionInput { hidden: &q, q: &q, k: &k, v: &v, scale: 0.125 }, step, &mut cache)
+        RoutedAttention::dense(backend).forward(
+            0,
+            AttentionInput { hidden: &q, q: &q, k: &k, k_before_rope: &k, v: &v, scale: 0.125 },
+            step,
+            &mut cache,
+        )
     };
     let backend = for_device(&device)?;
     let name = backend.name();

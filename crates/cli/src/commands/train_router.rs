@@ -9,9 +9,12 @@ use crate::plan;
 use crate::source::Hub;
 use crate::ui::{Ui, bytes, stdout};
 use anyhow::Result;
+use model::calibrate::{CalibrateOptions, calibrate};
 use model::train::{TrainOptions, train};
+use model::{Published, RouterFile};
 use serde_json::json;
 use std::ops::ControlFlow;
+use std::path::Path;
 use std::time::Instant;
 
 /// Of the sequences, every so-manieth is held out.
@@ -19,6 +22,9 @@ const HELD_OUT: usize = 8;
 
 /// Tokens of a sequence, where nothing is asked for.
 const LENGTH: usize = 4096;
+
+/// The part that is kept, where nothing is asked for.
+const KEEP: f32 = 0.5;
 
 /// Asks for the text once more.
 const REPEAT: &str = "\n\nRepeat the previous context exactly:\n\n";
@@ -29,11 +35,14 @@ const LONG: usize = 16384;
 pub(crate) fn run(args: &TrainRouter, hub: &Hub, ui: Ui, interrupt: &Interrupt) -> Result<u8> {
     let texts = args.file.iter().map(|path| read_file(path)).collect::<Result<Vec<_>>>()?;
     let checkpoint = Checkpoint::open(&args.model, &TemplateArgs::default(), &AttentionArgs::none(), hub)?;
+    if let Some(gates) = &args.gates {
+        return of_published(args, gates, &texts, checkpoint, ui, interrupt);
+    }
     let repeat = if args.once { Vec::new() } else { checkpoint.tokenizer.encode(REPEAT, false)? };
     let options = TrainOptions {
         repeat,
         window: args.window as usize,
-        keep: args.keep,
+        keep: args.keep.unwrap_or(KEEP),
         ridge: args.ridge,
         chunk: checkpoint.chunk.min(FEWEST_AT_ONCE),
         ..TrainOptions::default()
@@ -94,7 +103,7 @@ pub(crate) fn run(args: &TrainRouter, hub: &Hub, ui: Ui, interrupt: &Interrupt) 
         return Err(Failure::new(Kind::Interrupted, "stopped: no router was written").into());
     };
     let path = &args.output;
-    trained.router.save(path).map_err(|error| Failure::new(Kind::Disk, format!("{}: {}", path.display(), model::message(&error))))?;
+    save(&trained.router, path)?;
     let seconds = started.elapsed().as_secs_f64();
     if ui.json {
         let document = json!({
@@ -111,7 +120,81 @@ pub(crate) fn run(args: &TrainRouter, hub: &Hub, ui: Ui, interrupt: &Interrupt) 
             options.window,
             trained.correlation
         ))?;
-        ui.say(format!("use it: foveate generate -m {} --token-router {} ...", args.model.model, path.display()));
+        ui.say(how_to_use(args));
+    }
+    Ok(0)
+}
+
+fn save(router: &RouterFile, path: &Path) -> Result<()> {
+    router.save(path).map_err(|error| Failure::new(Kind::Disk, format!("{}: {}", path.display(), model::message(&error))).into())
+}
+
+fn how_to_use(args: &TrainRouter) -> String {
+    format!("use it: foveate generate -m {} --token-router {} ...", args.model.model, args.output.display())
+}
+
+/// A router of gates that others trained.
+fn of_published(args: &TrainRouter, gates: &Path, texts: &[String], checkpoint: Checkpoint, ui: Ui, interrupt: &Interrupt) -> Result<u8> {
+    let refused = |error: candle_core::Error| Failure::malformed(format!("{}: {}", gates.display(), model::message(&error)));
+    let published = Published::open(gates).map_err(refused)?;
+    let (whose, tau) = (published.name, published.tau);
+    let layers = published.into_layers(&checkpoint.config().sliding_window).map_err(refused)?;
+    for (layer, gate) in layers.iter().enumerate() {
+        let config = checkpoint.config();
+        let fits = gate.check(config.heads.kv_heads(), config.heads.head_dim(), config.hidden_size);
+        fits.map_err(|error| Failure::malformed(format!("{}: gate of layer {layer}: {}", gates.display(), model::message(&error))))?;
+    }
+    let context = checkpoint.context(&args.model, ui)?;
+    let length = args.length.map_or(LENGTH, |length| length as usize).min(context);
+    let mut sequences: Vec<Vec<u32>> = Vec::new();
+    for text in texts {
+        sequences.extend(checkpoint.tokenizer.encode(text, true)?.chunks(length).map(<[u32]>::to_vec));
+    }
+    let tokens: usize = sequences.iter().map(Vec::len).sum();
+    let options = CalibrateOptions {
+        sinks: TrainOptions::default().sinks,
+        keep: args.keep.unwrap_or(KEEP),
+        chunk: checkpoint.chunk.min(FEWEST_AT_ONCE),
+    };
+    let fingerprint = checkpoint.weights.fingerprint().map_err(damaged)?;
+    let engine = checkpoint.load(length, &args.model)?;
+    ui.say(engine.banner(context));
+    let bar = ui.token_bar("calibrate", tokens as u64);
+    let dense = engine.checkpoint.attention.to_dense();
+    let found = calibrate(engine.model.as_ref(), &dense, layers, &sequences, &options, |done| {
+        bar.set_position(sequences[..done].iter().map(|text| text.len() as u64).sum());
+        if interrupt.is_set() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+    });
+    bar.finish_and_clear();
+    let Some(found) = found.map_err(unexpected)? else {
+        return Err(Failure::new(Kind::Interrupted, "stopped: no router was written").into());
+    };
+    let file_name = gates.file_name().map(|name| name.to_string_lossy().into_owned());
+    let router = RouterFile {
+        fingerprint,
+        window: args.window as usize,
+        sinks: options.sinks,
+        // Who asks for a part gets it; else gates keep what they were trained to keep.
+        tau: if args.keep.is_some() { found.tau } else { tau.unwrap_or(found.tau) },
+        curve: found.curve,
+        training: json!({
+            "command": "foveate train-router --gates", "gates": whose, "file": file_name, "tokens": tokens, "length": length,
+            "model": engine.checkpoint.located.id, "quant": engine.checkpoint.weights.dtype_name(),
+        }),
+        layers: found.layers,
+    };
+    save(&router, &args.output)?;
+    let kept = router.kept_at(router.tau);
+    if ui.json {
+        let document = json!({
+            "schema": "foveate.train_router/1", "router": args.output, "model": engine.checkpoint.located.id, "gates": whose, "tokens": tokens,
+            "tau": router.tau, "keep": kept, "curve": router.curve,
+        });
+        stdout(&format!("{document}\n"))?;
+    } else {
+        let (path, kept) = (args.output.display(), 100.0 * kept);
+        stdout(&format!("{path}: gates of {whose}, keep {kept:.0} % of {tokens} tokens beyond the newest {}\n", args.window))?;
+        ui.say(how_to_use(args));
     }
     Ok(0)
 }

@@ -70,8 +70,8 @@ impl SelfAttention {
         if let Some((q_norm, k_norm)) = &parts.qk_norm {
             (q, k) = (q_norm.forward(&q)?, k_norm.forward(&k)?);
         }
-        let (q, k) = (rope.apply(&q)?, rope.apply(&k)?);
-        let input = AttentionInput { hidden: x, q: &q, k: &k, v: &v, scale: self.scale };
+        let (q, k_before_rope, k) = (rope.apply(&q)?, &k, rope.apply(&k)?);
+        let input = AttentionInput { hidden: x, q: &q, k: &k, k_before_rope, v: &v, scale: self.scale };
         let out = attention.forward(self.layer, input, step, cache)?;
         parts.o_proj.forward(&out.reshape((step.len, q_heads * head_dim))?)
     }

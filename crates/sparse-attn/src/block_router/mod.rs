@@ -2,17 +2,17 @@
 
 mod all;
 mod bound;
-mod mass;
 mod mean;
 mod oracle;
 mod recent;
+mod spread;
 
 pub use all::All;
 pub use bound::Bound;
-pub use mass::Mass;
 pub use mean::Mean;
 pub use oracle::Oracle;
 pub use recent::Recent;
+pub use spread::Spread;
 
 use crate::LayerStore;
 use crate::cache::{LANES, OCTET, PAGE_SIZE, Step, Summary};
@@ -68,8 +68,6 @@ const TILES: usize = 4;
 pub struct Queries<'a> {
     /// `[q_len, q_heads, head_dim]`, after rope.
     pub q: &'a Tensor,
-    /// The factor of `q . k`.
-    pub scale: f32,
     /// Their positions.
     pub step: Step,
     /// Positions per block.
@@ -117,7 +115,7 @@ pub trait BlockRouter: std::fmt::Debug + Send + Sync {
 
 /// One of every block router.
 pub fn all() -> Vec<Arc<dyn BlockRouter>> {
-    vec![Arc::new(All), Arc::new(Recent), Arc::new(Mean), Arc::new(Bound), Arc::new(Mass), Arc::new(Oracle)]
+    vec![Arc::new(All), Arc::new(Recent), Arc::new(Mean), Arc::new(Bound), Arc::new(Spread), Arc::new(Oracle)]
 }
 
 /// The router of this name.

@@ -14,8 +14,8 @@ pub enum Summary {
     Mean,
     /// The largest value of each dimension, then the smallest: `2 * head_dim` numbers.
     MaxMin,
-    /// The mean of its keys, then the variance of each dimension: `2 * head_dim` numbers.
-    MeanVariance,
+    /// The mean of its keys, then the standard deviation of each dimension: `2 * head_dim` numbers.
+    MeanDeviation,
 }
 
 impl Summary {
@@ -24,15 +24,15 @@ impl Summary {
         match self {
             Self::None => 0,
             Self::Mean => head_dim,
-            Self::MaxMin | Self::MeanVariance => 2 * head_dim,
+            Self::MaxMin | Self::MeanDeviation => 2 * head_dim,
         }
     }
 
-    /// How it is stored beside keys stored as `k`: minima and maxima of 16-bit keys are 16-bit numbers; means and variances are
-    /// estimates anyway.
+    /// How it is stored beside keys stored as `k`: minima and maxima of 16-bit keys are 16-bit numbers; means and deviations
+    /// are estimates anyway.
     fn dtype(self, k: KvDtype) -> KvDtype {
         match (self, k) {
-            (Self::MeanVariance, KvDtype::F16 | KvDtype::Bf16 | KvDtype::Q8_0) => KvDtype::Q8_0,
+            (Self::MeanDeviation, KvDtype::F16 | KvDtype::Bf16 | KvDtype::Q8_0) => KvDtype::Q8_0,
             (_, KvDtype::Q8_0) => KvDtype::F16,
             (_, k) => k,
         }
@@ -59,14 +59,14 @@ impl Summary {
         match self {
             Self::None => Vec::new(),
             Self::Mean => mean(),
-            Self::MeanVariance => {
+            Self::MeanDeviation => {
                 let mean = mean();
                 let mut variance = vec![0f32; head_dim];
                 for row in rows() {
                     variance.iter_mut().zip(row).zip(&mean).for_each(|((sum, x), mean)| *sum += (x - mean) * (x - mean));
                 }
                 let count = rows().count() as f32;
-                mean.into_iter().chain(variance.into_iter().map(|sum| sum / count)).collect()
+                mean.into_iter().chain(variance.into_iter().map(|sum| (sum / count).sqrt())).collect()
             }
             Self::MaxMin => {
                 let high = fold(f32::NEG_INFINITY, f32::max).into_iter().map(|x| round_up(x, dtype));

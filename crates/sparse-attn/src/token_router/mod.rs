@@ -6,7 +6,7 @@ mod random;
 mod sink_window;
 
 pub use all::All;
-pub use gate::{Gate, GateLayer};
+pub use gate::{Feedforward, Gate, GateLayer, KeyGate, SinkGate};
 pub use random::Random;
 pub use sink_window::SinkWindow;
 
@@ -21,6 +21,8 @@ pub struct RouterInput<'a> {
     pub hidden: &'a Tensor,
     /// Keys after rope, `[tokens, kv_heads, head_dim]`.
     pub k: &'a Tensor,
+    /// The same before rope.
+    pub k_before_rope: &'a Tensor,
     /// Their positions.
     pub step: Step,
 }

@@ -1,0 +1,40 @@
+use super::rows::times;
+use candle_core::{DType, Result, Tensor, bail};
+
+/// One or two layers on the attention input: what `train-router` makes. f32.
+#[derive(Debug, Clone)]
+pub struct Feedforward {
+    /// `[width, hidden_size]` and `[width]`, of the hidden layer where there is one.
+    pub hidden: Option<(Tensor, Tensor)>,
+    /// `[kv_heads, width]`, or `[kv_heads, hidden_size]` without a hidden layer.
+    pub weight: Tensor,
+    /// `[kv_heads]`
+    pub bias: Tensor,
+}
+
+impl Feedforward {
+    /// `x` `[tokens, hidden_size]` -> `w . x + b`, `[tokens, kv_heads]`, or the same on `gelu(w x + b)`. Each row from its token
+    /// alone, the same in any step.
+    ///
+    /// # Errors
+    /// If the widths differ.
+    pub fn score(&self, x: &Tensor) -> Result<Tensor> {
+        let x = x.to_dtype(DType::F32)?;
+        let x = match &self.hidden {
+            Some((weight, bias)) => times(&x, weight)?.broadcast_add(bias)?.gelu_erf()?,
+            None => x,
+        };
+        times(&x, &self.weight)?.broadcast_add(&self.bias)
+    }
+
+    /// `[kv_heads, hidden_size]`
+    pub(super) fn shape(&self) -> Result<[usize; 2]> {
+        let (kv_heads, width) = self.weight.dims2()?;
+        let hidden = self.hidden.as_ref().map(|(weight, bias)| Ok::<_, candle_core::Error>((weight.dims2()?, bias.dims1()?)));
+        let hidden = hidden.transpose()?;
+        if self.bias.dims1()? != kv_heads || hidden.is_some_and(|((rows, _), bias)| rows != width || bias != width) {
+            bail!("weight {:?} does not fit bias {:?} or its hidden layer", self.weight.dims(), self.bias.dims());
+        }
+        Ok([kv_heads, hidden.map_or(width, |((_, columns), _)| columns)])
+    }
+}

@@ -1,0 +1,224 @@
+//! Trained gates: a score for every token and head, and a threshold.
+
+mod feedforward;
+mod keys;
+mod rows;
+mod sink;
+
+pub use feedforward::Feedforward;
+pub use keys::KeyGate;
+pub use sink::SinkGate;
+
+use super::{Admission, RouterInput, TokenRouter};
+use candle_core::{Result, Tensor, bail};
+
+/// A trained gate: a token is kept where its score reaches `tau`.
+#[derive(Debug, Clone)]
+pub struct Gate {
+    layers: Vec<GateLayer>,
+    tau: f32,
+    kept_fraction: f32,
+}
+
+/// The gate of one decoder layer.
+#[derive(Debug, Clone)]
+pub enum GateLayer {
+    /// None: every token is kept. Layers with a sliding window forget anyway.
+    Open,
+    /// One or two layers on the attention input.
+    Feedforward(Feedforward),
+    /// Fast KVzip's.
+    Sink(SinkGate),
+    /// WG-KV's.
+    Keys(KeyGate),
+}
+
+impl GateLayer {
+    /// Scores `[tokens, kv_heads]`, each from its token alone, the same in any step; `None`: every token is kept.
+    ///
+    /// # Errors
+    /// If the widths differ.
+    pub fn score(&self, input: &RouterInput<'_>) -> Result<Option<Tensor>> {
+        Ok(Some(match self {
+            Self::Open => return Ok(None),
+            Self::Feedforward(gate) => gate.score(input.hidden)?,
+            Self::Sink(gate) => gate.score(input.hidden)?,
+            Self::Keys(gate) => gate.score(input.k_before_rope, input.k)?,
+        }))
+    }
+
+    /// Whether its tensors fit each other and a model: `kv_heads`, `head_dim` and `hidden_size`.
+    ///
+    /// # Errors
+    /// If they do not: which, and both shapes.
+    pub fn check(&self, kv_heads: usize, head_dim: usize, hidden_size: usize) -> Result<()> {
+        let (own, model, of) = match self {
+            Self::Open => return Ok(()),
+            Self::Feedforward(gate) => (gate.shape()?, [kv_heads, hidden_size], "hidden_size"),
+            Self::Sink(gate) => (gate.shape()?, [kv_heads, hidden_size], "hidden_size"),
+            Self::Keys(gate) => (gate.shape()?, [kv_heads, head_dim], "head_dim"),
+        };
+        if own != model {
+            bail!("made for [kv_heads, {of}] {own:?}, the model has {model:?}");
+        }
+        Ok(())
+    }
+
+    fn check_itself(&self) -> Result<()> {
+        match self {
+            Self::Open => Ok(()),
+            Self::Feedforward(gate) => gate.shape().map(drop),
+            Self::Sink(gate) => gate.shape().map(drop),
+            Self::Keys(gate) => gate.shape().map(drop),
+        }
+    }
+}
+
+impl Gate {
+    /// A gate per decoder layer; `kept_fraction` is what `tau` was measured to keep.
+    ///
+    /// # Errors
+    /// If shapes do not fit each other.
+    pub fn new(layers: Vec<GateLayer>, tau: f32, kept_fraction: f32) -> Result<Self> {
+        for (index, layer) in layers.iter().enumerate() {
+            if let Err(error) = layer.check_itself() {
+                bail!("gate of layer {index}: {error}");
+            }
+        }
+        Ok(Self { layers, tau, kept_fraction: kept_fraction.clamp(0.0, 0.999) })
+    }
+}
+
+impl TokenRouter for Gate {
+    fn name(&self) -> &'static str {
+        "gate"
+    }
+
+    fn kept_fraction(&self) -> f32 {
+        self.kept_fraction
+    }
+
+    fn admit(&self, layer: usize, input: RouterInput<'_>) -> Result<Admission> {
+        let Some(gate) = self.layers.get(layer) else { bail!("gate: it has {} layers, this is layer {layer}", self.layers.len()) };
+        let Some(scores) = gate.score(&input)? else { return Ok(Admission::Every) };
+        if scores.dims() != &input.k.dims()[..2] {
+            bail!("gate: scores {:?} for keys {:?} [tokens, kv_heads, head_dim]", scores.dims(), input.k.dims());
+        }
+        let scores = scores.flatten_all()?.to_vec1::<f32>()?;
+        Ok(Admission::Some(scores.into_iter().map(|score| score >= self.tau).collect()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Step;
+    use candle_core::{DType, Device};
+
+    fn random(shape: &[usize]) -> Tensor {
+        Tensor::randn(0f32, 1.0, shape, &Device::Cpu).unwrap()
+    }
+
+    fn feedforward(hidden: bool) -> Feedforward {
+        let hidden = hidden.then(|| (random(&[24, 40]), random(&[24])));
+        Feedforward { weight: random(&[3, if hidden.is_some() { 24 } else { 40 }]), bias: random(&[3]), hidden }
+    }
+
+    /// Three heads of 8, two queries each, and a width of 40.
+    fn sink() -> SinkGate {
+        SinkGate {
+            q_weight: random(&[24, 40]),
+            q_bias: random(&[24]),
+            k_weight: random(&[12, 40]),
+            q_norm: random(&[4]),
+            k_norm: random(&[4]),
+            k_base: random(&[3, 1, 5, 4]),
+            b: random(&[3, 1, 2]),
+        }
+    }
+
+    fn keys() -> KeyGate {
+        KeyGate {
+            pre_key_norm: random(&[8]),
+            post_key_norm: random(&[8]),
+            conv1: (random(&[36, 16, 1]), random(&[36])),
+            conv2: (random(&[3, 12, 1]), random(&[3])),
+        }
+    }
+
+    fn layers() -> Vec<GateLayer> {
+        vec![
+            GateLayer::Feedforward(feedforward(false)),
+            GateLayer::Feedforward(feedforward(true)),
+            GateLayer::Sink(sink()),
+            GateLayer::Keys(keys()),
+        ]
+    }
+
+    #[test]
+    fn scores_of_a_feedforward_gate_are_the_formula() -> Result<()> {
+        for hidden in [false, true] {
+            let (gate, x) = (feedforward(hidden), random(&[50, 40]));
+            let mut want = x.clone();
+            if let Some((weight, bias)) = &gate.hidden {
+                want = want.matmul(&weight.t()?)?.broadcast_add(bias)?.gelu_erf()?;
+            }
+            let want = want.matmul(&gate.weight.t()?)?.broadcast_add(&gate.bias)?;
+            assert!((gate.score(&x)? - want)?.abs()?.flatten_all()?.max(0)?.to_scalar::<f32>()? < 1e-4);
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn verdicts_do_not_depend_on_the_step() -> Result<()> {
+        let (x, k, k_before_rope) = (random(&[50, 40]), random(&[50, 3, 8]), random(&[50, 3, 8]));
+        for layer in layers() {
+            layer.check(3, 8, 40)?;
+            let input = |start: usize, len: usize| -> Result<[Tensor; 3]> {
+                Ok([x.narrow(0, start, len)?, k.narrow(0, start, len)?, k_before_rope.narrow(0, start, len)?])
+            };
+            let [hidden, keys, before] = input(0, 50)?;
+            let step = Step { start: 0, len: 50 };
+            let scores = layer.score(&RouterInput { hidden: &hidden, k: &keys, k_before_rope: &before, step })?.unwrap();
+            // The middle score: half are kept.
+            let mut sorted = scores.flatten_all()?.to_vec1::<f32>()?;
+            sorted.sort_by(f32::total_cmp);
+            let gate = Gate::new(vec![layer], sorted[75], 0.5)?;
+            let admit = |start: usize, len: usize| {
+                let [hidden, k, k_before_rope] = input(start, len)?;
+                let input = RouterInput { hidden: &hidden, k: &k, k_before_rope: &k_before_rope, step: Step { start, len } };
+                match gate.admit(0, input)? {
+                    Admission::Some(verdicts) => Ok::<_, candle_core::Error>(verdicts),
+                    Admission::Every => panic!("a gate decides"),
+                }
+            };
+            let whole = admit(0, 50)?;
+            assert_eq!(whole.iter().filter(|kept| **kept).count(), 75);
+            let parts: Vec<bool> = (0..50).map(|t| admit(t, 1)).collect::<Result<Vec<_>>>()?.concat();
+            assert_eq!(whole, parts);
+            let error = gate.admit(1, RouterInput { hidden: &x, k: &k, k_before_rope: &k, step }).unwrap_err().to_string();
+            assert!(error.contains("1 layers"), "{error}");
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn an_open_layer_keeps_all_and_other_shapes_are_refused() -> Result<()> {
+        let gate = Gate::new(vec![GateLayer::Open], f32::MAX, 0.5)?;
+        let (x, k) = (random(&[2, 40]), Tensor::zeros((2, 3, 8), DType::F32, &Device::Cpu)?);
+        let input = RouterInput { hidden: &x, k: &k, k_before_rope: &k, step: Step { start: 0, len: 2 } };
+        assert_eq!(gate.admit(0, input)?, Admission::Every);
+        for layer in layers() {
+            let error = layer.check(4, 8, 40).unwrap_err().to_string();
+            assert!(error.contains("[3, ") && error.contains("[4, "), "{error}");
+        }
+        let refused = |layer: GateLayer, words: &str| {
+            let error = Gate::new(vec![GateLayer::Open, layer], 0.0, 0.5).unwrap_err().to_string();
+            assert!(error.contains("layer 1") && error.contains(words), "{error}");
+        };
+        refused(GateLayer::Sink(SinkGate { k_norm: random(&[5]), ..sink() }), "k_norm.weight is [5]");
+        refused(GateLayer::Keys(KeyGate { conv2: (random(&[3, 12, 1]), random(&[2])), ..keys() }), "conv2.bias is [2]");
+        refused(GateLayer::Feedforward(Feedforward { bias: random(&[2]), ..feedforward(true) }), "bias");
+        Ok(())
+    }
+}
