@@ -6,23 +6,31 @@
 //! repeat the text, labels also know of what a later question may need (KVzip, arXiv:2505.23416). Nothing but sums is kept
 //! of a text, so they may be as many as there is time for.
 
+mod sums;
+
 use crate::CausalLm;
 use crate::router_file::RouterFile;
 use candle_core::{DType, Device, Result, Tensor, bail};
-use nalgebra::{Cholesky, DMatrix};
 use rayon::prelude::*;
 use serde_json::Value;
+use sha2::{Digest, Sha256};
 use sparse_attn::simd::exp;
 use sparse_attn::token_router::{Feedforward, GateLayer};
 use sparse_attn::{Attended, KvCache, KvDtype, Observer, RoutedAttention, vectorised};
 use std::ops::{ControlFlow, Range};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+use sums::Sums;
 
 /// Labels below this are as good as none: the logarithm has to end somewhere.
 const LEAST: f32 = 1e-7;
 
 /// Kept fractions that the curve of a router is measured at, from many to few.
 const FRACTIONS: [f32; 17] = [0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5, 0.45, 0.4, 0.35, 0.3, 0.25, 0.2, 0.15];
+
+/// How much work may be lost to a crash.
+const SAVE_EVERY: Duration = Duration::from_secs(120);
 
 /// How a router is trained.
 #[derive(Debug, Clone)]
@@ -42,11 +50,13 @@ pub struct TrainOptions {
     pub floor: f32,
     /// Tokens computed at once.
     pub chunk: usize,
+    /// Where what was learnt so far is kept, so that the same training goes on from it: when it is stopped, and every few minutes.
+    pub state: Option<PathBuf>,
 }
 
 impl Default for TrainOptions {
     fn default() -> Self {
-        Self { repeat: Vec::new(), window: 256, sinks: 4, ridge: 1e-3, keep: 0.5, floor: 0.05, chunk: 512 }
+        Self { repeat: Vec::new(), window: 256, sinks: 4, ridge: 1e-3, keep: 0.5, floor: 0.05, chunk: 512, state: None }
     }
 }
 
@@ -57,13 +67,6 @@ pub struct Trained {
     pub router: RouterFile,
     /// Correlation of scores with logarithms of labels on held-out text, the mean over layers and heads.
     pub correlation: f64,
-}
-
-/// Sums of one layer: `X'X` and `X'y`, where a row of `X` is an attention input and 1.
-struct Sums {
-    xx: DMatrix<f64>, // [width + 1, width + 1]
-    xy: DMatrix<f64>, // [width + 1, kv_heads]
-    rows: usize,
 }
 
 /// Attention inputs and labels of the running text, one layer.
@@ -145,7 +148,7 @@ impl Observer for Labels {
 
 /// Trains a gate on `texts` and sets its threshold on `held_out`, each a sequence of token ids longer than two windows.
 /// `fingerprint` names the weights; `training` is put into the file. `progress` is told how many texts are done, and may stop
-/// it before the next: then there is no router.
+/// it before the next: then there is no router. It starts above 0 where an interrupted training goes on.
 ///
 /// # Errors
 /// If there is no text of either kind, one is too short, an id is beyond the vocabulary, or memory runs out.
@@ -163,23 +166,32 @@ pub fn train(
     }
     let config = model.config();
     let (layers, width, kv_heads) = (config.num_layers, config.hidden_size, config.heads.kv_heads());
-    let empty = |_| Sums { xx: DMatrix::zeros(width + 1, width + 1), xy: DMatrix::zeros(width + 1, kv_heads), rows: 0 };
     // Layers with a sliding window drop what leaves it anyway: they have no gate to learn.
-    let learns: Vec<bool> = config.sliding_window.iter().map(Option::is_none).collect();
-    let mut sums: Vec<Sums> = (0..layers).map(empty).collect();
-    for (done, text) in texts.iter().enumerate() {
-        if progress(done).is_break() {
+    let learns = config.sliding_window.iter().map(Option::is_none);
+    let mut sums: Vec<Option<Sums>> = learns.map(|learns| learns.then(|| Sums::new(width, kv_heads))).collect();
+    let key = key(&fingerprint, texts, options);
+    let state = options.state.as_deref();
+    let known = state.map_or(Ok(0), |path| sums::resume(path, &key, &mut sums))?;
+    let mut saved = Instant::now();
+    for (done, text) in texts.iter().enumerate().skip(known) {
+        let stops = progress(done).is_break();
+        if let Some(path) = state.filter(|_| done > known && (stops || saved.elapsed() > SAVE_EVERY)) {
+            sums::save(path, &key, done, &sums)?;
+            saved = Instant::now();
+        }
+        if stops {
             return Ok(None);
         }
         let labels = read(model, dense, text, options)?;
-        for (layer, sums) in sums.iter_mut().enumerate().filter(|(layer, _)| learns[*layer]) {
-            add(sums, &labels.take(layer), useful(text.len(), options), width)?;
+        for (layer, sums) in sums.iter_mut().enumerate().filter_map(|(layer, sums)| Some((layer, sums.as_mut()?))) {
+            sums.add(&labels.take(layer), useful(text.len(), options), width)?;
         }
     }
-    let mut gates = Vec::with_capacity(layers);
-    for (sums, learns) in sums.into_iter().zip(&learns) {
-        gates.push(if *learns { Some(solve(sums, options.ridge, width, kv_heads)?) } else { None });
+    if let Some(path) = state.filter(|_| known < texts.len()) {
+        sums::save(path, &key, texts.len(), &sums)?;
     }
+    let solve = |sums: Option<Sums>| sums.map(|sums| sums.solve(options.ridge, width, kv_heads)).transpose();
+    let mut gates = sums.into_iter().map(solve).collect::<Result<Vec<_>>>()?;
     // Scores and labels of held-out text: [layers * kv_heads][tokens].
     let mut scores: Vec<Vec<f32>> = vec![Vec::new(); layers * kv_heads];
     let mut truths = scores.clone();
@@ -214,6 +226,19 @@ pub fn train(
     Ok(Some(Trained { router, correlation }))
 }
 
+/// Names what sums are of: the model, the texts, and what is read of them.
+fn key(fingerprint: &str, texts: &[Vec<u32>], options: &TrainOptions) -> String {
+    let mut hash = Sha256::new();
+    let mut add = |ids: &[u32]| {
+        hash.update((ids.len() as u64).to_le_bytes());
+        ids.iter().for_each(|id| hash.update(id.to_le_bytes()));
+    };
+    add(&options.repeat);
+    texts.iter().for_each(|text| add(text));
+    hash.update(format!("{fingerprint} {} {}", options.window, options.sinks));
+    hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
 /// Tokens that teach something: not the sinks, and with enough queries beyond their window, which a repetition gives to all.
 fn useful(tokens: usize, options: &TrainOptions) -> Range<usize> {
     let end = if options.repeat.is_empty() { tokens.saturating_sub(2 * options.window) } else { tokens };
@@ -236,47 +261,6 @@ fn read(model: &dyn CausalLm, dense: &RoutedAttention, text: &[u32], options: &T
         model.forward(part, &attention, &mut cache)?;
     }
     Ok(labels)
-}
-
-fn add(sums: &mut Sums, seen: &Seen, useful: Range<usize>, width: usize) -> Result<()> {
-    let mut rows = Vec::with_capacity(useful.len() * (width + 1));
-    for row in seen.hidden.chunks_exact(width).skip(useful.start).take(useful.len()) {
-        rows.extend_from_slice(row);
-        rows.push(1.0);
-    }
-    let x = Tensor::from_vec(rows, (useful.len(), width + 1), &Device::Cpu)?;
-    let y: Vec<f32> = useful.clone().flat_map(|t| seen.labels.iter().map(move |labels| labels[t].max(LEAST).ln())).collect();
-    let y = Tensor::from_vec(y, (useful.len(), seen.labels.len()), &Device::Cpu)?;
-    let products = [x.t()?.contiguous()?.matmul(&x)?, x.t()?.contiguous()?.matmul(&y)?];
-    for (sum, product) in [&mut sums.xx, &mut sums.xy].into_iter().zip(products) {
-        let (rows, columns) = product.dims2()?;
-        let values = product.flatten_all()?.to_vec1::<f32>()?;
-        *sum += DMatrix::from_row_iterator(rows, columns, values.into_iter().map(f64::from));
-    }
-    sums.rows += useful.len();
-    Ok(())
-}
-
-/// `(X'X + ridge) w = X'y`; the constant is not held back.
-fn solve(sums: Sums, ridge: f64, width: usize, kv_heads: usize) -> Result<Feedforward> {
-    let mut xx = sums.xx;
-    let weight = ridge * (0..width).map(|i| xx[(i, i)]).sum::<f64>() / width as f64;
-    (0..width).for_each(|i| xx[(i, i)] += weight);
-    let Some(factors) = Cholesky::new(xx) else {
-        bail!("training: the sums over {} tokens cannot be solved; more text, or a larger ridge", sums.rows);
-    };
-    let solution = factors.solve(&sums.xy); // [width + 1, kv_heads]
-    let values: Vec<f32> =
-        (0..kv_heads).flat_map(|head| (0..width).map(move |i| (head, i))).map(|(head, i)| solution[(i, head)] as f32).collect();
-    let bias: Vec<f32> = (0..kv_heads).map(|head| solution[(width, head)] as f32).collect();
-    if values.iter().chain(&bias).any(|x| !x.is_finite()) {
-        bail!("training: the solution is not finite");
-    }
-    Ok(Feedforward {
-        hidden: None,
-        weight: Tensor::from_vec(values, (kv_heads, width), &Device::Cpu)?,
-        bias: Tensor::from_vec(bias, kv_heads, &Device::Cpu)?,
-    })
 }
 
 /// The threshold that keeps `keep` of these scores, and the curve of many.
@@ -333,28 +317,6 @@ fn correlation(a: &[f32], b: &[f32]) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_linear_law_is_found_again() {
-        let (width, kv_heads, tokens) = (6, 2, 400);
-        let x = Tensor::randn(0f32, 1.0, (tokens, width), &Device::Cpu).unwrap();
-        let truth = Feedforward {
-            hidden: None,
-            // Small, so that no label falls below the least.
-            weight: Tensor::randn(0f32, 0.3, (kv_heads, width), &Device::Cpu).unwrap(),
-            bias: Tensor::new(&[-3f32, -5.0], &Device::Cpu).unwrap(),
-        };
-        let scores = truth.score(&x).unwrap().t().unwrap().to_vec2::<f32>().unwrap();
-        // Labels are attention: what is learnt is their logarithm.
-        let labels = scores.iter().map(|scores| scores.iter().map(|score| score.exp().min(1e6)).collect()).collect();
-        let seen = Seen { hidden: x.flatten_all().unwrap().to_vec1().unwrap(), labels };
-        let mut sums = Sums { xx: DMatrix::zeros(width + 1, width + 1), xy: DMatrix::zeros(width + 1, kv_heads), rows: 0 };
-        add(&mut sums, &seen, 0..tokens, width).unwrap();
-        let found = solve(sums, 1e-9, width, kv_heads).unwrap();
-        let far =
-            |a: &Tensor, b: &Tensor| (a - b).unwrap().abs().unwrap().flatten_all().unwrap().max(0).unwrap().to_scalar::<f32>().unwrap();
-        assert!(far(&found.weight, &truth.weight) < 1e-3 && far(&found.bias, &truth.bias) < 1e-3);
-    }
 
     #[test]
     fn thresholds_keep_what_they_say_and_heads_their_floor() {

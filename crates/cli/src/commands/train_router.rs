@@ -38,6 +38,8 @@ pub(crate) fn run(args: &TrainRouter, hub: &Hub, ui: Ui, interrupt: &Interrupt) 
     if let Some(gates) = &args.gates {
         return of_published(args, gates, &texts, checkpoint, ui, interrupt);
     }
+    // Beside the router, so that it is found again, and no other training's.
+    let state = args.output.with_extension("training");
     let repeat = if args.once { Vec::new() } else { checkpoint.tokenizer.encode(REPEAT, false)? };
     let options = TrainOptions {
         repeat,
@@ -45,6 +47,7 @@ pub(crate) fn run(args: &TrainRouter, hub: &Hub, ui: Ui, interrupt: &Interrupt) 
         keep: args.keep.unwrap_or(KEEP),
         ridge: args.ridge,
         chunk: checkpoint.chunk.min(FEWEST_AT_ONCE),
+        state: Some(state.clone()),
         ..TrainOptions::default()
     };
     let context = checkpoint.context(&args.model, ui)?;
@@ -94,16 +97,24 @@ pub(crate) fn run(args: &TrainRouter, hub: &Hub, ui: Ui, interrupt: &Interrupt) 
     let lengths: Vec<u64> = learn.iter().chain(&held_out).map(|text| text.len() as u64).collect();
     let started = Instant::now();
     let dense = engine.checkpoint.attention.to_dense();
+    let mut first = true;
     let trained = train(engine.model.as_ref(), &dense, [&learn, &held_out], &options, fingerprint, training, |done| {
+        if std::mem::take(&mut first) && done > 0 {
+            ui.say(format!("goes on after {done} of {} sequences, which were read before ({})", learn.len(), state.display()));
+        }
         bar.set_position(lengths[..done].iter().sum());
         if interrupt.is_set() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
     });
     bar.finish_and_clear();
     let Some(trained) = trained.map_err(unexpected)? else {
-        return Err(Failure::new(Kind::Interrupted, "stopped: no router was written").into());
+        return Err(Failure::new(Kind::Interrupted, "stopped: no router was written")
+            .hint(format!("the same command goes on from {}", state.display()))
+            .into());
     };
     let path = &args.output;
     save(&trained.router, path)?;
+    // What is left of it is of no use; that it cannot be deleted is no reason to fail.
+    let _ = std::fs::remove_file(&state);
     let seconds = started.elapsed().as_secs_f64();
     if ui.json {
         let document = json!({
