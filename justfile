@@ -19,3 +19,7 @@ run *ARGS:
 # the expected ids of tests/real_model.rs, anew from llama.cpp
 golden:
     scripts/make_golden.sh
+
+# the CUDA kernels against float64, and their times beside cuDNN's: needs nvcc, a GPU and PyTorch
+test-cuda:
+    python3 scripts/test_cuda_kernels.py --time
