@@ -40,11 +40,16 @@ class Select(ctypes.Structure):
         ("octets", P), ("counts", P)]
 
 
+class Prefill(ctypes.Structure):
+    _fields_ = [("q", P), ("k", P), ("v", P), ("pages", P), ("octets", P), ("counts", P), ("tails", P), ("max_pages", I), ("max_octets", I)] + [
+        ("start", I), ("tokens", I), ("tile", I), ("kv_heads", I), ("scale", F), ("out", P)]
+
+
 def build():
     major, minor = torch.cuda.get_device_capability()
     out = pathlib.Path(tempfile.mkdtemp()) / "kernels.so"
     command = ["nvcc", "-O3", "-std=c++20", "-shared", "-Xcompiler", "-fPIC", f"-arch=sm_{major}{minor}", "-Xptxas", "-v", "-o", out]
-    done = subprocess.run([*command, ROOT / "kernels/cuda/decode.cu"], capture_output=True, text=True)
+    done = subprocess.run([*command, *sorted((ROOT / "kernels/cuda").glob("*.cu"))], capture_output=True, text=True)
     if done.returncode:
         sys.exit(done.stderr)
     spills = [line for line in done.stderr.splitlines() if "spill" in line and "0 bytes spill stores" not in line]
@@ -118,6 +123,64 @@ class Layer:
             weights = torch.softmax(q @ self.k[rows].double().T * dim**-0.5, -1)
             out.append(weights @ self.v[rows].double())
         return torch.cat(out)
+
+
+class Prompt:
+    """The queries from `start` on of a layer, in tiles that share their blocks."""
+
+    def __init__(self, layer, start, tile, blocks=None, window=256, seed=0):
+        tokens, kv_heads, group, dim = layer.shape
+        self.layer, self.start, self.tile, self.count = layer, start, tile, tokens - start
+        random = torch.Generator("cuda").manual_seed(seed)
+        self.q = torch.randn(self.count, kv_heads * group, dim, device="cuda", dtype=layer.dtype, generator=random)
+        self.out = torch.full_like(self.q, math.nan)
+        tiles = (self.count + tile - 1) // tile
+        firsts = start + tile * torch.arange(tiles, device="cuda")
+        self.octets = self.counts = self.tails = None
+        if blocks is not None:
+            size = layer.block // OCTET
+            edges = (firsts - window).clamp(min=0) // layer.block  # everything from here on is read
+            self.tails = (edges * size).int()
+            taken = edges.clamp(max=blocks)
+            # Random blocks before the edge, ascending.
+            rank = torch.rand(tiles, kv_heads, int(edges.max()) + 1, device="cuda", generator=random)
+            rank.masked_fill_(torch.arange(rank.shape[-1], device="cuda") >= edges[:, None, None], 2)
+            self.chosen = rank.argsort(-1)[..., :blocks]
+            self.chosen.masked_fill_(torch.arange(self.chosen.shape[-1], device="cuda") >= taken[:, None, None], 1 << 30)
+            self.chosen = self.chosen.sort(-1).values
+            logical = (self.chosen[..., None].clamp(max=int(edges.max())) * size + torch.arange(size, device="cuda")).flatten(2)
+            pages = layer.pages[torch.arange(kv_heads, device="cuda")[None, :, None], logical // 8]
+            self.octets = (pages * 8 + logical % 8).int().contiguous()
+            self.counts = (taken * size)[:, None].expand(tiles, kv_heads).int().contiguous()
+
+    def attend(self, lib, stream=None):
+        layer, none = self.layer, lambda x: None if x is None else x.data_ptr()
+        p = Prefill(self.q.data_ptr(), layer.k.data_ptr(), layer.v.data_ptr(), layer.pages.data_ptr(), none(self.octets), none(self.counts), none(self.tails))
+        p.max_pages, p.max_octets = layer.pages.shape[1], 0 if self.octets is None else self.octets.shape[-1]
+        p.start, p.tokens, p.tile, p.kv_heads = self.start, self.count, self.tile, layer.shape[1]
+        p.scale, p.out = layer.shape[3] ** -0.5, self.out.data_ptr()
+        check(lib.foveate_attend_prefill(ctypes.byref(p), *layer.codes()[:3], P(stream)))
+
+    def reference(self):
+        tokens, kv_heads, group, dim = self.layer.shape
+        out = torch.empty(self.count, kv_heads * group, dim, device="cuda", dtype=torch.float64)
+        positions = self.start + torch.arange(self.count, device="cuda")
+        keys = torch.arange(tokens, device="cuda")
+        for head in range(kv_heads):
+            rows = self.layer.rows(head)[:tokens]
+            seen = keys <= positions[:, None]
+            if self.octets is not None:
+                tile = torch.arange(self.count, device="cuda") // self.tile
+                allowed = keys[None] >= self.tails[tile, None] * OCTET
+                blocks = self.chosen[tile, head]  # [count, blocks]
+                for column in blocks.unbind(-1):
+                    allowed |= keys[None] // self.layer.block == column[:, None]
+                seen &= allowed
+            for member in range(group):
+                index = head * group + member
+                scores = self.q[:, index].double() @ self.layer.k[rows].double().T * dim**-0.5
+                out[:, index] = torch.softmax(scores.masked_fill(~seen, -math.inf), -1) @ self.layer.v[rows].double()
+        return out
 
 
 def check(code):
@@ -197,6 +260,21 @@ def test(lib):
     print("score, select, attend to a selection: exact selections, ties to the later block, full selection is dense bit for bit")
 
 
+def test_prefill(lib):
+    worst = {}
+    for dtype in (torch.float16, torch.bfloat16):
+        for kv_heads, group, dim in [(2, 4, 128), (2, 7, 64), (1, 3, 64), (1, 8, 128), (2, 1, 64)]:
+            for tokens, start, blocks in [(1, 0, None), (77, 0, None), (1000, 0, None), (1500, 1300, None), (1500, 0, 8), (2000, 1111, 20), (1500, 1490, 8)]:
+                for tile in {128 // group, 16}:
+                    prompt = Prompt(Layer(tokens, kv_heads, group, dim, dtype, 16, seed=tokens), start, tile, blocks)
+                    prompt.attend(lib)
+                    torch.cuda.synchronize()
+                    difference = far(prompt.out, prompt.reference())
+                    worst[str(dtype)] = max(worst.get(str(dtype), 0), difference)
+                    assert difference < (4e-3 if dtype == torch.float16 else 3e-2), (dtype, kv_heads, group, dim, tokens, start, blocks, tile, difference)
+    print("attend, many queries: largest difference", {name: f"{x:.1e}" for name, x in worst.items()})
+
+
 def timed(run, layers, repeats=30):
     """The median time of `run(layer, stream)`, in microseconds, as a part of CUDA graphs over all layers."""
     stream = torch.cuda.Stream()
@@ -271,6 +349,20 @@ def time(lib, path):
               f"routed {whole:5.1f} us (score {parts[0]:.1f}, select {parts[1]:.1f}, attend {parts[2]:.1f}; {routed_splits} splits)", flush=True)
         del layers, contiguous
         torch.cuda.empty_cache()
+    for tokens in (8192, 32768):
+        layer = Layer(tokens, kv_heads, group, dim, torch.float16, block)
+        flops = 4 * kv_heads * group * dim * tokens * tokens / 2
+        q = torch.randn(1, kv_heads * group, tokens, dim, device="cuda", dtype=torch.float16)
+        kv = [torch.randn(1, kv_heads * group, tokens, dim, device="cuda", dtype=torch.float16) for _ in range(2)]
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            peer = timed(lambda _, __: torch.nn.functional.scaled_dot_product_attention(q, *kv, is_causal=True), [None], 10)
+        dense = timed(lambda prompt, stream: prompt.attend(lib, stream.cuda_stream), [Prompt(layer, 0, 32)], 10)
+        routed = timed(lambda prompt, stream: prompt.attend(lib, stream.cuda_stream), [Prompt(layer, 0, 32, budget // block)], 10)
+        rows.append({"prompt": tokens, "dense_us": dense, "cudnn_us": peer, "routed_us": routed})
+        print(f"{tokens:7} queries: dense {dense / 1e3:6.2f} ms ({flops / dense / 1e6:4.0f} TFLOP/s), cuDNN {peer / 1e3:6.2f} ms = {peer / dense:.2f}; "
+              f"routed {routed / 1e3:5.2f} ms", flush=True)
+        del layer, q, kv
+        torch.cuda.empty_cache()
     if path:
         path.write_text(json.dumps({"device": device.name, "copy_gb_s": copy, "rows": rows}, indent=1))
 
@@ -282,6 +374,7 @@ def main():
     args = parser.parse_args()
     lib = build()
     test(lib)
+    test_prefill(lib)
     if args.time:
         time(lib, args.json)
 

@@ -6,87 +6,11 @@
 //
 // T: half or bf16. D: head_dim. G: query heads of a group, at most 8.
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <stdint.h>
+#include "common.cuh"
 
 namespace {
-
-constexpr int PAGE = 64, OCTET = 8, TILE = 16, WARPS = 4, STAGES = 3, QUERIES = 8, MOST_SPLITS = 256;
-constexpr float LOG2_E = 1.4426950408889634f;
-
-__device__ __forceinline__ float exp2_approx(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
+constexpr int TILE = 16, WARPS = 4, STAGES = 3, QUERIES = 8, MOST_SPLITS = 256;
 }
-
-__device__ __forceinline__ uint32_t shared_address(const void *p) { return (uint32_t)__cvta_generic_to_shared(p); }
-
-// 16 bytes from global to shared memory; zeros where `there` is false.
-__device__ __forceinline__ void copy_async(uint32_t to, const void *from, bool there) {
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(there ? 16 : 0));
-}
-
-__device__ __forceinline__ void load_matrices(uint32_t (&a)[4], uint32_t from) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3]) : "r"(from));
-}
-
-__device__ __forceinline__ void load_matrices_transposed(uint32_t (&a)[4], uint32_t from) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
-                 : "r"(from));
-}
-
-__device__ __forceinline__ uint32_t transposed(uint32_t x) {
-    uint32_t y;
-    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
-    return y;
-}
-
-// c[16 x 8] += a[16 x 16] b[16 x 8]
-template <typename T> __device__ __forceinline__ void multiply(float (&c)[4], const uint32_t (&a)[4], const uint32_t b0, const uint32_t b1);
-template <> __device__ __forceinline__ void multiply<half>(float (&c)[4], const uint32_t (&a)[4], const uint32_t b0, const uint32_t b1) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-template <>
-__device__ __forceinline__ void multiply<__nv_bfloat16>(float (&c)[4], const uint32_t (&a)[4], const uint32_t b0, const uint32_t b1) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-template <typename T> __device__ __forceinline__ uint32_t pack(float a, float b);
-template <> __device__ __forceinline__ uint32_t pack<half>(float a, float b) {
-    half2 h = __floats2half2_rn(a, b);
-    return *reinterpret_cast<uint32_t *>(&h);
-}
-template <> __device__ __forceinline__ uint32_t pack<__nv_bfloat16>(float a, float b) {
-    __nv_bfloat162 h = __floats2bfloat162_rn(a, b);
-    return *reinterpret_cast<uint32_t *>(&h);
-}
-__device__ __forceinline__ float wide(half x) { return __half2float(x); }
-__device__ __forceinline__ float wide(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ __forceinline__ void narrow(half &to, float x) { to = __float2half_rn(x); }
-__device__ __forceinline__ void narrow(__nv_bfloat16 &to, float x) { to = __float2bfloat16_rn(x); }
-
-// Waits until the kernel before this one is done, and lets the next one be put on the GPU meanwhile: launches overlap.
-__device__ __forceinline__ void follow() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;");
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
-// Bits in the order of the numbers.
-__device__ __forceinline__ uint32_t ordered(float x) {
-    const uint32_t bits = __float_as_uint(x);
-    return bits >> 31 ? ~bits : bits | 0x80000000u;
-}
-
-} // namespace
 
 // `out[head] = softmax(scale q . K') V` for the group of each key/value head, over its list of octets.
 //
@@ -552,16 +476,6 @@ template <int K> __global__ void __launch_bounds__(SELECT) select_blocks(const S
 
 // Launchers: 0 or a CUDA error; -1: no such shape.
 namespace {
-template <typename K, typename P> int launch(K kernel, const P &p, dim3 grid, int threads, size_t bytes, cudaStream_t stream) {
-    cudaLaunchAttribute attribute = {};
-    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute.val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t config = {};
-    config.gridDim = grid, config.blockDim = dim3(threads), config.dynamicSmemBytes = bytes, config.stream = stream;
-    config.attrs = &attribute, config.numAttrs = 1;
-    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes);
-    return (int)cudaLaunchKernelEx(&config, kernel, p);
-}
 template <typename T, int D, int G> int attend(const AttendParams &p, int kv_heads, cudaStream_t stream) {
     const size_t stages = (size_t)WARPS * STAGES * 2 * TILE * D * 2, merge = (size_t)WARPS * QUERIES * (D + 2) * 4, factors = (size_t)G * p.splits * 4;
     const size_t bytes = stages > merge ? (stages > factors ? stages : factors) : (merge > factors ? merge : factors);

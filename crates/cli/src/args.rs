@@ -466,7 +466,7 @@ pub(crate) struct EvalNeedle {
     #[arg(short, long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1000))]
     pub(crate) samples: u32,
     /// Tasks to run
-    #[arg(long, value_enum, value_delimiter = ',', default_values_t = [NeedleTask::Single, NeedleTask::MultiKey, NeedleTask::MultiValue, NeedleTask::Variables, NeedleTask::Copy])]
+    #[arg(long, value_enum, value_delimiter = ',', default_values_t = [NeedleTask::Single, NeedleTask::MultiKey, NeedleTask::MultiValue, NeedleTask::Variables, NeedleTask::Copy, NeedleTask::TwoTurn])]
     pub(crate) tasks: Vec<NeedleTask>,
     /// Seed of names, numbers and places
     #[arg(long, value_name = "N", default_value_t = 0)]
@@ -498,6 +498,8 @@ pub(crate) enum NeedleTask {
     Variables,
     /// The text itself, word for word
     Copy,
+    /// One number, after another was asked for and answered
+    TwoTurn,
 }
 
 #[derive(Debug, Args)]

@@ -723,7 +723,7 @@ fn needles_are_asked_for_dense_and_routed() {
     let document = |extra: &[&str]| serde_json::from_slice::<Value>(&needle(&[&["--json"], extra].concat(), 0).stdout).unwrap();
     let same = document(&["--budget", "100%", "--min-ctx", "0"]);
     assert_eq!(same["settings"].as_array().unwrap().len(), 2);
-    assert_eq!(same["rows"].as_array().unwrap().len(), 2 * 5 * 2);
+    assert_eq!(same["rows"].as_array().unwrap().len(), 2 * 6 * 2);
     // The whole budget finds exactly what dense finds.
     let scores = |setting: u64| -> Vec<f64> {
         let rows = same["rows"].as_array().unwrap().iter().filter(|row| row["setting"] == setting);

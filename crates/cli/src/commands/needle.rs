@@ -21,6 +21,9 @@ use std::ops::{ControlFlow, Range};
 /// Tokens that what is hidden, the question and the answer may take.
 const RESERVED: usize = 400;
 
+/// Tokens that a reply may take for each word that it should hold.
+const TOKENS_OF_A_WORD: usize = 12;
+
 /// Tokens of the passage that is to be copied, and how many of them are given again.
 const PASSAGE: usize = 256;
 const GIVEN: usize = 32;
@@ -39,6 +42,8 @@ struct Haystack {
 /// What is asked after the text.
 struct Question {
     task: NeedleTask,
+    /// Another question, which is asked and answered before; its answer does not count.
+    first: Option<Vec<u32>>,
     ids: Vec<u32>,
     answer: Answer,
 }
@@ -134,13 +139,13 @@ fn hide(args: &EvalNeedle, engine: &Engine, ids: &[u32], depth: u8, sample: u64)
     let mut elsewhere = || f64::from(rng.random_range(2..98u8));
     let at = f64::from(depth);
     let mut hidden: Vec<(f64, String)> = Vec::new();
-    let mut questions: Vec<(NeedleTask, String, Vec<String>)> = Vec::new();
+    let mut questions: Vec<(NeedleTask, Option<String>, String, Vec<String>)> = Vec::new();
     for task in &args.tasks {
         match task {
             NeedleTask::Single => {
                 hidden.push((at, format!("The secret access code of the {place} is {}.", numbers[0])));
                 let question = format!("What is the secret access code of the {place}?\nAnswer: The secret access code of the {place} is");
-                questions.push((*task, question, vec![numbers[0].clone()]));
+                questions.push((*task, None, question, vec![numbers[0].clone()]));
             }
             NeedleTask::MultiKey => {
                 for (index, name) in names[..4].iter().enumerate() {
@@ -148,7 +153,7 @@ fn hide(args: &EvalNeedle, engine: &Engine, ids: &[u32], depth: u8, sample: u64)
                     hidden.push((place, format!("The phone number of {name} is {}.", numbers[1 + index])));
                 }
                 let question = format!("What is the phone number of {0}?\nAnswer: The phone number of {0} is", names[0]);
-                questions.push((*task, question, vec![numbers[1].clone()]));
+                questions.push((*task, None, question, vec![numbers[1].clone()]));
             }
             NeedleTask::MultiValue => {
                 for (index, colour) in colours.iter().enumerate() {
@@ -156,7 +161,7 @@ fn hide(args: &EvalNeedle, engine: &Engine, ids: &[u32], depth: u8, sample: u64)
                     hidden.push((place, format!("One of the favourite colours of {} is {colour}.", names[4])));
                 }
                 let question = format!("What are the favourite colours of {0}?\nAnswer: The favourite colours of {0} are", names[4]);
-                questions.push((*task, question, colours.iter().map(|colour| (*colour).to_string()).collect()));
+                questions.push((*task, None, question, colours.iter().map(|colour| (*colour).to_string()).collect()));
             }
             NeedleTask::Variables => {
                 for (index, sentence) in
@@ -168,26 +173,40 @@ fn hide(args: &EvalNeedle, engine: &Engine, ids: &[u32], depth: u8, sample: u64)
                 }
                 questions.push((
                     *task,
+                    None,
                     "What is the number that VAR GAMMA stands for?\nAnswer: VAR GAMMA =".into(),
                     vec![numbers[5].clone()],
                 ));
             }
             NeedleTask::Copy => {}
+            NeedleTask::TwoTurn => {
+                // Of its own, so that the other tasks are the same with and without it.
+                let mut rng = ChaCha8Rng::seed_from_u64(!args.seed ^ (ids.len() as u64) << 24 ^ u64::from(depth) << 16 ^ sample);
+                let mut locker = || rng.random_range(10_000..100_000u32).to_string();
+                let (number, other) = (locker(), locker());
+                let names: Vec<&str> = NAMES.choose_multiple(&mut rng, 2).copied().collect();
+                let fact = |name: &str, number: &str| format!("The locker number of {name} is {number}.");
+                let question = |name: &str| format!("What is the locker number of {name}?\nAnswer: The locker number of {name} is");
+                hidden.push((at, fact(names[0], &number)));
+                hidden.push((elsewhere(), fact(names[1], &other)));
+                questions.push((*task, Some(question(names[1])), question(names[0]), vec![number]));
+            }
         }
     }
     let text = insert(tokenizer.decode(ids)?, hidden);
     let ids = tokenizer.encode(&text, true)?;
     let mut all = Vec::new();
-    for (task, question, words) in questions {
-        let ids = tokenizer.encode(&format!("\n\nQuestion: {question}"), false)?;
-        all.push(Question { task, ids, answer: Answer::Words(words) });
+    let asked = |question: &str| tokenizer.encode(&format!("\n\nQuestion: {question}"), false);
+    for (task, first, question, words) in questions {
+        let first = first.map(|question| asked(&question)).transpose()?;
+        all.push(Question { task, first, ids: asked(&question)?, answer: Answer::Words(words) });
     }
     if args.tasks.contains(&NeedleTask::Copy) {
         let passage = passage(ids.len(), depth);
         let (given, rest) = ids[passage].split_at(GIVEN);
         let mut question = tokenizer.encode("\n\n", false)?;
         question.extend(given);
-        all.push(Question { task: NeedleTask::Copy, ids: question, answer: Answer::Tokens(rest.to_vec()) });
+        all.push(Question { task: NeedleTask::Copy, first: None, ids: question, answer: Answer::Tokens(rest.to_vec()) });
     }
     Ok(Haystack { ids, questions: all })
 }
@@ -222,16 +241,17 @@ fn insert(text: String, mut hidden: Vec<(f64, String)>) -> String {
 /// Asks after the text, in a copy of the sequence: 0 to 1.
 fn ask(engine: &Engine, session: &Session, question: &Question) -> Result<f64> {
     let mut session = session.fork().map_err(unexpected)?;
-    session.prefill(&question.ids, engine.checkpoint.chunk, |_, _| ControlFlow::Continue(())).map_err(unexpected)?;
+    let read = |session: &mut Session, ids: &[u32]| {
+        session.prefill(ids, engine.checkpoint.chunk, |_, _| ControlFlow::Continue(())).map_err(unexpected)
+    };
+    if let Some(first) = &question.first {
+        read(&mut session, first)?;
+        reply(engine, &mut session, 1)?;
+    }
+    read(&mut session, &question.ids)?;
     match &question.answer {
         Answer::Words(words) => {
-            let mut sampler = Sampler::new(SamplerOptions::greedy()).map_err(unexpected)?;
-            let most = 12 * words.len();
-            let options =
-                GenerateOptions { max_tokens: Some(most), end_tokens: engine.checkpoint.end_tokens(), context: usize::MAX, logprobs: 0 };
-            let ids =
-                session.generate(&mut sampler, options).map(|token| token.map(|token| token.id)).collect::<candle_core::Result<Vec<_>>>();
-            let reply = engine.checkpoint.tokenizer.decode(&ids.map_err(unexpected)?)?;
+            let reply = reply(engine, &mut session, words.len())?;
             Ok(words.iter().filter(|word| reply.contains(word.as_str())).count() as f64 / words.len() as f64)
         }
         Answer::Tokens(tokens) => {
@@ -245,6 +265,15 @@ fn ask(engine: &Engine, session: &Session, question: &Question) -> Result<f64> {
             Ok(right as f64 / tokens.len() as f64)
         }
     }
+}
+
+/// What the model says next, in as many tokens as some words may take.
+fn reply(engine: &Engine, session: &mut Session, words: usize) -> Result<String> {
+    let mut sampler = Sampler::new(SamplerOptions::greedy()).map_err(unexpected)?;
+    let (max_tokens, end_tokens) = (Some(TOKENS_OF_A_WORD * words), engine.checkpoint.end_tokens());
+    let options = GenerateOptions { max_tokens, end_tokens, context: usize::MAX, logprobs: 0 };
+    let ids = session.generate(&mut sampler, options).map(|token| token.map(|token| token.id)).collect::<candle_core::Result<Vec<_>>>();
+    engine.checkpoint.tokenizer.decode(&ids.map_err(unexpected)?)
 }
 
 /// The mean of those that `keep`; `None`: there are none.
