@@ -217,11 +217,13 @@ pub(crate) fn describe(attention: &RoutedAttention) -> String {
 }
 
 fn budget(budget: Budget) -> String {
+    // Parts are not exact in binary: 30 % would be 30.000002 %.
+    let percent = |part: f32| (1000.0 * part).round() / 10.0;
     match (budget.tokens, budget.part) {
         (usize::MAX, _) | (0, 1.0..) => "everything".to_string(),
-        (0, part) => format!("{} %", 100.0 * part),
+        (0, part) => format!("{} %", percent(part)),
         (tokens, 0.0) => tokens.to_string(),
-        (tokens, part) => format!("{tokens} (or {} % if more)", 100.0 * part),
+        (tokens, part) => format!("{tokens} (or {} % if more)", percent(part)),
     }
 }
 
