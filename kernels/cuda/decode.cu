@@ -1,10 +1,9 @@
 // One decode step of one layer: score block summaries, select blocks, attend to what was selected.
 //
-// Framework-free: plain pointers, no host code but the launchers at the end. Rows of keys, values and summaries lie one after
-// the other; a slot of a head is row `pages[head][slot / 64] * 64 + slot % 64` of the pool. What is read is a list of octets, 8
-// neighbouring slots each, ascending. f32 sums; results do not depend on timing.
+// Framework-free: plain pointers, no host code but the launchers at the end. What is read is a list of octets, 8 neighbouring
+// slots each, ascending. f32 sums; results do not depend on timing. See common.cuh.
 //
-// T: half or bf16. D: head_dim. G: query heads of a group, at most 8.
+// D: head_dim. G: query heads of a group, at most 8.
 
 #include "common.cuh"
 

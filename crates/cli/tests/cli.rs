@@ -705,11 +705,12 @@ fn route_shows_what_was_read_and_writes_a_page_and_lines() {
     route(&["--attn", "dense"], 2);
     let log = case.home.path().join("log.jsonl");
     let log_name = log.display().to_string();
-    let mut command = case.llama(&["generate", "--raw", "-f", &file, "-c", "20000", "-n", "2", "--min-ctx", "0", "--budget", "256"]);
+    let mut command =
+        case.llama(&["generate", "--raw", "-f", &file, "-c", "20000", "-n", "2", "--min-ctx", "0", "--budget", "256", "--block", "32"]);
     run(command.args(["--route-log", &log_name]), 0);
     let lines = std::fs::read_to_string(&log).unwrap();
     let last: Value = serde_json::from_str(lines.lines().last().unwrap()).unwrap();
-    assert!(last["layer"] == 2 && last["selected"][0]["blocks"][0].as_array().unwrap().len() <= 16, "{last}");
+    assert!(last["layer"] == 2 && last["selected"][0]["blocks"][0].as_array().unwrap().len() <= 8, "{last}");
     run(case.llama(&["generate", "hi", "--route-log", "/nonexistent/log"]).arg("-q"), 9);
 }
 

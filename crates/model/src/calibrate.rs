@@ -51,43 +51,32 @@ impl TokenRouter for Scores {
 /// What gates keep of real text.
 #[derive(Debug, Clone)]
 pub struct Calibrated {
-    /// The gates.
-    pub layers: Vec<GateLayer>,
     /// The threshold that keeps what was asked for.
     pub tau: f32,
     /// See [`crate::RouterFile::curve`].
     pub curve: Vec<(f32, f32)>,
 }
 
-/// Reads `texts`, sequences of token ids, with a gate for each layer. `progress` is told how many texts are done, and may stop it
-/// before the next.
+/// Reads `texts`, sequences of token ids, with a gate for each layer, of the model's shapes ([`crate::Published::into_layers`]). `progress`
+/// is told how many texts are done, and may stop it before the next.
 ///
 /// # Errors
-/// If a gate does not fit the model, there is nothing to score, or a text fails.
+/// If there is nothing to score, or a text fails.
 pub fn calibrate(
     model: &dyn CausalLm,
     dense: &RoutedAttention,
-    gates: Vec<GateLayer>,
+    gates: &[GateLayer],
     texts: &[Vec<u32>],
     options: &CalibrateOptions,
     mut progress: impl FnMut(usize) -> ControlFlow<()>,
 ) -> Result<Option<Calibrated>> {
-    let config = model.config();
-    if gates.len() != config.num_layers {
-        bail!("{} gates for a model of {} layers", gates.len(), config.num_layers);
-    }
-    for (layer, gate) in gates.iter().enumerate() {
-        if let Err(error) = gate.check(config.heads.kv_heads(), config.heads.head_dim(), config.hidden_size) {
-            bail!("gate of layer {layer}: {}", crate::message(&error));
-        }
-    }
-    let scores = Arc::new(Scores { gates, sinks: options.sinks, seen: Mutex::default() });
+    let scores = Arc::new(Scores { gates: gates.to_vec(), sinks: options.sinks, seen: Mutex::default() });
     let attention = dense.with_routing(Routing { token_router: scores.clone(), ..Routing::dense() })?;
     for (done, text) in texts.iter().enumerate() {
         if progress(done).is_break() {
             return Ok(None);
         }
-        let mut cache = KvCache::new(&config.layer_specs(), KvDtype::F16.into(), &Device::Cpu, text.len())?;
+        let mut cache = KvCache::new(&model.config().layer_specs(), KvDtype::F16.into(), &Device::Cpu, text.len())?;
         for part in text.chunks(options.chunk.max(1)) {
             model.forward(part, &attention, &mut cache)?;
         }
@@ -96,6 +85,5 @@ pub fn calibrate(
     if seen.is_empty() {
         bail!("nothing to set a threshold on: no text, or no layer with a gate");
     }
-    let (tau, curve) = calibrated(seen, options.keep);
-    Ok(Some(Calibrated { layers: scores.gates.clone(), tau, curve }))
+    Ok(Some(calibrated(seen, options.keep)))
 }

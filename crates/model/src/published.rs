@@ -3,10 +3,12 @@
 //! A `.pt` is a pickle, which in Python may run anything. Here only its lists, dictionaries and tensors are understood.
 
 use crate::message;
+use crate::router_file::{finite, layer};
+use crate::{Config, router_file};
 use candle_core::pickle::{Object, Stack};
 use candle_core::{DType, Device, Result, Tensor, bail};
-use sparse_attn::token_router::{GateLayer, KeyGate, SinkGate};
-use std::collections::HashMap;
+use sparse_attn::token_router::GateLayer;
+use std::collections::{BTreeMap, HashMap};
 use std::io::{BufReader, Read};
 use std::path::Path;
 use zip::ZipArchive;
@@ -48,12 +50,12 @@ impl Published {
         Ok(published)
     }
 
-    /// The gates of a model whose layer `i` has the sliding window `sliding_window[i]`: one for each layer, or one for each that
-    /// sees everything.
+    /// The gates of a model, one for each layer: the file has as many, or one for each layer without a sliding window.
     ///
     /// # Errors
-    /// If there are as many gates as neither.
-    pub fn into_layers(self, sliding_window: &[Option<usize>]) -> Result<Vec<GateLayer>> {
+    /// If there are as many gates as neither, or one has another shape than the model's heads.
+    pub fn into_layers(self, config: &Config) -> Result<Vec<GateLayer>> {
+        let sliding_window = &config.sliding_window;
         let global = sliding_window.iter().filter(|window| window.is_none()).count();
         let (found, layers) = (self.gates.len(), sliding_window.len());
         if found != layers && found != global {
@@ -65,17 +67,14 @@ impl Published {
             // A layer with a sliding window forgets anyway.
             gate.filter(|_| window.is_none()).unwrap_or(GateLayer::Open)
         };
-        Ok(sliding_window.iter().map(layer).collect())
+        let gates: Vec<GateLayer> = sliding_window.iter().map(layer).collect();
+        for (layer, gate) in gates.iter().enumerate() {
+            if let Err(error) = gate.check(config.heads.kv_heads(), config.heads.head_dim(), config.hidden_size) {
+                bail!("gate of layer {layer}: {}", message(&error));
+            }
+        }
+        Ok(gates)
     }
-}
-
-/// A number that is finite, as f32.
-fn checked(name: &str, tensor: &Tensor) -> Result<Tensor> {
-    let tensor = tensor.to_dtype(DType::F32)?.contiguous()?;
-    if tensor.flatten_all()?.to_vec1::<f32>()?.iter().any(|x| !x.is_finite()) {
-        bail!("tensor {name} holds a number that is not finite");
-    }
-    Ok(tensor)
 }
 
 /// WG-KV: `...layers.{i}.self_attn.g_predictors.{name}` of a checkpoint.
@@ -84,26 +83,21 @@ fn wg_kv(path: &Path) -> Result<Published> {
         Ok(tensors) => tensors,
         Err(error) => bail!("neither a zip archive (Fast KVzip) nor safetensors (WG-KV): {}", message(&error)),
     };
-    let mut layers: std::collections::BTreeMap<usize, HashMap<String, Tensor>> = std::collections::BTreeMap::new();
+    let mut layers: BTreeMap<usize, HashMap<String, Tensor>> = BTreeMap::new();
     for (name, tensor) in &tensors {
         let Some((before, part)) = name.split_once(WG_KV) else { continue };
         let Some(layer) = before.rsplit('.').next().and_then(|number| number.parse().ok()) else {
             bail!("tensor {name}: no layer's number before {WG_KV}");
         };
-        layers.entry(layer).or_default().insert(part.to_string(), checked(name, tensor)?);
+        layers.entry(layer).or_default().insert(part.to_string(), finite(name, tensor)?);
     }
     let mut gates = Vec::new();
-    for (layer, mut parts) in layers {
-        let mut take = |part: &str| match parts.remove(part) {
+    for (index, mut parts) in layers {
+        let take = |part: &str| match parts.remove(part) {
             Some(tensor) => Ok(tensor),
-            None => bail!("tensor layers.{layer}{WG_KV}{part} is missing"),
+            None => bail!("tensor layers.{index}{WG_KV}{part} is missing"),
         };
-        gates.push(GateLayer::Keys(KeyGate {
-            pre_key_norm: take("pre_key_norm.weight")?,
-            post_key_norm: take("post_key_norm.weight")?,
-            conv1: (take("conv1.weight")?, take("conv1.bias")?),
-            conv2: (take("conv2.weight")?, take("conv2.bias")?),
-        }));
+        gates.push(layer(router_file::KEYS, take)?);
     }
     // Ours keeps what reaches the threshold, theirs what is above it.
     Ok(Published { name: "WG-KV", gates, tau: Some(WG_KV_TAU.next_up()) })
@@ -128,20 +122,12 @@ fn fast_kvzip(path: &Path) -> Result<Published> {
         let Object::Dict(entries) = module else { bail!("gate {index} is no dictionary of tensors") };
         let mut parts: HashMap<String, Object> =
             entries.into_iter().filter_map(|(name, value)| Some((name.unicode().ok()?, value))).collect();
-        let mut take = |name: &str| -> Result<Tensor> {
+        let take = |name: &str| -> Result<Tensor> {
             let Some(object) = parts.remove(name) else { bail!("gate {index}: tensor {name} is missing") };
             let Some(stored) = Stored::of(object) else { bail!("gate {index}: {name} is no tensor that this version reads") };
-            checked(name, &stored.load(&mut archive, root)?)
+            finite(name, &stored.load(&mut archive, root)?)
         };
-        gates.push(GateLayer::Sink(SinkGate {
-            q_weight: take("q_proj.weight")?,
-            q_bias: take("q_proj.bias")?,
-            k_weight: take("k_proj.weight")?,
-            q_norm: take("q_norm.weight")?,
-            k_norm: take("k_norm.weight")?,
-            k_base: take("k_base")?,
-            b: take("b")?,
-        }));
+        gates.push(layer(router_file::SINK, take)?);
     }
     Ok(Published { name: "Fast KVzip", gates, tau: None })
 }
@@ -226,10 +212,12 @@ mod tests {
     #[test]
     fn gates_go_to_layers_that_see_everything() {
         let published = |count: usize| Published { name: "none", gates: vec![GateLayer::Open; count], tau: None };
-        let windows = [Some(512), None, Some(512), None];
-        assert_eq!(published(4).into_layers(&windows).unwrap().len(), 4);
-        assert_eq!(published(2).into_layers(&windows).unwrap().len(), 4);
-        let error = published(3).into_layers(&windows).unwrap_err().to_string();
+        let config = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/tiny/llama/config.json");
+        let mut config = Config::from_json(&std::fs::read_to_string(config).unwrap()).unwrap();
+        config.sliding_window = vec![Some(512), None, Some(512), None];
+        assert_eq!(published(4).into_layers(&config).unwrap().len(), 4);
+        assert_eq!(published(2).into_layers(&config).unwrap().len(), 4);
+        let error = published(3).into_layers(&config).unwrap_err().to_string();
         assert!(error.contains("3 gates") && error.contains("4 layers") && error.contains("2 of them"), "{error}");
     }
 }

@@ -21,7 +21,9 @@ const MOST_BYTES: u64 = 1 << 30;
 const MOST_LAYERS: usize = 1024;
 
 /// What a gate may be.
-const KINDS: [&str; 4] = ["linear", "mlp", "sink", "keys"];
+const KINDS: [&str; 4] = ["linear", "mlp", SINK, KEYS];
+pub(crate) const SINK: &str = "sink";
+pub(crate) const KEYS: &str = "keys";
 
 /// A trained token router.
 #[derive(Debug, Clone)]
@@ -89,10 +91,7 @@ impl RouterFile {
         }
         let mut tensors = candle_core::safetensors::load_buffer(bytes, &Device::Cpu)?;
         for (name, tensor) in &mut tensors {
-            *tensor = tensor.to_dtype(DType::F32)?;
-            if tensor.flatten_all()?.to_vec1::<f32>()?.iter().any(|x| !x.is_finite()) {
-                bail!("tensor {name} holds a number that is not finite");
-            }
+            *tensor = finite(name, tensor)?;
         }
         // Files that do not say how many layers there are have a gate in each.
         let count = if metadata.contains_key("layers") { number("layers")? as usize } else { usize::MAX };
@@ -197,10 +196,19 @@ impl RouterFile {
     }
 }
 
-/// A layer of a file of this kind, of tensors that `take` finds by name.
-fn layer(kind: &str, mut take: impl FnMut(&str) -> Result<Tensor>) -> Result<GateLayer> {
+/// The numbers of a tensor as f32, if all are finite.
+pub(crate) fn finite(name: &str, tensor: &Tensor) -> Result<Tensor> {
+    let tensor = tensor.to_dtype(DType::F32)?;
+    if tensor.flatten_all()?.to_vec1::<f32>()?.iter().any(|x| !x.is_finite()) {
+        bail!("tensor {name} holds a number that is not finite");
+    }
+    Ok(tensor)
+}
+
+/// The gate of one layer, of a kind of [`KINDS`], of tensors that `take` finds by name.
+pub(crate) fn layer(kind: &str, mut take: impl FnMut(&str) -> Result<Tensor>) -> Result<GateLayer> {
     Ok(match kind {
-        "sink" => GateLayer::Sink(SinkGate {
+        SINK => GateLayer::Sink(SinkGate {
             q_weight: take("q_proj.weight")?,
             q_bias: take("q_proj.bias")?,
             k_weight: take("k_proj.weight")?,
@@ -209,7 +217,7 @@ fn layer(kind: &str, mut take: impl FnMut(&str) -> Result<Tensor>) -> Result<Gat
             k_base: take("k_base")?,
             b: take("b")?,
         }),
-        "keys" => GateLayer::Keys(KeyGate {
+        KEYS => GateLayer::Keys(KeyGate {
             pre_key_norm: take("pre_key_norm.weight")?,
             post_key_norm: take("post_key_norm.weight")?,
             conv1: (take("conv1.weight")?, take("conv1.bias")?),
@@ -240,7 +248,7 @@ fn parts(layer: &GateLayer) -> Option<(&'static str, Vec<(&'static str, &Tensor)
                 ("k_base", k_base),
                 ("b", b),
             ];
-            ("sink", tensors.to_vec())
+            (SINK, tensors.to_vec())
         }
         GateLayer::Keys(KeyGate { pre_key_norm, post_key_norm, conv1, conv2 }) => {
             let tensors = [
@@ -251,7 +259,7 @@ fn parts(layer: &GateLayer) -> Option<(&'static str, Vec<(&'static str, &Tensor)
                 ("conv2.weight", &conv2.0),
                 ("conv2.bias", &conv2.1),
             ];
-            ("keys", tensors.to_vec())
+            (KEYS, tensors.to_vec())
         }
     })
 }

@@ -9,7 +9,9 @@
 mod sums;
 
 use crate::CausalLm;
+use crate::calibrate::Calibrated;
 use crate::router_file::RouterFile;
+use crate::weights::hex;
 use candle_core::{DType, Device, Result, Tensor, bail};
 use rayon::prelude::*;
 use serde_json::Value;
@@ -219,7 +221,7 @@ pub fn train(
     }
     let correlation = correlations.iter().sum::<f64>() / correlations.len() as f64;
     lift_to_floor(&mut gates, &mut scores, options, kv_heads)?;
-    let (tau, curve) = calibrated(scores.concat(), options.keep);
+    let Calibrated { tau, curve } = calibrated(scores.concat(), options.keep);
     let layers = gates.into_iter().map(|gate| gate.map_or(GateLayer::Open, GateLayer::Feedforward)).collect();
     let router = RouterFile { fingerprint, window: options.window, sinks: options.sinks, tau, curve, training, layers };
     router.gate(None)?;
@@ -236,7 +238,7 @@ fn key(fingerprint: &str, texts: &[Vec<u32>], options: &TrainOptions) -> String 
     add(&options.repeat);
     texts.iter().for_each(|text| add(text));
     hash.update(format!("{fingerprint} {} {}", options.window, options.sinks));
-    hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+    hex(&hash.finalize())
 }
 
 /// Tokens that teach something: not the sinks, and with enough queries beyond their window, which a repetition gives to all.
@@ -264,10 +266,10 @@ fn read(model: &dyn CausalLm, dense: &RoutedAttention, text: &[u32], options: &T
 }
 
 /// The threshold that keeps `keep` of these scores, and the curve of many.
-pub(crate) fn calibrated(mut scores: Vec<f32>, keep: f32) -> (f32, Vec<(f32, f32)>) {
+pub(crate) fn calibrated(mut scores: Vec<f32>, keep: f32) -> Calibrated {
     scores.sort_unstable_by(f32::total_cmp);
     let curve = FRACTIONS.iter().map(|fraction| (threshold(&scores, *fraction), *fraction)).collect();
-    (threshold(&scores, keep), curve)
+    Calibrated { tau: threshold(&scores, keep), curve }
 }
 
 /// The score that `fraction` of `sorted`, ascending, reach.

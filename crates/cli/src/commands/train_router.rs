@@ -149,12 +149,7 @@ fn of_published(args: &TrainRouter, gates: &Path, texts: &[String], checkpoint: 
     let refused = |error: candle_core::Error| Failure::malformed(format!("{}: {}", gates.display(), model::message(&error)));
     let published = Published::open(gates).map_err(refused)?;
     let (whose, tau) = (published.name, published.tau);
-    let layers = published.into_layers(&checkpoint.config().sliding_window).map_err(refused)?;
-    for (layer, gate) in layers.iter().enumerate() {
-        let config = checkpoint.config();
-        let fits = gate.check(config.heads.kv_heads(), config.heads.head_dim(), config.hidden_size);
-        fits.map_err(|error| Failure::malformed(format!("{}: gate of layer {layer}: {}", gates.display(), model::message(&error))))?;
-    }
+    let layers = published.into_layers(checkpoint.config()).map_err(refused)?;
     let context = checkpoint.context(&args.model, ui)?;
     let length = args.length.map_or(LENGTH, |length| length as usize).min(context);
     let mut sequences: Vec<Vec<u32>> = Vec::new();
@@ -172,7 +167,7 @@ fn of_published(args: &TrainRouter, gates: &Path, texts: &[String], checkpoint: 
     ui.say(engine.banner(context));
     let bar = ui.token_bar("calibrate", tokens as u64);
     let dense = engine.checkpoint.attention.to_dense();
-    let found = calibrate(engine.model.as_ref(), &dense, layers, &sequences, &options, |done| {
+    let found = calibrate(engine.model.as_ref(), &dense, &layers, &sequences, &options, |done| {
         bar.set_position(sequences[..done].iter().map(|text| text.len() as u64).sum());
         if interrupt.is_set() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
     });
@@ -192,7 +187,7 @@ fn of_published(args: &TrainRouter, gates: &Path, texts: &[String], checkpoint: 
             "command": "foveate train-router --gates", "gates": whose, "file": file_name, "tokens": tokens, "length": length,
             "model": engine.checkpoint.located.id, "quant": engine.checkpoint.weights.dtype_name(),
         }),
-        layers: found.layers,
+        layers,
     };
     save(&router, &args.output)?;
     let kept = router.kept_at(router.tau);

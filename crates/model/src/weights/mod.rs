@@ -145,7 +145,7 @@ impl Weights {
                 hash.update(half::bf16::from_f32(x + shift).to_le_bytes());
             }
         }
-        Ok(hash.finalize()[..16].iter().map(|byte| format!("{byte:02x}")).collect())
+        Ok(hex(&hash.finalize()[..16]))
     }
 
     /// The tensors of decoder layer `layer`.
@@ -302,4 +302,9 @@ pub fn quantize_dtype(name: &str) -> Result<GgmlDType> {
         "q6_k" => Ok(GgmlDType::Q6K),
         other => bail!("quant {other:?} cannot be made at load (q8_0, q6_k, q5_k, q4_k, q3_k, q2_k, q5_1, q5_0, q4_1 and q4_0 can)"),
     }
+}
+
+/// Bytes as people write a digest.
+pub(crate) fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }

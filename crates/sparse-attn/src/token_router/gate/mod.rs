@@ -52,25 +52,21 @@ impl GateLayer {
     /// # Errors
     /// If they do not: which, and both shapes.
     pub fn check(&self, kv_heads: usize, head_dim: usize, hidden_size: usize) -> Result<()> {
-        let (own, model, of) = match self {
-            Self::Open => return Ok(()),
-            Self::Feedforward(gate) => (gate.shape()?, [kv_heads, hidden_size], "hidden_size"),
-            Self::Sink(gate) => (gate.shape()?, [kv_heads, hidden_size], "hidden_size"),
-            Self::Keys(gate) => (gate.shape()?, [kv_heads, head_dim], "head_dim"),
-        };
-        if own != model {
-            bail!("made for [kv_heads, {of}] {own:?}, the model has {model:?}");
+        let (of, width) = if matches!(self, Self::Keys(_)) { ("head_dim", head_dim) } else { ("hidden_size", hidden_size) };
+        match self.shape()? {
+            Some(own) if own != [kv_heads, width] => bail!("made for [kv_heads, {of}] {own:?}, the model has {:?}", [kv_heads, width]),
+            _ => Ok(()),
         }
-        Ok(())
     }
 
-    fn check_itself(&self) -> Result<()> {
-        match self {
-            Self::Open => Ok(()),
-            Self::Feedforward(gate) => gate.shape().map(drop),
-            Self::Sink(gate) => gate.shape().map(drop),
-            Self::Keys(gate) => gate.shape().map(drop),
-        }
+    /// `[kv_heads, hidden_size]`, of keys `[kv_heads, head_dim]`, if its tensors fit each other.
+    fn shape(&self) -> Result<Option<[usize; 2]>> {
+        Ok(Some(match self {
+            Self::Open => return Ok(None),
+            Self::Feedforward(gate) => gate.shape()?,
+            Self::Sink(gate) => gate.shape()?,
+            Self::Keys(gate) => gate.shape()?,
+        }))
     }
 }
 
@@ -81,7 +77,7 @@ impl Gate {
     /// If shapes do not fit each other.
     pub fn new(layers: Vec<GateLayer>, tau: f32, kept_fraction: f32) -> Result<Self> {
         for (index, layer) in layers.iter().enumerate() {
-            if let Err(error) = layer.check_itself() {
+            if let Err(error) = layer.shape() {
                 bail!("gate of layer {index}: {error}");
             }
         }
