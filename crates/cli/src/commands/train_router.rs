@@ -14,7 +14,7 @@ use model::train::{TrainOptions, train};
 use model::{Published, RouterFile};
 use serde_json::json;
 use std::ops::ControlFlow;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 /// Of the sequences, every so-manieth is held out.
@@ -38,8 +38,7 @@ pub(crate) fn run(args: &TrainRouter, hub: &Hub, ui: Ui, interrupt: &Interrupt) 
     if let Some(gates) = &args.gates {
         return of_published(args, gates, &texts, checkpoint, ui, interrupt);
     }
-    // Beside the router, so that it is found again, and no other training's.
-    let state = args.output.with_extension("training");
+    let state = state_beside(&args.output);
     let repeat = if args.once { Vec::new() } else { checkpoint.tokenizer.encode(REPEAT, false)? };
     let options = TrainOptions {
         repeat,
@@ -134,6 +133,13 @@ pub(crate) fn run(args: &TrainRouter, hub: &Hub, ui: Ui, interrupt: &Interrupt) 
         ui.say(how_to_use(args));
     }
     Ok(0)
+}
+
+/// Where an interrupted training is kept: beside its router, so that it is found again, and never the router itself.
+fn state_beside(router: &Path) -> PathBuf {
+    let mut name = router.as_os_str().to_owned();
+    name.push(".training");
+    name.into()
 }
 
 fn save(router: &RouterFile, path: &Path) -> Result<()> {
@@ -242,7 +248,15 @@ fn check_memory(checkpoint: &Checkpoint, length: usize, args: &TrainRouter) -> R
 
 #[cfg(test)]
 mod tests {
-    use super::cut;
+    use super::{cut, state_beside};
+    use std::path::Path;
+
+    #[test]
+    fn what_is_left_of_a_training_is_never_its_router() {
+        for router in ["router.safetensors", "dir/router.training", "router"] {
+            assert_eq!(state_beside(Path::new(router)).display().to_string(), format!("{router}.training"));
+        }
+    }
 
     #[test]
     fn a_quarter_of_a_text_is_in_long_sequences() {
