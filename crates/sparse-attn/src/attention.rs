@@ -204,10 +204,12 @@ impl RoutedAttention {
     fn count(&self, layer: usize, step: Step, selection: &Selection, cache: &mut KvCache) {
         let store = cache.layer(layer);
         let kv_heads = store.shape().kv_heads();
-        let pieces = selection.pieces(step, usize::MAX);
+        let mut pieces = Vec::new();
+        selection.each_piece(step, usize::MAX, |queries| pieces.push(queries));
         let counts = parallel::map(pieces.len() * kv_heads, |index| {
             let (queries, head) = (pieces[index / kv_heads].clone(), index % kv_heads);
-            let ranges = selection.ranges(queries.start, head, queries.end, store);
+            let mut ranges = Vec::new();
+            selection.set_ranges(queries.start, head, queries.end, store, &mut ranges);
             let Some((tail, blocks)) = ranges.split_last() else { return (0, 0) };
             let blocks: usize = blocks.iter().map(|range| store.count_admitted(head, range.clone())).sum();
             let count = |t: usize| {

@@ -116,40 +116,38 @@ impl BlockSelection {
         after.checked_sub(1).map(|tile| &self.tiles[tile]).filter(|tile| tile.queries.contains(&t))
     }
 
-    /// The positions that queries from `t` on, of one tile, may read, as ascending ranges apart from each other;
+    /// Appends the positions that queries from `t` on, of one tile, may read, as ascending ranges apart from each other;
     /// the last one is open to the newest position `end`. What lies in the future of a query, or was not admitted, is
     /// still in it.
-    pub fn ranges(&self, t: usize, kv_head: usize, end: usize) -> Vec<Range<usize>> {
-        let Some(heads) = self.tile_of(t).and_then(|tile| tile.heads.as_ref()) else { return vec![0..end] };
+    fn add_ranges(&self, t: usize, kv_head: usize, end: usize, ranges: &mut Vec<Range<usize>>) {
+        let Some(heads) = self.tile_of(t).and_then(|tile| tile.heads.as_ref()) else { return ranges.push(0..end) };
         let size = self.limits.block_size;
         // From the first query's edge on, everything is a later query's edge or in a window.
         let tail = self.limits.edge(t).unwrap_or(0);
         let blocks = heads[kv_head].iter().filter(|block| **block < tail).map(|block| block * size..(block + 1) * size);
-        let mut ranges: Vec<Range<usize>> = Vec::new();
         for range in blocks.chain([tail * size..end]) {
             match ranges.last_mut() {
                 Some(last) if last.end == range.start => last.end = range.end,
                 _ => ranges.push(range),
             }
         }
-        ranges
     }
 }
 
 impl Selection {
-    /// The queries of a step that share what they may read: pieces of at most `most` queries, aligned to absolute positions.
-    pub(crate) fn pieces(&self, step: Step, most: usize) -> Vec<Range<usize>> {
-        let cut = |queries: Range<usize>| {
+    /// Calls `piece` with the queries of a step that share what they may read: at most `most`, aligned to absolute positions.
+    pub(crate) fn each_piece(&self, step: Step, most: usize, mut piece: impl FnMut(Range<usize>)) {
+        let mut cut = |queries: Range<usize>| {
             let mut t = queries.start;
-            std::iter::from_fn(move || {
-                let piece = t..queries.end.min((t / most + 1) * most);
-                t = piece.end;
-                (!piece.is_empty()).then_some(piece)
-            })
+            while t < queries.end {
+                let end = queries.end.min((t / most + 1) * most);
+                piece(t..end);
+                t = end;
+            }
         };
         match self {
-            Self::Every => cut(step.start..step.end()).collect(),
-            Self::Blocks(blocks) => blocks.tiles().flat_map(cut).collect(),
+            Self::Every => cut(step.start..step.end()),
+            Self::Blocks(blocks) => blocks.tiles().for_each(cut),
         }
     }
 
@@ -159,15 +157,18 @@ impl Selection {
             let in_window = store.local_window().is_some_and(|window| position + window > t);
             in_window || store.admitted(kv_head).is_none_or(|admitted| admitted.contains(*position))
         };
-        let from = store.first_visible(t);
-        self.ranges(t, kv_head, t + 1, store).into_iter().flatten().filter(|p| (from..=t).contains(p)).filter(read).collect()
+        let (from, mut ranges) = (store.first_visible(t), Vec::new());
+        self.set_ranges(t, kv_head, t + 1, store, &mut ranges);
+        ranges.into_iter().flatten().filter(|p| (from..=t).contains(p)).filter(read).collect()
     }
 
-    /// See [`BlockSelection::ranges`].
-    pub(crate) fn ranges(&self, t: usize, kv_head: usize, end: usize, store: &LayerStore) -> Vec<Range<usize>> {
+    /// The positions that queries from `t` on, which share what they may read, may read: ascending ranges apart from each
+    /// other, in place of what was in `ranges`.
+    pub(crate) fn set_ranges(&self, t: usize, kv_head: usize, end: usize, store: &LayerStore, ranges: &mut Vec<Range<usize>>) {
+        ranges.clear();
         match self {
-            Self::Every => vec![store.first_visible(t)..end],
-            Self::Blocks(blocks) => blocks.ranges(t, kv_head, end),
+            Self::Every => ranges.push(store.first_visible(t)..end),
+            Self::Blocks(blocks) => blocks.add_ranges(t, kv_head, end, ranges),
         }
     }
 }

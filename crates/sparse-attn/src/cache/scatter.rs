@@ -8,22 +8,25 @@ use half::slice::HalfFloatSliceExt;
 /// Rows that a thread takes at a time.
 const ROWS_AT_ONCE: usize = 64;
 
+/// Numbers that are rounded together.
+const ROUNDED_AT_ONCE: usize = 128;
+
 impl Pool {
-    /// Stores `rows` `[slots, width]` into `slots` (`page * PAGE_SIZE + slot`).
+    /// Stores `rows` `[.., width]`, as many as there are slots, into `slots` (`page * PAGE_SIZE + slot`).
     ///
     /// # Errors
     /// If the shapes differ or a slot is beyond the pool.
     pub fn write(&self, rows: &Tensor, slots: &[u32]) -> Result<()> {
-        if rows.dims() != [slots.len(), self.width()] {
+        if rows.elem_count() != slots.len() * self.width() || rows.dims().last() != Some(&self.width()) {
             bail!("pool: rows {:?} for {} slots of {} numbers", rows.dims(), slots.len(), self.width());
         }
+        let write = Write { order: self.order(), slots };
         // Halves are rounded on their way into the pool.
-        let halves = matches!(self.dtype(), KvDtype::F16 | KvDtype::Bf16) && rows.dtype() == DType::F32;
-        let encoded = if halves { vec![rows.contiguous()?] } else { self.encode(rows)? };
-        for (tensor, rows) in self.tensors().zip(encoded) {
-            tensor.inplace_op2(&rows, &Write { order: self.order(), slots })?;
+        if rows.dtype() == DType::F32 && self.dtype() != KvDtype::Q8_0 {
+            return self.values().inplace_op2(&rows.contiguous()?, &write);
         }
-        Ok(())
+        let encoded = self.encode(&rows.reshape((slots.len(), self.width()))?)?;
+        self.tensors().zip(encoded).try_for_each(|(tensor, rows)| tensor.inplace_op2(&rows, &write))
     }
 
     /// Copies slots to other slots, one move after the other.
@@ -72,7 +75,7 @@ impl Write<'_> {
         self.each(pool, |places, first| {
             for (slot, row) in self.slots[first..].iter().zip(rows[first * width..].chunks_exact(width)).take(ROWS_AT_ONCE) {
                 // SAFETY: the slot is inside the pool, and no other row's.
-                unsafe { self.put(places, *slot, row) };
+                unsafe { self.put(places, *slot, width, 0, row) };
             }
         });
     }
@@ -82,11 +85,14 @@ impl Write<'_> {
         [T]: HalfFloatSliceExt,
     {
         self.each(pool, |places, first| {
-            let mut rounded = vec![T::default(); width];
+            let mut rounded = [T::default(); ROUNDED_AT_ONCE];
             for (slot, row) in self.slots[first..].iter().zip(rows[first * width..].chunks_exact(width)).take(ROWS_AT_ONCE) {
-                rounded.convert_from_f32_slice(row);
-                // SAFETY: the slot is inside the pool, and no other row's.
-                unsafe { self.put(places, *slot, &rounded) };
+                for (part, from) in row.chunks(ROUNDED_AT_ONCE).zip((0..).step_by(ROUNDED_AT_ONCE)) {
+                    let rounded = &mut rounded[..part.len()];
+                    rounded.convert_from_f32_slice(part);
+                    // SAFETY: the slot is inside the pool, and no other row's.
+                    unsafe { self.put(places, *slot, width, from, rounded) };
+                }
             }
         });
     }
@@ -102,11 +108,13 @@ impl Write<'_> {
         }
     }
 
+    /// Numbers `from..` of the row of a slot.
+    ///
     /// # Safety
     /// The slot must be inside the pool, and no other thread may be writing it.
-    unsafe fn put<T: Copy>(&self, pool: &Places<T>, slot: u32, row: &[T]) {
-        let (first, stride) = self.order.place(slot, row.len());
-        for (i, value) in row.iter().enumerate() {
+    unsafe fn put<T: Copy>(&self, pool: &Places<T>, slot: u32, width: usize, from: usize, values: &[T]) {
+        let (first, stride) = self.order.place(slot, width);
+        for (i, value) in (from..).zip(values) {
             // SAFETY: the caller's.
             unsafe { pool.at(first + i * stride).write(*value) };
         }

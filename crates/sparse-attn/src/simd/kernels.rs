@@ -44,6 +44,11 @@ fn prefetch<T>(_from: *const T) {
     unsafe {
         std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(_from.cast());
     }
+    #[cfg(target_arch = "aarch64")]
+    // SAFETY: a hint: any address will do, and nothing is written.
+    unsafe {
+        std::arch::asm!("prfm pldl1keep, [{}]", in(reg) _from, options(nostack, preserves_flags, readonly));
+    }
 }
 
 macro_rules! plain_source {

@@ -24,10 +24,12 @@ pub(super) trait Lanes: Copy {
     unsafe fn times_plus(self, b: Self, c: Self) -> Self;
 }
 
-/// Plain arrays. The compiler makes vectors of them where the target has them (NEON on aarch64).
+/// Plain arrays, for any processor.
 #[derive(Clone, Copy)]
+#[cfg_attr(target_arch = "aarch64", allow(dead_code, reason = "there only tests compare with it"))]
 pub(super) struct Portable([f32; 16]);
 
+#[cfg_attr(target_arch = "aarch64", allow(dead_code, reason = "there only tests compare with it"))]
 impl Portable {
     #[inline(always)]
     fn each(f: impl FnMut(usize) -> f32) -> Self {
@@ -305,6 +307,114 @@ mod x86 {
         #[inline(always)]
         unsafe fn times_plus(self, b: Self, c: Self) -> Self {
             unsafe { Self(_mm256_fmadd_ps(self.0, b.0, c.0), _mm256_fmadd_ps(self.1, b.1, c.1)) }
+        }
+    }
+}
+
+#[cfg(target_arch = "aarch64")]
+pub(super) use arm::Neon;
+
+#[cfg(target_arch = "aarch64")]
+mod arm {
+    use super::Lanes;
+    use half::{bf16, f16};
+    use std::arch::aarch64::*;
+
+    /// Four registers. Every processor of this architecture has the instructions.
+    #[derive(Clone, Copy)]
+    pub(in crate::simd) struct Neon([float32x4_t; 4]);
+
+    /// 16 numbers as two registers of 8, of 16 bits each.
+    #[inline(always)]
+    unsafe fn load_16_bits([a, b]: [*const u16; 2]) -> [uint16x4_t; 4] {
+        // SAFETY: the caller's: 8 elements are readable at each.
+        unsafe {
+            let (a, b) = (vld1q_u16(a), vld1q_u16(b));
+            [vget_low_u16(a), vget_high_u16(a), vget_low_u16(b), vget_high_u16(b)]
+        }
+    }
+
+    // SAFETY of all: the caller's, see the trait.
+    #[allow(clippy::undocumented_unsafe_blocks, reason = "each is the trait's contract")]
+    impl Lanes for Neon {
+        const WIDE: bool = false;
+
+        #[inline(always)]
+        unsafe fn zero() -> Self {
+            unsafe { Self::splat(0.0) }
+        }
+
+        #[inline(always)]
+        unsafe fn splat(x: f32) -> Self {
+            unsafe { Self([vdupq_n_f32(x); 4]) }
+        }
+
+        #[inline(always)]
+        unsafe fn load(from: *const f32) -> Self {
+            unsafe { Self::load_two([from, from.add(8)]) }
+        }
+
+        #[inline(always)]
+        unsafe fn load_f16(from: *const f16) -> Self {
+            unsafe { Self::load_two_f16([from, from.add(8)]) }
+        }
+
+        #[inline(always)]
+        unsafe fn load_bf16(from: *const bf16) -> Self {
+            unsafe { Self::load_two_bf16([from, from.add(8)]) }
+        }
+
+        #[inline(always)]
+        unsafe fn load_i8(from: *const i8) -> Self {
+            unsafe { Self::load_two_i8([from, from.add(8)]) }
+        }
+
+        #[inline(always)]
+        unsafe fn load_two([a, b]: [*const f32; 2]) -> Self {
+            unsafe { Self([vld1q_f32(a), vld1q_f32(a.add(4)), vld1q_f32(b), vld1q_f32(b.add(4))]) }
+        }
+
+        #[inline(always)]
+        unsafe fn load_two_f16(from: [*const f16; 2]) -> Self {
+            unsafe { Self(load_16_bits(from.map(|from| from.cast())).map(|x| vcvt_f32_f16(vreinterpret_f16_u16(x)))) }
+        }
+
+        #[inline(always)]
+        unsafe fn load_two_bf16(from: [*const bf16; 2]) -> Self {
+            unsafe { Self(load_16_bits(from.map(|from| from.cast())).map(|x| vreinterpretq_f32_u32(vshll_n_u16::<16>(x)))) }
+        }
+
+        #[inline(always)]
+        unsafe fn load_two_i8([a, b]: [*const i8; 2]) -> Self {
+            unsafe {
+                let (a, b) = (vmovl_s8(vld1_s8(a)), vmovl_s8(vld1_s8(b)));
+                let quarters = [vget_low_s16(a), vget_high_s16(a), vget_low_s16(b), vget_high_s16(b)];
+                Self(quarters.map(|x| vcvtq_f32_s32(vmovl_s16(x))))
+            }
+        }
+
+        #[inline(always)]
+        unsafe fn store(self, to: *mut f32) {
+            unsafe {
+                vst1q_f32(to, self.0[0]);
+                vst1q_f32(to.add(4), self.0[1]);
+                vst1q_f32(to.add(8), self.0[2]);
+                vst1q_f32(to.add(12), self.0[3]);
+            }
+        }
+
+        #[inline(always)]
+        unsafe fn times(self, b: Self) -> Self {
+            let (a, b) = (self.0, b.0);
+            unsafe { Self([vmulq_f32(a[0], b[0]), vmulq_f32(a[1], b[1]), vmulq_f32(a[2], b[2]), vmulq_f32(a[3], b[3])]) }
+        }
+
+        #[inline(always)]
+        unsafe fn times_plus(self, b: Self, c: Self) -> Self {
+            let (a, b, c) = (self.0, b.0, c.0);
+            unsafe {
+                Self([vfmaq_f32(c[0], a[0], b[0]), vfmaq_f32(c[1], a[1], b[1]), vfmaq_f32(c[2], a[2], b[2]), vfmaq_f32(c[3], a[3], b[3])])
+            }
         }
     }
 }

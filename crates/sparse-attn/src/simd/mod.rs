@@ -68,7 +68,6 @@ use crate::parallel;
 use candle_core::{CpuStorage, DType, Result, Storage, Tensor, bail};
 use half::{bf16, f16};
 use kernels::Column;
-use lanes::Portable;
 
 pub(crate) use kernels::Column as ValueColumn;
 pub(crate) use softmax::{all_finite, exp_sum, max, raise};
@@ -189,8 +188,12 @@ macro_rules! call {
                 return unsafe { kernels::$avx2($($argument),*) };
             }
         }
+        #[cfg(target_arch = "aarch64")]
+        type Any = lanes::Neon;
+        #[cfg(not(target_arch = "aarch64"))]
+        type Any = lanes::Portable;
         // SAFETY: places and shapes were checked.
-        unsafe { kernels::$portable::<Portable>($($argument),*) }
+        unsafe { kernels::$portable::<Any>($($argument),*) }
     }};
 }
 

@@ -35,12 +35,6 @@ pub(super) struct Partial {
 }
 
 impl Partial {
-    pub(super) fn new(rows: usize, head_dim: usize) -> Self {
-        let mut partial = Self::default();
-        partial.reset(rows, head_dim);
-        partial
-    }
-
     /// No key yet.
     pub(super) fn reset(&mut self, rows: usize, head_dim: usize) {
         let fill = |list: &mut Vec<f32>, count: usize, value: f32| {

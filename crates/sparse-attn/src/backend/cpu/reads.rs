@@ -33,10 +33,11 @@ fn lanes(range: Range<usize>, first: usize) -> u8 {
     if from >= to { 0 } else { ((1u32 << to) - (1u32 << from)) as u8 }
 }
 
-/// The octets of `head` that hold positions of `ranges`, which ascend: kept ones, then recent ones. Those of which none of
-/// `queries` sees a lane are left out: what is read, not how it was selected, then decides how sums are cut.
-pub(super) fn octets(store: &LayerStore, head: usize, queries: &Range<usize>, ranges: &[Range<usize>]) -> Vec<OctetRef> {
-    let mut octets: Vec<OctetRef> = Vec::new();
+/// The octets of `head` that hold positions of `ranges`, which ascend: kept ones, then recent ones, in place of what was in
+/// `octets`. Those of which none of `queries` sees a lane are left out: what is read, not how it was selected, then
+/// decides how sums are cut.
+pub(super) fn set_octets(store: &LayerStore, head: usize, queries: &Range<usize>, ranges: &[Range<usize>], octets: &mut Vec<OctetRef>) {
+    octets.clear();
     let mut push = |pages: &[u32], slots: Range<usize>, recent: bool| {
         let mut first = slots.start / OCTET * OCTET;
         while first < slots.end {
@@ -52,7 +53,7 @@ pub(super) fn octets(store: &LayerStore, head: usize, queries: &Range<usize>, ra
     };
     let Some(admitted) = store.admitted(head) else {
         ranges.iter().for_each(|range| push(store.table().recent(head), range.clone(), true));
-        return octets;
+        return;
     };
     let frontier = store.frontier();
     for range in ranges.iter().filter(|range| range.start < frontier) {
@@ -64,7 +65,6 @@ pub(super) fn octets(store: &LayerStore, head: usize, queries: &Range<usize>, ra
     }
     let reads = Reads { store, kv_head: head, queries: queries.clone(), octets: &[] };
     octets.retain(|octet| queries.clone().any(|t| reads.visible(*octet, t) != 0));
-    octets
 }
 
 impl Reads<'_> {

@@ -2,6 +2,12 @@
 
 use crate::cache::{LayerStore, Step};
 use candle_core::{Result, Tensor};
+use std::cell::Cell;
+
+thread_local! {
+    /// A buffer that is kept from step to step.
+    static SLOTS: Cell<Vec<u32>> = Cell::default();
+}
 
 /// Moves what left the window to the kept tokens, then stores `k` and `v` `[step.len, kv_heads, head_dim]`.
 pub(super) fn write(k: &Tensor, v: &Tensor, step: Step, store: &mut LayerStore) -> Result<()> {
@@ -10,8 +16,11 @@ pub(super) fn write(k: &Tensor, v: &Tensor, step: Step, store: &mut LayerStore) 
     store.v().apply(&moves)?;
     let kv_heads = store.shape().kv_heads();
     // Row after row: token, then head.
-    let slots: Vec<u32> =
-        (0..step.len * kv_heads).map(|row| store.table().recent_slot(row % kv_heads, step.start + row / kv_heads)).collect();
-    store.k().write(&k.flatten_to(1)?, &slots)?;
-    store.v().write(&v.flatten_to(1)?, &slots)
+    let mut slots = SLOTS.take();
+    slots.clear();
+    slots.extend((0..step.len * kv_heads).map(|row| store.table().recent_slot(row % kv_heads, step.start + row / kv_heads)));
+    store.k().write(k, &slots)?;
+    store.v().write(v, &slots)?;
+    SLOTS.set(slots);
+    Ok(())
 }
