@@ -2,6 +2,7 @@
 
 use crate::CausalLm;
 use crate::sampler::{Sampler, logprobs};
+use crate::weights::MANY_TOKENS;
 use candle_core::{DType, Device, Result, Tensor, bail};
 use sparse_attn::cache::ReadCount;
 use sparse_attn::{KvCache, KvDtypes, RoutedAttention};
@@ -131,7 +132,7 @@ impl Session {
             if progress(done, waiting.len()).is_break() {
                 return Ok(false);
             }
-            let part = &waiting[done..waiting.len().min(done + chunk)];
+            let part = &waiting[done..done + next_chunk(waiting.len() - done, chunk)];
             self.next_logits = None;
             let hidden = self.model.forward(part, &self.attention, &mut self.cache)?;
             self.tokens.extend_from_slice(part);
@@ -206,6 +207,15 @@ impl Session {
     }
 }
 
+/// How many of `left` tokens to compute next, at most `chunk`: so that no short rest is left, of which products would add in another
+/// order than those of whole chunks.
+fn next_chunk(left: usize, chunk: usize) -> usize {
+    match left.saturating_sub(chunk) {
+        1..MANY_TOKENS if chunk >= 2 * MANY_TOKENS => chunk - MANY_TOKENS,
+        _ => left.min(chunk),
+    }
+}
+
 /// An iterator of tokens, each computed when it is asked for.
 #[derive(Debug)]
 pub struct Generation<'a> {
@@ -261,5 +271,28 @@ impl Iterator for Generation<'_> {
             Err(_) => self.finished = Some(FinishReason::Interrupt),
         }
         Some(token)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_last_chunk_is_as_large_as_products_of_whole_chunks_want() {
+        for chunk in [1, 16, 32, 64, 512] {
+            for len in 1..1200usize {
+                let (mut left, mut parts) = (len, Vec::new());
+                while left > 0 {
+                    parts.push(next_chunk(left, chunk));
+                    left -= parts[parts.len() - 1];
+                }
+                assert!(parts.iter().all(|part| (1..=chunk).contains(part)), "{len} in {chunk}: {parts:?}");
+                let shortest = MANY_TOKENS.min(len);
+                assert!(chunk < 2 * MANY_TOKENS || parts.iter().all(|part| *part >= shortest), "{len} in {chunk}: {parts:?}");
+                // All but the last end where tiles of queries do.
+                assert!(parts.iter().rev().skip(1).all(|part| part.is_multiple_of(MANY_TOKENS.min(chunk))), "{len} in {chunk}");
+            }
+        }
     }
 }

@@ -1,4 +1,5 @@
-//! What a setting costs: several attentions over the same tokens, position by position.
+//! What a model makes of a text: its likelihood, that of a few ways to go on, and what a setting of attention costs, position by
+//! position.
 
 use crate::CausalLm;
 use candle_core::{Device, Result, Tensor, bail};
@@ -60,6 +61,13 @@ pub struct Setting {
     pub dtypes: KvDtypes,
 }
 
+impl Setting {
+    /// An empty cache for `capacity` tokens of `model`.
+    fn cache(&self, model: &dyn CausalLm, capacity: usize) -> Result<KvCache> {
+        KvCache::new(&self.attention.layer_specs(&model.config().layer_specs()), self.dtypes, &Device::Cpu, capacity)
+    }
+}
+
 /// What a setting did to a text.
 #[derive(Debug, Clone)]
 pub struct SettingScore {
@@ -88,10 +96,8 @@ pub fn compare(
     if tokens.len() < from + 2 {
         bail!("{} tokens leave nothing to score after position {from}", tokens.len());
     }
-    let specs = model.config().layer_specs();
     let settings: Vec<&Setting> = std::iter::once(reference).chain(others).collect();
-    let new_cache = |setting: &&Setting| KvCache::new(&setting.attention.layer_specs(&specs), setting.dtypes, &Device::Cpu, tokens.len());
-    let mut caches = settings.iter().map(new_cache).collect::<Result<Vec<_>>>()?;
+    let mut caches = settings.iter().map(|setting| setting.cache(model, tokens.len())).collect::<Result<Vec<_>>>()?;
     let empty = || SettingScore { positions: Vec::new(), kv_bytes: 0, read: ReadCount::default() };
     let mut scores: Vec<SettingScore> = others.iter().map(|_| empty()).collect();
     for (index, part) in tokens.chunks(chunk.max(1)).enumerate() {
@@ -126,6 +132,103 @@ pub fn compare(
         score.kv_bytes = cache.allocated_bytes();
     }
     Ok(scores)
+}
+
+/// `ln p` of all of `tokens`, every one predicted once: in windows of `window` tokens that follow each other, each with the token
+/// before it as its first context (`prefix` before the first of all); the last window reaches back, so that it is whole. lm-evaluation-harness'
+/// `loglikelihood_rolling`.
+///
+/// `progress` is told how many tokens are done, and may stop it: then the result is `None`.
+///
+/// # Errors
+/// If there are no tokens, an id is beyond the vocabulary, or memory runs out.
+pub fn log_likelihood(
+    model: &dyn CausalLm,
+    setting: &Setting,
+    prefix: u32,
+    tokens: &[u32],
+    window: usize,
+    chunk: usize,
+    mut progress: impl FnMut(usize) -> ControlFlow<()>,
+) -> Result<Option<f64>> {
+    if tokens.is_empty() || window == 0 {
+        bail!("{} tokens in windows of {window}: nothing to predict", tokens.len());
+    }
+    let all: Vec<u32> = std::iter::once(prefix).chain(tokens.iter().copied()).collect();
+    let (mut total, mut done) = (0.0, 0);
+    while done < tokens.len() {
+        let scored = window.min(tokens.len() - done);
+        let end = done + scored;
+        // The token at `i` of `tokens` is predicted by that at `i` of `all`.
+        let inputs = &all[end.saturating_sub(window)..end];
+        let mut cache = setting.cache(model, inputs.len())?;
+        let (mut at, chunk) = (0, chunk.max(1));
+        for part in inputs.chunks(chunk) {
+            if progress(done).is_break() {
+                return Ok(None);
+            }
+            let hidden = model.forward(part, &setting.attention, &mut cache)?;
+            let first = at.max(inputs.len() - scored);
+            if first < at + part.len() {
+                let next = &all[end - inputs.len() + 1..];
+                total += log_probabilities(model, &hidden, first - at, &next[first..at + part.len()])?;
+            }
+            at += part.len();
+        }
+        done = end;
+    }
+    Ok(Some(total))
+}
+
+/// `ln p` of each of `continuations` after `context`, the sum over its tokens. lm-evaluation-harness' `loglikelihood`.
+///
+/// # Errors
+/// If the context or a continuation is empty, an id is beyond the vocabulary, or memory runs out.
+pub fn continuations(
+    model: &dyn CausalLm,
+    setting: &Setting,
+    context: &[u32],
+    continuations: &[Vec<u32>],
+    chunk: usize,
+) -> Result<Vec<f64>> {
+    let longest = continuations.iter().map(Vec::len).max().unwrap_or(0);
+    if context.is_empty() || continuations.iter().any(Vec::is_empty) {
+        bail!("a context of {} tokens and continuations of up to {longest}: neither may be empty", context.len());
+    }
+    let mut cache = setting.cache(model, context.len() + longest)?;
+    let mut last = None;
+    for part in context.chunks(chunk.max(1)) {
+        let hidden = model.forward(part, &setting.attention, &mut cache)?;
+        last = Some(hidden.narrow(0, part.len() - 1, 1)?);
+    }
+    let Some(last) = last else { return Ok(Vec::new()) };
+    let score = |continuation: &Vec<u32>| {
+        let first = log_probabilities(model, &last, 0, &continuation[..1])?;
+        let (_, inputs) = continuation.split_last().map_or((0, &[][..]), |(last, inputs)| (*last, inputs));
+        if inputs.is_empty() {
+            return Ok(first);
+        }
+        let hidden = model.forward(inputs, &setting.attention, &mut cache.fork()?)?;
+        Ok(first + log_probabilities(model, &hidden, 0, &continuation[1..])?)
+    };
+    continuations.iter().map(score).collect()
+}
+
+/// The sum of `ln p` of `next`, the tokens that follow the rows of `hidden` from `first` on.
+fn log_probabilities(model: &dyn CausalLm, hidden: &Tensor, first: usize, next: &[u32]) -> Result<f64> {
+    let mut total = 0.0;
+    for (index, next) in next.chunks(ROWS).enumerate() {
+        let rows = hidden.narrow(0, first + index * ROWS, next.len())?.contiguous()?;
+        let logits = model.logits(&rows)?.to_vec2::<f32>()?;
+        let vocab_size = model.config().vocab_size;
+        if let Some(id) = next.iter().find(|id| **id as usize >= vocab_size) {
+            bail!("token id {id} is beyond the vocabulary of {vocab_size}");
+        }
+        // In this order whatever the threads, so that a sum is the same every time.
+        let each: Vec<f64> = logits.par_iter().zip(next).map(|(logits, id)| f64::from(logits[*id as usize]) - log_total(logits)).collect();
+        total += each.iter().sum::<f64>();
+    }
+    Ok(total)
 }
 
 #[cfg(test)]

@@ -249,7 +249,9 @@ impl GgufFile {
     /// If it is missing or has another shape.
     pub fn load(&self, name: &str, shape: &[usize], device: &Device) -> Result<QTensor> {
         let (info, bytes) = self.find(name, shape)?;
-        QTensor::new(QStorage::from_data(Cow::Borrowed(bytes), device, info.dtype)?, shape)
+        let tensor = QTensor::new(QStorage::from_data(Cow::Borrowed(bytes), device, info.dtype)?, shape);
+        self.let_go(info);
+        tensor
     }
 
     /// Copies a matrix to `device`, taking row `rows[i]` of the file for row `i`.
@@ -257,7 +259,17 @@ impl GgufFile {
         let (info, bytes) = self.find(name, shape)?;
         let row_bytes = bytes.len() / shape[0];
         let permuted: Vec<u8> = rows.iter().flat_map(|row| &bytes[row * row_bytes..(row + 1) * row_bytes]).copied().collect();
+        self.let_go(info);
         QTensor::new(QStorage::from_data(Cow::Owned(permuted), device, info.dtype)?, shape)
+    }
+
+    /// Gives back the memory that a tensor's pages take in this process: it was copied. The system still has them at hand.
+    fn let_go(&self, info: &TensorInfo) {
+        #[cfg(unix)]
+        // SAFETY: the map is read-only: what is read of it later comes from the file again, the same bytes.
+        let _ = unsafe { self.map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, info.offset, info.bytes as usize) };
+        #[cfg(not(unix))]
+        let _ = info;
     }
 
     fn find(&self, name: &str, shape: &[usize]) -> Result<(&TensorInfo, &[u8])> {

@@ -7,6 +7,7 @@ pub mod safetensors;
 mod tiles;
 
 pub use matrix::Matrix;
+pub(crate) use product::MANY_TOKENS;
 pub use tiles::Tiles;
 
 use crate::Config;
@@ -114,6 +115,14 @@ impl Weights {
                     }
                 })
                 .sum(),
+        }
+    }
+
+    /// Numbers that the checkpoint holds.
+    pub fn parameters(&self) -> u64 {
+        match &self.source {
+            Source::Gguf(file) => file.tensors().map(gguf::TensorInfo::elements).sum(),
+            Source::Safetensors(files) => files.tensors().map(|(shape, _)| shape.iter().map(|d| *d as u64).product::<u64>()).sum(),
         }
     }
 

@@ -23,7 +23,7 @@ use std::ops::Range;
 const ROWS_AT_ONCE: usize = 16;
 
 /// From this many tokens on, weights are unpacked once for all.
-const MANY_TOKENS: usize = 16;
+pub(crate) const MANY_TOKENS: usize = 16;
 
 /// Whether [`multiply`] is the fast way for this matrix and that many tokens.
 pub(super) fn supports(weight: &QTensor, tokens: usize) -> bool {
