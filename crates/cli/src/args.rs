@@ -2,8 +2,9 @@
 
 #![allow(rustdoc::broken_intra_doc_links, reason = "USER/REPO[:QUANT] is no link")]
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
+use std::ffi::OsString;
 use std::path::PathBuf;
 
 /// Version, commit, target and features of this build.
@@ -72,6 +73,8 @@ pub(crate) enum Command {
     /// What routed attention costs in quality
     #[command(subcommand)]
     Eval(Eval),
+    /// Two models, or one under two settings: speed, memory and quality side by side, in one report
+    Compare(Box<Compare>),
     /// Train a token router for a model, from texts: which tokens stay in memory
     TrainRouter(Box<TrainRouter>),
     /// What the routers kept and read of a prompt: a picture, and how much of dense attention it caught
@@ -145,6 +148,14 @@ pub(crate) struct ModelArgs {
     /// The Hub revision (same as @REVISION)
     #[arg(long)]
     pub(crate) revision: Option<String>,
+    #[command(flatten)]
+    pub(crate) machine: MachineArgs,
+}
+
+/// Where, and how much memory.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Model")]
+pub(crate) struct MachineArgs {
     /// Where to compute
     #[arg(long, value_enum, default_value_t = DeviceChoice::Auto)]
     pub(crate) device: DeviceChoice,
@@ -485,6 +496,82 @@ pub(crate) struct EvalNeedle {
     pub(crate) attention: AttentionArgs,
 }
 
+#[derive(Debug, Args)]
+pub(crate) struct Compare {
+    /// A name of `foveate ls`, USER/REPO[:QUANT][@REVISION], a directory or a .gguf file
+    #[arg(value_name = "A")]
+    pub(crate) a: String,
+    /// What it is compared with [default: the same model where --b is given, else mistral-7b-instruct-v0.3]
+    #[arg(value_name = "B")]
+    pub(crate) b: Option<String>,
+    /// Attention of B: the attention flags that follow, e.g. --b --attn routed --budget 1024 [default: --attn dense]; those
+    /// before it are A's
+    #[arg(long = "b", value_name = "FLAGS", value_parser = parse_setting, allow_hyphen_values = true)]
+    pub(crate) b_flags: Option<AttentionArgs>,
+    /// Lengths of the context at which both are timed, in tokens
+    #[arg(short, long, value_name = "N", value_delimiter = ',', default_value = "0,4096", value_parser = clap::value_parser!(u32).range(0..=1 << 28))]
+    pub(crate) depth: Vec<u32>,
+    /// Tokens of the prefill test at depth 0
+    #[arg(short, long, value_name = "N", default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..=1 << 20))]
+    pub(crate) prompt: u32,
+    /// Tokens of the decode test
+    #[arg(short = 'n', long, value_name = "N", default_value_t = 128, value_parser = clap::value_parser!(u32).range(1..=1 << 20))]
+    pub(crate) generate: u32,
+    /// Times that each is measured, by turns
+    #[arg(short, long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub(crate) repeat: u32,
+    /// A text to measure quality on: perplexity per byte and word, needles hidden in it; of one model, how far both settings differ
+    #[arg(short, long, value_name = "PATH", help_heading = "Quality")]
+    pub(crate) file: Option<PathBuf>,
+    /// Bytes of the text that are scored, from its beginning
+    #[arg(long, value_name = "N", default_value_t = 32768, value_parser = clap::value_parser!(u32).range(64..=1 << 30), help_heading = "Quality")]
+    pub(crate) text_bytes: u32,
+    /// Tokens of context that scored text has, and that needles are hidden in [default: the deepest --depth, at least 2048]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(64..=1 << 28), help_heading = "Quality")]
+    pub(crate) text_context: Option<u32>,
+    /// Questions with choices, as lines of JSON: {"question", "choices", "answer"}, HellaSwag's or ARC's; may be repeated
+    #[arg(long, value_name = "PATH", help_heading = "Quality")]
+    pub(crate) choices: Vec<PathBuf>,
+    /// Of each file of choices, the first N [default: all]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..), help_heading = "Quality")]
+    pub(crate) limit: Option<u32>,
+    /// A prompt that both answer, greedily; may be repeated [default: three of our own]
+    #[arg(long, value_name = "TEXT", help_heading = "Quality")]
+    pub(crate) ask: Vec<String>,
+    /// Tokens of an answer (0: ask nothing)
+    #[arg(long, value_name = "N", default_value_t = 64, help_heading = "Quality")]
+    pub(crate) answer_tokens: u32,
+    /// What an hour of this machine costs, in any currency
+    #[arg(long, value_name = "PRICE", value_parser = parse_price, help_heading = "Cost")]
+    pub(crate) price_per_hour: Option<f64>,
+    /// What a kilowatt-hour costs: needs a machine that tells its energy
+    #[arg(long, value_name = "PRICE", value_parser = parse_price, help_heading = "Cost")]
+    pub(crate) price_per_kwh: Option<f64>,
+    /// What a request is like, in tokens
+    #[arg(long, value_name = "prompt=N,output=N", default_value = "prompt=2000,output=300", value_parser = parse_mix, help_heading = "Cost")]
+    pub(crate) mix: Mix,
+    /// Write a report: .html, .md or .json; may be repeated
+    #[arg(short, long, value_name = "FILE")]
+    pub(crate) output: Vec<PathBuf>,
+    /// Forget what an interrupted run of the same comparison measured
+    #[arg(long)]
+    pub(crate) restart: bool,
+    /// What a process of ours that measures one thing is told
+    #[arg(long, hide = true, value_name = "JSON")]
+    pub(crate) measure: Option<String>,
+    #[command(flatten)]
+    pub(crate) machine: MachineArgs,
+    #[command(flatten)]
+    pub(crate) attention: AttentionArgs,
+}
+
+/// `--mix`: tokens of a request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Mix {
+    pub(crate) prompt: u32,
+    pub(crate) output: u32,
+}
+
 /// What is hidden, and asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum NeedleTask {
@@ -552,6 +639,38 @@ impl AttentionArgs {
     }
 }
 
+/// Makes one argument of the attention flags that follow a bare `--b`, so that other flags may come after them.
+pub(crate) fn gather_flags_of_b(args: impl IntoIterator<Item = OsString>) -> Vec<OsString> {
+    let names: Vec<String> = Setting::command()
+        .get_arguments()
+        .flat_map(|arg| arg.get_long_and_visible_aliases().unwrap_or_default())
+        .map(|name| format!("--{name}"))
+        .collect();
+    let mut args = args.into_iter().peekable();
+    let mut out = Vec::new();
+    while let Some(arg) = args.next() {
+        let is_b = arg == "--b";
+        out.push(arg);
+        let mut flags: Vec<String> = Vec::new();
+        while let Some(flag) = args.peek().filter(|_| is_b).and_then(|next| next.to_str()).map(str::to_string) {
+            let (name, value) = flag.split_once('=').map_or((flag.as_str(), None), |(name, value)| (name, Some(value)));
+            if !names.iter().any(|known| known == name) {
+                break;
+            }
+            let has_value = value.is_some();
+            args.next();
+            flags.push(flag);
+            if !has_value {
+                flags.extend(args.next().map(|value| value.to_string_lossy().into_owned()));
+            }
+        }
+        if !flags.is_empty() {
+            out.push(flags.join(" ").into());
+        }
+    }
+    out
+}
+
 fn parse_setting(text: &str) -> Result<AttentionArgs, String> {
     let setting = Setting::try_parse_from(text.split_whitespace()).map_err(|error| {
         let text = error.to_string();
@@ -613,6 +732,28 @@ fn parse_fraction(text: &str) -> Result<f32, String> {
     }
 }
 
+fn parse_price(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(price) if price > 0.0 && price.is_finite() => Ok(price),
+        _ => Err(format!("{text:?} is not a price above 0")),
+    }
+}
+
+fn parse_mix(text: &str) -> Result<Mix, String> {
+    let wrong = || format!("{text:?} is not of the form prompt=8000,output=500");
+    let mut mix = Mix { prompt: 0, output: 0 };
+    for part in text.split(',') {
+        let (name, count) = part.split_once('=').ok_or_else(wrong)?;
+        let count = count.trim().parse().map_err(|_| wrong())?;
+        match name.trim() {
+            "prompt" => mix.prompt = count,
+            "output" => mix.output = count,
+            _ => return Err(wrong()),
+        }
+    }
+    if mix.prompt == 0 || mix.output == 0 { Err(wrong()) } else { Ok(mix) }
+}
+
 fn parse_memory(text: &str) -> Result<MemoryLimit, String> {
     let wrong = || format!("{text:?} is neither a size (512MiB, 10GiB) nor a part of what is free (80%)");
     let split = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
@@ -632,7 +773,6 @@ fn parse_memory(text: &str) -> Result<MemoryLimit, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use clap::CommandFactory;
 
     #[test]
     fn the_command_line_is_consistent() {
@@ -664,6 +804,30 @@ mod tests {
         assert_eq!((setting.attn, setting.cache_type_k), (AttentionChoice::Routed, Some(CacheType::Q8_0)));
         assert!(parse_setting("--budget 0").unwrap_err().contains("0"));
         assert!(parse_setting("--model x").is_err());
+    }
+
+    #[test]
+    fn what_follows_b_is_its_attention_and_nothing_else() {
+        let gather = |text: &str| -> Vec<String> {
+            let args = gather_flags_of_b(text.split(' ').map(OsString::from));
+            args.into_iter().map(|arg| arg.into_string().unwrap()).collect()
+        };
+        let args = gather("foveate compare x --b --attn dense --ctk=q8_0 --depth 0,4096 -o r.html");
+        assert_eq!(args, ["foveate", "compare", "x", "--b", "--attn dense --ctk=q8_0", "--depth", "0,4096", "-o", "r.html"]);
+        let Command::Compare(parsed) = Cli::try_parse_from(args).unwrap().command else { panic!("not compare") };
+        assert_eq!(parsed.depth, [0, 4096]);
+        assert_eq!(parsed.b_flags.unwrap().cache_type_k, Some(CacheType::Q8_0));
+        // What is one argument already stays, and what is missing is missed by clap.
+        assert_eq!(gather("compare x --attn routed --b"), ["compare", "x", "--attn", "routed", "--b"]);
+        assert!(Cli::try_parse_from(gather("foveate compare x --b --depth 0")).is_err());
+    }
+
+    #[test]
+    fn a_mix_names_both() {
+        assert_eq!(parse_mix("prompt=8000,output=500"), Ok(Mix { prompt: 8000, output: 500 }));
+        for wrong in ["", "8000,500", "prompt=1", "prompt=0,output=1", "prompt=1,output=x"] {
+            assert!(parse_mix(wrong).is_err(), "{wrong}");
+        }
     }
 
     #[test]

@@ -83,7 +83,7 @@ pub(crate) const FEWEST_AT_ONCE: usize = 512;
 impl Checkpoint {
     /// Finds or fetches the model and reads all but its weights.
     pub(crate) fn open(args: &ModelArgs, template: &TemplateArgs, attention: &AttentionArgs, hub: &Hub) -> Result<Self> {
-        let device = device(args.device)?;
+        let device = device(args.machine.device)?;
         let reference = ModelReference::parse(&args.model, args.revision.as_deref())?;
         let located = source::obtain(&reference, hub)?;
         let quantize = located
@@ -131,7 +131,7 @@ impl Checkpoint {
             checkpoint.protected = checkpoint.tokenizer.encode(rendered.as_deref().unwrap_or(system), true)?.len();
         }
         checkpoint.attention = checkpoint.attention_of(attention)?;
-        checkpoint.chunk = match args.batch_size {
+        checkpoint.chunk = match args.machine.batch_size {
             Some(tokens) => tokens as usize,
             None => chunk(checkpoint.config(), &checkpoint.attention),
         };
@@ -185,8 +185,8 @@ impl Checkpoint {
 
     /// The most tokens a sequence may have on this machine.
     pub(crate) fn context(&self, args: &ModelArgs, ui: Ui) -> Result<usize> {
-        let (asked, trained) = (args.ctx_size.map(|n| n as usize), self.config().context);
-        let free = plan::available(args.mem_limit);
+        let (asked, trained) = (args.machine.ctx_size.map(|n| n as usize), self.config().context);
+        let free = plan::available(args.machine.mem_limit);
         let context = plan::choose_context(asked, self.config(), self.weights_bytes(), self.storage(), free)?;
         if context > trained {
             ui.warn(format!("-c {context} is beyond the {trained} tokens this model was trained on: expect nonsense there"));
@@ -231,7 +231,7 @@ impl Checkpoint {
 
     /// Loads the weights. `context`: the tokens that memory is planned for.
     pub(crate) fn load(self, context: usize, args: &ModelArgs) -> Result<Engine> {
-        plan::choose_context(Some(context), self.config(), self.weights_bytes(), self.storage(), plan::available(args.mem_limit))?;
+        plan::choose_context(Some(context), self.config(), self.weights_bytes(), self.storage(), plan::available(args.machine.mem_limit))?;
         let plan = Plan::new(self.config(), self.weights_bytes(), self.storage(), context);
         let started = Instant::now();
         let model = model::load(&self.weights).map_err(damaged).with_context(|| self.located.id.clone())?;

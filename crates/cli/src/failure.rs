@@ -78,6 +78,18 @@ impl fmt::Display for Failure {
 
 impl std::error::Error for Failure {}
 
+/// A process of ours ended with this exit code, and has said why.
+#[derive(Debug)]
+pub(crate) struct Reported(pub(crate) u8);
+
+impl fmt::Display for Reported {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "a process of ours ended with {}", self.0)
+    }
+}
+
+impl std::error::Error for Reported {}
+
 /// Makes a candle error, met while reading a model's files, a [`Kind::Malformed`] one.
 pub(crate) fn damaged(error: candle_core::Error) -> Failure {
     Failure::malformed(message(&error))

@@ -15,6 +15,7 @@ mod ui;
 use anyhow::Result;
 use args::{Cli, Command, Eval, Models};
 use clap::Parser;
+use failure::Reported;
 use interrupt::Interrupt;
 use source::Hub;
 use std::process::ExitCode;
@@ -34,14 +35,17 @@ const KEEP_FREED: std::ffi::c_long = 10_000;
 fn main() -> ExitCode {
     // SAFETY: an option of the allocator, which it reads when it next frees.
     unsafe { libmimalloc_sys::mi_option_set(PURGE_DELAY, KEEP_FREED) };
-    let cli = Cli::parse();
+    let cli = Cli::parse_from(args::gather_flags_of_b(std::env::args_os()));
     log_to_stderr(cli.global.verbose);
     set_threads(&cli.command);
     let json = cli.global.json;
     match run(cli) {
         Ok(code) => ExitCode::from(code),
-        Err(error) if error.downcast_ref::<PipeClosed>().is_some() => ExitCode::SUCCESS,
-        Err(error) => ExitCode::from(failure::report(&error, json)),
+        Err(error) => match error.downcast_ref() {
+            _ if error.is::<PipeClosed>() => ExitCode::SUCCESS,
+            Some(Reported(code)) => ExitCode::from(*code),
+            None => ExitCode::from(failure::report(&error, json)),
+        },
     }
 }
 
@@ -61,6 +65,7 @@ fn run(cli: Cli) -> Result<u8> {
         Command::Bench(args) => commands::bench::run(&args, &hub()?, ui, &interrupt),
         Command::Eval(Eval::Ppl(args)) => commands::eval::ppl(&args, &hub()?, ui, &interrupt),
         Command::Eval(Eval::Needle(args)) => commands::needle::run(&args, &hub()?, ui, &interrupt),
+        Command::Compare(args) => commands::compare::run(&args, &hub()?, ui, &interrupt),
         Command::TrainRouter(args) => commands::train_router::run(&args, &hub()?, ui, &interrupt),
         Command::Route(args) => commands::route::run(&args, &hub()?, ui, &interrupt),
         Command::Doctor => commands::doctor::run(&hub()?, ui),
@@ -80,13 +85,14 @@ fn log_to_stderr(verbose: u8) {
 /// Tells candle's pools, which read the environment when they start, how many threads to have.
 fn set_threads(command: &Command) {
     let threads = match command {
-        Command::Generate(args) => args.model.threads,
-        Command::Chat(args) => args.model.threads,
-        Command::Bench(args) => args.model.threads,
-        Command::Eval(Eval::Ppl(args)) => args.model.threads,
-        Command::Eval(Eval::Needle(args)) => args.model.threads,
-        Command::Route(args) => args.model.threads,
-        Command::TrainRouter(args) => args.model.threads,
+        Command::Generate(args) => args.model.machine.threads,
+        Command::Chat(args) => args.model.machine.threads,
+        Command::Bench(args) => args.model.machine.threads,
+        Command::Eval(Eval::Ppl(args)) => args.model.machine.threads,
+        Command::Eval(Eval::Needle(args)) => args.model.machine.threads,
+        Command::Route(args) => args.model.machine.threads,
+        Command::TrainRouter(args) => args.model.machine.threads,
+        Command::Compare(args) => args.machine.threads,
         _ => None,
     };
     if let Some(threads) = threads {

@@ -253,7 +253,8 @@ pub(crate) fn short(attention: &RoutedAttention, dtypes: KvDtypes) -> String {
     let Routing { token_router, block_router, limits, .. } = attention.routing();
     let mut parts = Vec::new();
     if limits.dense_len < usize::MAX {
-        parts.push(format!("{} b{} B{} W{}", block_router.name(), budget(limits.budget), limits.block_size, limits.window));
+        let size = budget(limits.budget).replace("everything", "100 %");
+        parts.push(format!("{} b{size} B{} W{}", block_router.name(), limits.block_size, limits.window));
     } else {
         parts.push("dense".to_string());
     }

@@ -1,5 +1,6 @@
 //! `foveate bench`: prefill and decode rates at depths, in llama-bench's words.
 
+use super::rates;
 use super::statistics::mean_and_deviation;
 use crate::args::{Bench, OutputFormat};
 use crate::engine::{Checkpoint, Engine};
@@ -10,11 +11,10 @@ use crate::source::Hub;
 use crate::ui::{Ui, bytes, stdout};
 use anyhow::Result;
 use comfy_table::{Table, presets};
-use model::{GenerateOptions, Sampler, SamplerOptions, Session};
+use model::Session;
 use serde_json::{Value, json};
 use sparse_attn::RoutedAttention;
-use std::ops::{ControlFlow, Range};
-use std::time::Instant;
+use std::time::Duration;
 
 /// One test: a rate per repetition.
 struct Row {
@@ -68,12 +68,6 @@ pub(crate) fn run(args: &Bench, hub: &Hub, ui: Ui, interrupt: &Interrupt) -> Res
     Ok(0)
 }
 
-/// Pseudo-random ids for these positions, the same every time; as whole texts have them: not one token again and again.
-pub(super) fn fixed_ids(positions: Range<usize>, engine: &Engine) -> Vec<u32> {
-    let vocab_size = engine.checkpoint.config().vocab_size as u64;
-    positions.map(|i| ((1000 + i as u64 * 7919) % vocab_size) as u32).collect()
-}
-
 /// Both tests of one attention at one depth.
 #[expect(clippy::too_many_arguments, reason = "what a measurement needs, each a different thing")]
 fn measure(
@@ -86,24 +80,17 @@ fn measure(
     ui: Ui,
     interrupt: &Interrupt,
 ) -> Result<Vec<Row>> {
-    let ids = fixed_ids(0..capacity, engine);
+    let ids = rates::fixed_ids(0..capacity, engine);
     let (prompt, generated) = (args.prompt as usize, args.generate as usize);
     let bar = ui.token_bar(&format!("{attn} @ d{depth}"), (depth + (prompt + generated) * args.repeat as usize) as u64);
-    let stopped = || -> Result<()> { if interrupt.is_set() { Err(Failure::new(Kind::Interrupted, "stopped").into()) } else { Ok(()) } };
     let mut session = engine.session_with(attention.clone(), capacity)?;
-    let feed = |session: &mut Session, part: &[u32]| -> Result<()> {
-        let go_on = |done: usize, _: usize| {
-            bar.tick();
-            if interrupt.is_set() && done < part.len() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
-        };
-        if !part.is_empty() {
-            session.prefill(part, engine.checkpoint.chunk, go_on).map_err(unexpected)?;
-        }
+    let feed = |session: &mut Session, part: &[u32]| -> Result<Duration> {
+        let time = rates::read(engine, session, part, interrupt, || bar.tick());
         bar.inc(part.len() as u64);
-        stopped()
+        time
     };
     // Back to the depth; where a sliding layer forgot, everything is computed again, untimed.
-    let back = |session: &mut Session| -> Result<()> {
+    let back = |session: &mut Session| -> Result<Duration> {
         let kept = session.rewind(depth.min(session.tokens().len())).map_err(unexpected)?;
         feed(session, &ids[kept..depth])
     };
@@ -112,9 +99,8 @@ fn measure(
     for _ in 0..args.repeat {
         if prompt > 0 {
             back(&mut session)?;
-            let started = Instant::now();
-            feed(&mut session, &ids[depth..depth + prompt])?;
-            prefill.push(prompt as f64 / started.elapsed().as_secs_f64());
+            let time = feed(&mut session, &ids[depth..depth + prompt])?;
+            prefill.push(prompt as f64 / time.as_secs_f64());
             // Of the last chunk, per token.
             kv_read[0] = session.read_count().bytes / ((prompt - 1) % engine.checkpoint.chunk + 1) as u64;
         }
@@ -122,14 +108,8 @@ fn measure(
             back(&mut session)?;
             // One token more than the depth, so that there is something to continue.
             feed(&mut session, &ids[depth..=depth])?;
-            let mut sampler = Sampler::new(SamplerOptions::greedy()).map_err(unexpected)?;
-            let options = GenerateOptions { max_tokens: Some(generated), end_tokens: Vec::new(), context: usize::MAX, logprobs: 0 };
-            let started = Instant::now();
-            for token in session.generate(&mut sampler, options) {
-                token.map_err(unexpected)?;
-                stopped()?;
-            }
-            decode.push(generated as f64 / started.elapsed().as_secs_f64());
+            let time = rates::decode(&mut session, generated, interrupt)?;
+            decode.push(generated as f64 / time.as_secs_f64());
             kv_read[1] = session.read_count().bytes;
             bar.inc(generated as u64);
         }

@@ -1,6 +1,6 @@
 //! `foveate bench --crossover`: from which context on routed attention decodes faster than dense.
 
-use super::bench::fixed_ids;
+use super::rates;
 use crate::args::Bench;
 use crate::crossover;
 use crate::engine::{Checkpoint, Engine};
@@ -9,10 +9,9 @@ use crate::interrupt::Interrupt;
 use crate::source::Hub;
 use crate::ui::{Ui, stdout};
 use anyhow::Result;
-use model::{GenerateOptions, Sampler, SamplerOptions, Session};
+use model::Session;
 use serde_json::json;
 use std::ops::ControlFlow;
-use std::time::Instant;
 
 /// Where both are measured, as far as the context goes.
 const DEPTHS: [usize; 9] = [512, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288];
@@ -57,7 +56,7 @@ pub(crate) fn run(args: &Bench, hub: &Hub, ui: Ui, interrupt: &Interrupt) -> Res
         // By turns, so that what else the machine does hits both.
         for _ in 0..args.repeat {
             for (session, rate) in sessions.iter_mut().zip(&mut rates) {
-                *rate = rate.max(decode(session, depth)?);
+                *rate = rate.max(decode(session, depth, interrupt)?);
             }
         }
         rows.push((depth, rates));
@@ -91,27 +90,18 @@ fn crossover_of(rows: &[(usize, [f64; 2])]) -> usize {
 /// Computes tokens until `depth` are there.
 fn extend(engine: &Engine, session: &mut Session, depth: usize, interrupt: &Interrupt) -> Result<()> {
     session.rewind(session.cached().min(depth)).map_err(unexpected)?;
-    let ids = fixed_ids(session.tokens().len()..depth, engine);
-    let go_on = |_, _| if interrupt.is_set() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) };
-    if !ids.is_empty() && !session.prefill(&ids, engine.checkpoint.chunk, go_on).map_err(unexpected)? {
-        return Err(Failure::new(Kind::Interrupted, "stopped").into());
-    }
+    let ids = rates::fixed_ids(session.tokens().len()..depth, engine);
+    rates::read(engine, session, &ids, interrupt, || ())?;
     Ok(())
 }
 
 /// Tokens per second after `depth` tokens, which are all that is there again afterwards.
-fn decode(session: &mut Session, depth: usize) -> Result<f64> {
-    let mut sampler = Sampler::new(SamplerOptions::greedy()).map_err(unexpected)?;
-    let options = GenerateOptions { max_tokens: Some(TOKENS), end_tokens: Vec::new(), context: usize::MAX, logprobs: 0 };
+fn decode(session: &mut Session, depth: usize, interrupt: &Interrupt) -> Result<f64> {
     // The last token again, so that there is something to continue.
     let last = session.tokens()[depth - 1];
     session.rewind(depth - 1).map_err(unexpected)?;
     session.prefill(&[last], 1, |_, _| ControlFlow::Continue(())).map_err(unexpected)?;
-    let started = Instant::now();
-    for token in session.generate(&mut sampler, options) {
-        token.map_err(unexpected)?;
-    }
-    let rate = TOKENS as f64 / started.elapsed().as_secs_f64();
+    let rate = TOKENS as f64 / rates::decode(session, TOKENS, interrupt)?.as_secs_f64();
     session.rewind(depth).map_err(unexpected)?;
     Ok(rate)
 }

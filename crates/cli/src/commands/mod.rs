@@ -2,6 +2,7 @@
 
 pub(crate) mod bench;
 pub(crate) mod chat;
+pub(crate) mod compare;
 pub(crate) mod completions;
 mod crossover;
 pub(crate) mod doctor;
@@ -10,6 +11,7 @@ pub(crate) mod generate;
 mod input;
 pub(crate) mod models;
 pub(crate) mod needle;
+mod rates;
 mod reply;
 pub(crate) mod route;
 mod route_log;

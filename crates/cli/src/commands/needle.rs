@@ -1,6 +1,7 @@
 //! `foveate eval needle`: facts hidden in a text, asked for after it.
 
 use super::input::read_file;
+use super::rates;
 use crate::args::{EvalNeedle, NeedleTask};
 use crate::engine::{Checkpoint, Engine};
 use crate::failure::{Failure, Kind, unexpected};
@@ -56,12 +57,32 @@ enum Answer {
 }
 
 /// What a setting found of one question, 0 to 1.
-struct Found {
-    setting: usize,
-    task: NeedleTask,
-    length: usize,
-    depth: u8,
-    score: f64,
+pub(super) struct Found {
+    pub(super) setting: usize,
+    pub(super) task: NeedleTask,
+    pub(super) length: usize,
+    pub(super) depth: u8,
+    pub(super) score: f64,
+}
+
+/// What is hidden, where, and how often.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Grid<'a> {
+    /// Of the texts, in tokens.
+    pub(super) lengths: &'a [usize],
+    /// In percent from their beginning.
+    pub(super) depths: &'a [u8],
+    /// Texts for each length and depth.
+    pub(super) samples: u32,
+    pub(super) tasks: &'a [NeedleTask],
+    pub(super) seed: u64,
+}
+
+impl Grid<'_> {
+    /// The tokens that the longest text, what is hidden in it and what is asked take.
+    pub(super) fn longest(&self) -> usize {
+        self.lengths.iter().copied().max().unwrap_or(0) + RESERVED
+    }
 }
 
 pub(crate) fn run(args: &EvalNeedle, hub: &Hub, ui: Ui, interrupt: &Interrupt) -> Result<u8> {
@@ -76,12 +97,13 @@ pub(crate) fn run(args: &EvalNeedle, hub: &Hub, ui: Ui, interrupt: &Interrupt) -
         [] => vec![(context.saturating_sub(RESERVED)).min(8192).min(ids.len())],
         lengths => lengths.iter().map(|length| *length as usize).collect(),
     };
-    let longest = lengths.iter().copied().max().unwrap_or(0);
+    let grid = Grid { lengths: &lengths, depths: &args.depth, samples: args.samples, tasks: &args.tasks, seed: args.seed };
+    let longest = grid.longest() - RESERVED;
     if ids.len() < longest {
         let why = format!("{} tokens for a length of {longest}", ids.len());
         return Err(Failure::new(Kind::Usage, "the text is too short").why(why).hint("a longer text, or a smaller --length").into());
     }
-    if longest + RESERVED > context {
+    if grid.longest() > context {
         let why = format!("{longest} tokens and {RESERVED} for what is hidden and asked > ctx {context}");
         return Err(Failure::new(Kind::ContextOverflow, "the longest text does not fit the context")
             .why(why)
@@ -89,16 +111,28 @@ pub(crate) fn run(args: &EvalNeedle, hub: &Hub, ui: Ui, interrupt: &Interrupt) -
             .into());
     }
     // A sequence and a copy of it for the question.
-    let engine = checkpoint.load(2 * (longest + RESERVED), &args.model)?;
+    let engine = checkpoint.load(2 * grid.longest(), &args.model)?;
     ui.say(engine.banner(context));
+    let found = search(&engine, &settings, &ids, grid, ui, interrupt)?;
+    report(args, &engine, &settings, &found, &lengths, ui)
+}
 
-    let texts = lengths.len() * args.depth.len() * args.samples as usize;
-    let bar = ui.token_bar("needle", (texts * settings.len()) as u64 * longest as u64);
+/// Hides things in the text `ids` and asks every setting for them.
+pub(super) fn search(
+    engine: &Engine,
+    settings: &[Setting],
+    ids: &[u32],
+    grid: Grid<'_>,
+    ui: Ui,
+    interrupt: &Interrupt,
+) -> Result<Vec<Found>> {
+    let tokens = grid.lengths.iter().sum::<usize>() * grid.depths.len() * grid.samples as usize * settings.len();
+    let bar = ui.token_bar("needle", tokens as u64);
     let mut found = Vec::new();
-    for length in &lengths {
-        for depth in &args.depth {
-            for sample in 0..args.samples {
-                let haystack = hide(args, &engine, &ids[..*length], *depth, u64::from(sample))?;
+    for length in grid.lengths {
+        for depth in grid.depths {
+            for sample in 0..grid.samples {
+                let haystack = hide(grid, engine, &ids[..*length], *depth, u64::from(sample))?;
                 for (index, setting) in settings.iter().enumerate() {
                     let mut session = Session::new(
                         engine.model.clone(),
@@ -108,28 +142,33 @@ pub(crate) fn run(args: &EvalNeedle, hub: &Hub, ui: Ui, interrupt: &Interrupt) -
                         haystack.ids.len(),
                     )
                     .map_err(unexpected)?;
-                    let go_on = |_, _| if interrupt.is_set() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) };
-                    if !session.prefill(&haystack.ids, engine.checkpoint.chunk, go_on).map_err(unexpected)? {
-                        return Err(Failure::new(Kind::Interrupted, "stopped").into());
-                    }
+                    rates::read(engine, &mut session, &haystack.ids, interrupt, || bar.tick())?;
                     for question in &haystack.questions {
-                        let score = ask(&engine, &session, question)?;
+                        let score = ask(engine, &session, question)?;
                         found.push(Found { setting: index, task: question.task, length: *length, depth: *depth, score });
                     }
-                    bar.inc(longest as u64);
+                    bar.inc(*length as u64);
                 }
             }
         }
     }
     bar.finish_and_clear();
-    report(args, &engine, &settings, &found, &lengths, ui)
+    Ok(found)
+}
+
+/// The words of a text that something can be hidden in.
+pub(super) const SHORTEST: usize = 256;
+
+/// The length of a haystack: what is wanted, as far as the text and the context go.
+pub(super) fn fitting(wanted: usize, text: usize, context: usize) -> usize {
+    wanted.min(text).min(context.saturating_sub(RESERVED))
 }
 
 /// Puts the sentences of every task into the text, where `depth` says, and makes the questions.
-fn hide(args: &EvalNeedle, engine: &Engine, ids: &[u32], depth: u8, sample: u64) -> Result<Haystack> {
+fn hide(grid: Grid<'_>, engine: &Engine, ids: &[u32], depth: u8, sample: u64) -> Result<Haystack> {
     let tokenizer = &engine.checkpoint.tokenizer;
     // The same text for every setting and run; another for every place in the grid.
-    let mut rng = ChaCha8Rng::seed_from_u64(args.seed ^ (ids.len() as u64) << 24 ^ u64::from(depth) << 16 ^ sample);
+    let mut rng = ChaCha8Rng::seed_from_u64(grid.seed ^ (ids.len() as u64) << 24 ^ u64::from(depth) << 16 ^ sample);
     let mut number = || rng.random_range(10_000..100_000u32).to_string();
     let numbers: Vec<String> = (0..6).map(|_| number()).collect();
     let mut places = |count: usize| -> Vec<&str> { PLACES.choose_multiple(&mut rng, count).copied().collect() };
@@ -140,7 +179,7 @@ fn hide(args: &EvalNeedle, engine: &Engine, ids: &[u32], depth: u8, sample: u64)
     let at = f64::from(depth);
     let mut hidden: Vec<(f64, String)> = Vec::new();
     let mut questions: Vec<(NeedleTask, Option<String>, String, Vec<String>)> = Vec::new();
-    for task in &args.tasks {
+    for task in grid.tasks {
         match task {
             NeedleTask::Single => {
                 hidden.push((at, format!("The secret access code of the {place} is {}.", numbers[0])));
@@ -181,7 +220,7 @@ fn hide(args: &EvalNeedle, engine: &Engine, ids: &[u32], depth: u8, sample: u64)
             NeedleTask::Copy => {}
             NeedleTask::TwoTurn => {
                 // Of its own, so that the other tasks are the same with and without it.
-                let mut rng = ChaCha8Rng::seed_from_u64(!args.seed ^ (ids.len() as u64) << 24 ^ u64::from(depth) << 16 ^ sample);
+                let mut rng = ChaCha8Rng::seed_from_u64(!grid.seed ^ (ids.len() as u64) << 24 ^ u64::from(depth) << 16 ^ sample);
                 let mut locker = || rng.random_range(10_000..100_000u32).to_string();
                 let (number, other) = (locker(), locker());
                 let names: Vec<&str> = NAMES.choose_multiple(&mut rng, 2).copied().collect();
@@ -201,7 +240,7 @@ fn hide(args: &EvalNeedle, engine: &Engine, ids: &[u32], depth: u8, sample: u64)
         let first = first.map(|question| asked(&question)).transpose()?;
         all.push(Question { task, first, ids: asked(&question)?, answer: Answer::Words(words) });
     }
-    if args.tasks.contains(&NeedleTask::Copy) {
+    if grid.tasks.contains(&NeedleTask::Copy) {
         let passage = passage(ids.len(), depth);
         let (given, rest) = ids[passage].split_at(GIVEN);
         let mut question = tokenizer.encode("\n\n", false)?;
@@ -276,15 +315,19 @@ fn reply(engine: &Engine, session: &mut Session, words: usize) -> Result<String>
     engine.checkpoint.tokenizer.decode(&ids.map_err(unexpected)?)
 }
 
+/// As users type it.
+pub(super) fn task_name(task: NeedleTask) -> String {
+    task.to_possible_value().map_or_else(String::new, |value| value.get_name().to_string())
+}
+
 /// The mean of those that `keep`; `None`: there are none.
-fn mean(found: &[Found], keep: impl Fn(&Found) -> bool) -> Option<f64> {
+pub(super) fn mean(found: &[Found], keep: impl Fn(&Found) -> bool) -> Option<f64> {
     let scores: Vec<f64> = found.iter().filter(|found| keep(found)).map(|found| found.score).collect();
     (!scores.is_empty()).then(|| scores.iter().sum::<f64>() / scores.len() as f64)
 }
 
 fn report(args: &EvalNeedle, engine: &Engine, settings: &[Setting], found: &[Found], lengths: &[usize], ui: Ui) -> Result<u8> {
     let name = |setting: &Setting| routing::short(&setting.attention, setting.dtypes);
-    let task_name = |task: NeedleTask| task.to_possible_value().map_or_else(String::new, |value| value.get_name().to_string());
     let total = |index: usize| mean(found, |found| found.setting == index).unwrap_or(0.0);
     if ui.json {
         let rows: Vec<_> = found
