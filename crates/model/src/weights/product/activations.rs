@@ -14,22 +14,34 @@ pub(super) struct Activations {
     pub(super) scales: Vec<f32>,
     /// Sum of the integers of each [`QUAD`].
     pub(super) sums: Vec<i32>,
+    /// The scale of each [`GROUP`].
+    pub(super) group_scales: Vec<f32>,
+    /// The sum of what each [`GROUP`] stands for, and of what each half of one does.
+    pub(super) group_sums: Vec<f32>,
+    pub(super) half_sums: Vec<f32>,
+    /// The integers with groups 1 and 2 of every four exchanged: as the low and the high halves of the bytes of Q4_K and Q5_K follow each
+    /// other. Empty unless four groups divide the row.
+    pub(super) exchanged: Vec<i8>,
 }
 
 impl Activations {
     /// `x`: a multiple of [`GROUP`] numbers.
     pub(super) fn new(x: &[f32]) -> Self {
         const QUADS: usize = GROUP / QUAD;
-        let mut row = Self { integers: vec![0; x.len()], scales: vec![0.0; x.len() / QUAD], sums: vec![0; x.len() / QUAD] };
-        let mut of_groups = vec![0.0; x.len() / GROUP];
-        round_row(x, &mut row.integers, &mut of_groups);
-        for (scales, scale) in row.scales.chunks_exact_mut(QUADS).zip(of_groups) {
-            scales.fill(scale);
+        let (mut integers, mut group_scales) = (vec![0; x.len()], vec![0.0; x.len() / GROUP]);
+        round_row(x, &mut integers, &mut group_scales);
+        let scales = group_scales.iter().flat_map(|scale| [*scale; QUADS]).collect();
+        let sums: Vec<i32> = integers.as_chunks::<QUAD>().0.iter().map(|quad| quad.iter().map(|x| i32::from(*x)).sum()).collect();
+        let sum_of = |quads: &[i32], scale: f32| quads.iter().sum::<i32>() as f32 * scale;
+        let group_sums = sums.chunks_exact(QUADS).zip(&group_scales).map(|(quads, scale)| sum_of(quads, *scale)).collect();
+        let halves = sums.chunks_exact(QUADS / 2).enumerate();
+        let half_sums = halves.map(|(half, quads)| sum_of(quads, group_scales[half / 2])).collect();
+        let mut exchanged = if x.len().is_multiple_of(4 * GROUP) { integers.clone() } else { Vec::new() };
+        for four in exchanged.as_chunks_mut::<{ 4 * GROUP }>().0 {
+            let (first, second) = four[GROUP..3 * GROUP].split_at_mut(GROUP);
+            first.swap_with_slice(second);
         }
-        for (sum, quad) in row.sums.iter_mut().zip(row.integers.as_chunks::<QUAD>().0) {
-            *sum = quad.iter().map(|x| i32::from(*x)).sum();
-        }
-        row
+        Self { integers, scales, sums, group_scales, group_sums, half_sums, exchanged }
     }
 
     /// What the integers stand for.

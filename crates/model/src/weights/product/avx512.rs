@@ -149,65 +149,79 @@ unsafe fn half(at: *const u8) -> f32 {
     unsafe { _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(i32::from(at.cast::<u16>().read_unaligned())))) }
 }
 
-/// Eight bytes as numbers, times `factor`.
+/// Eight bytes as numbers.
 #[inline(always)]
-unsafe fn eight(bytes: [u8; 8], factor: f32) -> __m512 {
+unsafe fn eight(bytes: [u8; 8]) -> __m256 {
     // SAFETY: the caller's: the instructions.
-    unsafe {
-        let values = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(i64::from_le_bytes(bytes))));
-        _mm512_castps256_ps512(_mm256_mul_ps(values, _mm256_set1_ps(factor)))
-    }
+    unsafe { _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(i64::from_le_bytes(bytes)))) }
 }
 
+/// Lanes that take number `first` in their lower half and `second` in the upper one.
+#[inline(always)]
+unsafe fn halves(first: i32, second: i32) -> __m512i {
+    // SAFETY: the caller's: the instructions.
+    unsafe { _mm512_inserti64x4::<1>(_mm512_set1_epi32(first), _mm256_set1_epi32(second)) }
+}
+
+/// Blocks of 256 numbers, 128 at a time: the low halves of 64 bytes are their runs of 32 number 0 and 2, the high ones 1 and 3, which is how
+/// `x.exchanged` lies. A run's scale meets that of its activations once for a block, minima meet sums of activations alone.
 #[inline(always)]
 unsafe fn k_4_or_5<const FIVE: bool>(row: &[u8], x: &Activations) -> f32 {
     let block_bytes = if FIVE { 176 } else { 144 };
     // SAFETY: the caller's: as many blocks as activations.
     unsafe {
-        let mut sum = _mm512_setzero_ps();
+        let (mut low_sum, mut high_sum, mut minimum) = (_mm512_setzero_ps(), _mm512_setzero_ps(), _mm256_setzero_ps());
+        let fifteen = _mm512_set1_epi8(15);
         for (index, block) in row.chunks_exact(block_bytes).enumerate() {
             let p = block.as_ptr();
-            let (scales, minima) = scales_and_minima(&block[4..16]);
-            let (scales, minima) = (eight(scales, half(p)), eight(minima, -half(p.add(2))));
-            for step in 0..4 {
-                let bytes = _mm256_loadu_si256(p.add(if FIVE { 48 } else { 16 } + 32 * step).cast());
-                let both = _mm512_inserti64x4::<1>(_mm512_castsi256_si512(bytes), _mm256_srli_epi16::<4>(bytes));
-                let mut integers = _mm512_and_si512(both, _mm512_set1_epi8(15));
+            let (scales, minima) = scales_and_minima(&*p.add(4).cast::<[u8; 12]>());
+            let x_scales = _mm256_mul_ps(_mm256_loadu_ps(x.group_scales.as_ptr().add(8 * index)), _mm256_set1_ps(half(p)));
+            let scales = _mm512_castps256_ps512(_mm256_mul_ps(eight(scales), x_scales));
+            let x_sums = _mm256_mul_ps(_mm256_loadu_ps(x.group_sums.as_ptr().add(8 * index)), _mm256_set1_ps(half(p.add(2))));
+            minimum = _mm256_fmadd_ps(eight(minima), x_sums, minimum);
+            for part in 0..2 {
+                let bytes = _mm512_loadu_si512(p.add(if FIVE { 48 } else { 16 } + 64 * part).cast());
+                let mut low = _mm512_and_si512(bytes, fifteen);
+                let mut high = _mm512_and_si512(_mm512_srli_epi16::<4>(bytes), fifteen);
+                let first = 4 * part as i32;
                 if FIVE {
-                    let high = _mm256_loadu_si256(p.add(16).cast());
-                    let mask = u64::from(bytes_with(high, 1 << (2 * step))) | u64::from(bytes_with(high, 2 << (2 * step))) << 32;
-                    integers = _mm512_or_si512(integers, _mm512_maskz_set1_epi8(mask, 16));
+                    let fifth = _mm512_broadcast_i64x4(_mm256_loadu_si256(p.add(16).cast()));
+                    let bits = |run: i32| {
+                        let bits = _mm512_inserti64x4::<1>(_mm512_set1_epi8(1 << run), _mm256_set1_epi8(4 << run));
+                        _mm512_maskz_set1_epi8(_mm512_test_epi8_mask(fifth, bits), 16)
+                    };
+                    low = _mm512_or_si512(low, bits(first));
+                    high = _mm512_or_si512(high, bits(first + 1));
                 }
-                let (a, b) = (2 * step as i32, 2 * step as i32 + 1);
-                let lanes = _mm512_set_epi32(b, b, b, b, b, b, b, b, a, a, a, a, a, a, a, a);
-                let scale = _mm512_permutexvar_ps(lanes, scales);
-                let minimum = _mm512_permutexvar_ps(lanes, minima);
-                sum = add::<0, true>(sum, (integers, scale, minimum), x, (index * 4 + step) * STEP);
+                let values = x.exchanged.as_ptr().add(index * 256 + part * 128);
+                let low = _mm512_dpbusd_epi32(_mm512_setzero_si512(), low, _mm512_loadu_si512(values.cast()));
+                let high = _mm512_dpbusd_epi32(_mm512_setzero_si512(), high, _mm512_loadu_si512(values.add(64).cast()));
+                let scale = _mm512_permutexvar_ps(halves(first, first + 2), scales);
+                low_sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(low), scale, low_sum);
+                let scale = _mm512_permutexvar_ps(halves(first + 1, first + 3), scales);
+                high_sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(high), scale, high_sum);
             }
         }
-        _mm512_reduce_add_ps(sum)
+        let minimum = _mm512_reduce_add_ps(_mm512_zextps256_ps512(minimum));
+        _mm512_reduce_add_ps(_mm512_add_ps(low_sum, high_sum)) - minimum
     }
 }
 
-/// The bytes of `x` that have a bit of `bits`, as a mask.
-#[inline(always)]
-unsafe fn bytes_with(x: __m256i, bits: u8) -> u32 {
-    // SAFETY: the caller's: the instructions.
-    unsafe {
-        let bits = _mm256_set1_epi8(bits as i8);
-        _mm256_movemask_epi8(_mm256_cmpeq_epi8(_mm256_and_si256(x, bits), bits)) as u32
-    }
-}
-
+/// Blocks of 256 numbers, a scale for every 16; what they are off by, 32, meets sums of activations alone.
 #[inline(always)]
 unsafe fn k_6(row: &[u8], x: &Activations) -> f32 {
     // SAFETY: the caller's: as many blocks as activations.
     unsafe {
-        let mut sum = _mm512_setzero_ps();
+        let mut sums = [_mm512_setzero_ps(); 2];
+        let mut offset = _mm512_setzero_ps();
+        let twice = _mm512_set_epi32(7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0);
         for (index, block) in row.chunks_exact(210).enumerate() {
             let p = block.as_ptr();
             let scales = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(p.add(192).cast())));
             let scales = _mm512_mul_ps(scales, _mm512_set1_ps(half(p.add(208))));
+            offset = _mm512_fmadd_ps(scales, _mm512_loadu_ps(x.half_sums.as_ptr().add(16 * index)), offset);
+            let x_scales = _mm512_castps256_ps512(_mm256_loadu_ps(x.group_scales.as_ptr().add(8 * index)));
+            let scales = _mm512_mul_ps(scales, _mm512_permutexvar_ps(twice, x_scales));
             for step in 0..4 {
                 let low = _mm512_loadu_si512(p.add(64 * (step / 2)).cast());
                 let high = _mm256_loadu_si256(p.add(128 + 32 * (step / 2)).cast());
@@ -219,14 +233,15 @@ unsafe fn k_6(row: &[u8], x: &Activations) -> f32 {
                 };
                 let low = _mm512_and_si512(low, _mm512_set1_epi8(15));
                 let integers = _mm512_or_si512(low, _mm512_and_si512(high, _mm512_set1_epi8(0x30)));
+                let values = _mm512_loadu_si512(x.integers.as_ptr().add((index * 4 + step) * STEP).cast());
+                let products = _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(_mm512_setzero_si512(), integers, values));
                 let s = 4 * step as i32;
                 let lanes =
                     _mm512_set_epi32(s + 3, s + 3, s + 3, s + 3, s + 2, s + 2, s + 2, s + 2, s + 1, s + 1, s + 1, s + 1, s, s, s, s);
-                let scale = _mm512_permutexvar_ps(lanes, scales);
-                sum = add::<32, false>(sum, (integers, scale, scale), x, (index * 4 + step) * STEP);
+                sums[step % 2] = _mm512_fmadd_ps(products, _mm512_permutexvar_ps(lanes, scales), sums[step % 2]);
             }
         }
-        _mm512_reduce_add_ps(sum)
+        _mm512_reduce_add_ps(_mm512_fmadd_ps(offset, _mm512_set1_ps(-32.0), _mm512_add_ps(sums[0], sums[1])))
     }
 }
 

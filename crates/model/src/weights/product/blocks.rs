@@ -164,7 +164,8 @@ impl Format {
                 }
             }
             Self::Q4K | Self::Q5K => {
-                let (scales, minima) = scales_and_minima(&bytes[4..16]);
+                let Some((_, packed)) = bytes[..16].split_last_chunk::<12>() else { return out };
+                let (scales, minima) = scales_and_minima(packed);
                 for part in 0..2 {
                     out.scales[2 * part..2 * part + 2].fill(half(0) * f32::from(scales[2 * step + part]));
                     out.minima[2 * part..2 * part + 2].fill(-half(2) * f32::from(minima[2 * step + part]));
@@ -205,14 +206,13 @@ fn nibbles(bytes: &[u8], out: &mut [u8]) {
     }
 }
 
-/// The eight 6-bit scales and minima of Q4_K and Q5_K.
+/// The eight 6-bit scales and minima of Q4_K and Q5_K, four at a time: the first four of each have 6 bits of a byte, the others 4 bits of
+/// the last four bytes and the 2 that the first ones left.
 #[inline(always)]
-pub(super) fn scales_and_minima(packed: &[u8]) -> ([u8; 8], [u8; 8]) {
-    let (mut scales, mut minima) = ([0; 8], [0; 8]);
-    for i in 0..4 {
-        (scales[i], minima[i]) = (packed[i] & 63, packed[i + 4] & 63);
-        scales[i + 4] = (packed[i + 8] & 15) | (packed[i] >> 6) << 4;
-        minima[i + 4] = packed[i + 8] >> 4 | (packed[i + 4] >> 6) << 4;
-    }
-    (scales, minima)
+pub(super) fn scales_and_minima(packed: &[u8; 12]) -> ([u8; 8], [u8; 8]) {
+    let word = |at: usize| u32::from_le_bytes([packed[at], packed[at + 1], packed[at + 2], packed[at + 3]]);
+    let (a, b, c) = (word(0), word(4), word(8));
+    let two = |low: u32, high: u32| (u64::from(low) | u64::from(high) << 32).to_le_bytes();
+    let (six, four, left) = (0x3f3f_3f3f, 0x0f0f_0f0f, 0x0303_0303);
+    (two(a & six, c & four | (a >> 6 & left) << 4), two(b & six, c >> 4 & four | (b >> 6 & left) << 4))
 }
