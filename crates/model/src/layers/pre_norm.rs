@@ -51,6 +51,8 @@ impl PreNormDecoder {
     pub fn load(weights: &Weights, attention_parts: impl Fn(&Scope<'_>, &Config) -> Result<AttentionParts>) -> Result<Self> {
         let (config, root) = (weights.config().clone(), weights.root());
         let embedding = Embedding::load(&root, &config)?;
+        // The largest first: while a tensor is copied, it is in memory twice.
+        let head = OutputHead::load(&root, &config, &embedding)?;
         let layers = (0..config.num_layers)
             .map(|layer| {
                 let scope = weights.layer(layer);
@@ -60,7 +62,7 @@ impl PreNormDecoder {
         Ok(Self {
             rope: Rope::load(&root, &config.rope, config.heads.head_dim())?,
             norm: RmsNorm::load(&root, name("model.norm", "output_norm"), config.hidden_size, config.rms_norm_eps)?,
-            head: OutputHead::load(&root, &config, &embedding)?,
+            head,
             embedding,
             layers,
             config,
