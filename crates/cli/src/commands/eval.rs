@@ -61,17 +61,17 @@ pub(crate) fn ppl(args: &EvalPpl, hub: &Hub, ui: Ui, interrupt: &Interrupt) -> R
 }
 
 /// What a setting's positions say together.
-struct Summary {
+pub(super) struct Summary {
     ppl: (f64, f64),
-    change: f64,
-    kl: [f64; 3], // mean, p99, max
-    same_top: f64,
+    pub(super) change: f64,
+    pub(super) kl: [f64; 3], // mean, p99, max
+    pub(super) same_top: f64,
     difference: f32,
-    density: f64,
+    pub(super) density: f64,
 }
 
 impl Summary {
-    fn new(score: &SettingScore) -> Self {
+    pub(super) fn new(score: &SettingScore) -> Self {
         let positions = &score.positions;
         let (dense, ppl) =
             (perplexity(positions.iter().map(|position| position.nll[0])), perplexity(positions.iter().map(|position| position.nll[1])));

@@ -1,6 +1,7 @@
 //! A process of its own measures one thing and prints what came of it, a line each: its memory is its own, and what it printed
 //! is kept however it ends.
 
+use super::super::eval::Summary;
 use super::super::input::read_file;
 use super::super::needle::{self, Grid, mean, task_name};
 use super::super::rates;
@@ -188,19 +189,10 @@ impl Context<'_> {
         bar.finish_and_clear();
         let scores = scores.map_err(unexpected)?;
         self.stop()?;
-        let score = &scores[0];
-        let count = score.positions.len() as f64;
-        let mut kl: Vec<f64> = score.positions.iter().map(|position| position.kl).collect();
-        kl.sort_unstable_by(f64::total_cmp);
-        let nll = |of: usize| score.positions.iter().map(|position| position.nll[of]).sum::<f64>() / count;
-        emit(&Measured::Divergence(Divergence {
-            kl_mean: kl.iter().sum::<f64>() / count,
-            kl_p99: kl[(kl.len() * 99 / 100).min(kl.len() - 1)],
-            same_top: score.positions.iter().filter(|position| position.same_top).count() as f64 / count,
-            perplexity_change: (nll(1) - nll(0)).exp() - 1.0,
-            density: score.read.read as f64 / score.read.visible.max(1) as f64,
-            scored: score.positions.len(),
-        }))
+        let [score] = &scores[..] else { return Ok(()) };
+        let Summary { change, kl: [kl_mean, kl_p99, _], same_top, density, .. } = Summary::new(score);
+        let scored = score.positions.len();
+        emit(&Measured::Divergence(Divergence { kl_mean, kl_p99, same_top, perplexity_change: change, density, scored }))
     }
 
     fn choices(&self, side: Side, file: usize, from: usize) -> Result<()> {
