@@ -174,6 +174,12 @@ impl Checkpoint {
         plan::Storage { attention: &self.attention, dtypes: self.dtypes, chunk: self.chunk }
     }
 
+    /// Bytes of keys and values that a token takes, summaries included: over many, since they come in pages.
+    pub(crate) fn kv_bytes_per_token(&self) -> u64 {
+        const MANY: usize = 64 * 1024;
+        Plan::new(self.config(), 0, self.storage(), MANY).kv / MANY as u64
+    }
+
     pub(crate) fn config(&self) -> &Config {
         self.weights.config()
     }
@@ -253,7 +259,6 @@ impl Engine {
 
     /// One line on what runs and where.
     pub(crate) fn banner(&self, context: usize) -> String {
-        let per_token = Plan::new(self.checkpoint.config(), 0, self.checkpoint.storage(), 64 * 1024).kv / (64 * 1024);
         let routing = routing::describe(&self.checkpoint.attention);
         format!(
             "{} {} · {}, {} threads · weights {} · KV {}/token · ctx {context}{}",
@@ -262,7 +267,7 @@ impl Engine {
             self.checkpoint.attention.backend_name(),
             candle_core::utils::get_num_threads(),
             bytes(self.plan.weights),
-            bytes(per_token),
+            bytes(self.checkpoint.kv_bytes_per_token()),
             if routing.is_empty() { routing } else { format!(" · {routing}") }
         )
     }

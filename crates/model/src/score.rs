@@ -204,7 +204,7 @@ pub fn continuations(
     let Some(last) = last else { return Ok(Vec::new()) };
     let score = |continuation: &Vec<u32>| {
         let first = log_probabilities(model, &last, 0, &continuation[..1])?;
-        let (_, inputs) = continuation.split_last().map_or((0, &[][..]), |(last, inputs)| (*last, inputs));
+        let inputs = &continuation[..continuation.len() - 1];
         if inputs.is_empty() {
             return Ok(first);
         }

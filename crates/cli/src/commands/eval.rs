@@ -12,7 +12,6 @@ use crate::ui::{Ui, bytes, stdout};
 use anyhow::Result;
 use model::score::{Setting, SettingScore, compare};
 use serde_json::{Value, json};
-use std::ops::ControlFlow;
 
 /// Positions after the first routed one that are not scored, so that short contexts do not flatter.
 const SETTLING: usize = 1024;
@@ -49,7 +48,7 @@ pub(crate) fn ppl(args: &EvalPpl, hub: &Hub, ui: Ui, interrupt: &Interrupt) -> R
     let bar = ui.token_bar("eval", tokens.len() as u64);
     let scores = compare(engine.model.as_ref(), &reference, &settings, &tokens, from, engine.checkpoint.chunk, |done| {
         bar.set_position(done as u64);
-        if interrupt.is_set() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        interrupt.flow()
     });
     bar.finish_and_clear();
     let scores = scores.map_err(unexpected)?;

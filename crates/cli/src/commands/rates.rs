@@ -5,7 +5,7 @@ use crate::failure::{Failure, Kind, unexpected};
 use crate::interrupt::Interrupt;
 use anyhow::Result;
 use model::{GenerateOptions, Sampler, SamplerOptions, Session};
-use std::ops::{ControlFlow, Range};
+use std::ops::Range;
 use std::time::{Duration, Instant};
 
 /// Pseudo-random ids for these positions, the same every time; as whole texts have them: not one token again and again.
@@ -25,7 +25,7 @@ pub(super) fn read(
     let started = Instant::now();
     let go_on = |_, _| {
         progress();
-        if interrupt.is_set() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        interrupt.flow()
     };
     if !ids.is_empty() && !session.prefill(ids, engine.checkpoint.chunk, go_on).map_err(unexpected)? {
         return Err(stopped());

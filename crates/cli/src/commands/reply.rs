@@ -7,7 +7,6 @@ use crate::text::TextStream;
 use crate::ui::{Ui, bytes};
 use anyhow::Result;
 use model::{FinishReason, GenerateOptions, Sampler, Session, Token};
-use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
 /// Prompts longer than this get a progress bar.
@@ -73,7 +72,7 @@ pub(crate) fn reply(
             if let Some(bar) = &bar {
                 bar.set_position(done as u64);
             }
-            if interrupt.is_set() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+            interrupt.flow()
         })
         .map_err(unexpected)?;
     if let Some(bar) = &bar {

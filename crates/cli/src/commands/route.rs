@@ -12,7 +12,7 @@ use anyhow::{Context, Result};
 use model::trace::{LayerTrace, Trace, trace};
 use serde_json::{Value, json};
 use std::fmt::Write;
-use std::ops::{ControlFlow, Range};
+use std::ops::Range;
 use std::path::Path;
 
 /// Columns of the map in a terminal, and in the page.
@@ -55,7 +55,7 @@ pub(crate) fn run(args: &Route, hub: &Hub, ui: Ui, interrupt: &Interrupt) -> Res
         engine.checkpoint.chunk.min(FEWEST_AT_ONCE),
         |done| {
             bar.set_position(done as u64);
-            if interrupt.is_set() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+            interrupt.flow()
         },
     );
     bar.finish_and_clear();

@@ -13,7 +13,6 @@ use model::calibrate::{CalibrateOptions, calibrate};
 use model::train::{TrainOptions, train};
 use model::{Published, RouterFile};
 use serde_json::json;
-use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -102,7 +101,7 @@ pub(crate) fn run(args: &TrainRouter, hub: &Hub, ui: Ui, interrupt: &Interrupt) 
             ui.say(format!("goes on after {done} of {} sequences, which were read before ({})", learn.len(), state.display()));
         }
         bar.set_position(lengths[..done].iter().sum());
-        if interrupt.is_set() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        interrupt.flow()
     });
     bar.finish_and_clear();
     let Some(trained) = trained.map_err(unexpected)? else {
@@ -175,7 +174,7 @@ fn of_published(args: &TrainRouter, gates: &Path, texts: &[String], checkpoint: 
     let dense = engine.checkpoint.attention.to_dense();
     let found = calibrate(engine.model.as_ref(), &dense, &layers, &sequences, &options, |done| {
         bar.set_position(sequences[..done].iter().map(|text| text.len() as u64).sum());
-        if interrupt.is_set() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        interrupt.flow()
     });
     bar.finish_and_clear();
     let Some(found) = found.map_err(unexpected)? else {

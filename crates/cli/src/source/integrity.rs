@@ -1,6 +1,7 @@
 //! Whether a file holds the bytes it should.
 
 use anyhow::{Context, Result};
+use model::weights::hex;
 use sha1::Sha1;
 use sha2::{Digest, Sha256};
 use std::io::Read;
@@ -48,7 +49,7 @@ fn digest(mut digest: impl Digest, path: &Path, mut progress: impl FnMut(u64)) -
     loop {
         let read = file.read(&mut buffer).with_context(|| path.display().to_string())?;
         if read == 0 {
-            return Ok(digest.finalize().iter().map(|byte| format!("{byte:02x}")).collect());
+            return Ok(hex(&digest.finalize()));
         }
         digest.update(&buffer[..read]);
         progress(read as u64);

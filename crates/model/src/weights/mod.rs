@@ -314,6 +314,6 @@ pub fn quantize_dtype(name: &str) -> Result<GgmlDType> {
 }
 
 /// Bytes as people write a digest.
-pub(crate) fn hex(bytes: &[u8]) -> String {
+pub fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }

@@ -20,7 +20,6 @@ use crate::ui::{Ui, stdout};
 use anyhow::Result;
 use model::score::{self, Setting};
 use model::{GenerateOptions, Sampler, SamplerOptions};
-use std::ops::ControlFlow;
 use std::time::Duration;
 
 /// Tokens that are read and generated before anything is timed.
@@ -121,9 +120,14 @@ impl Context<'_> {
         Ok(())
     }
 
-    fn text(&self) -> Result<String> {
+    fn whole_text(&self) -> Result<String> {
         let Some(path) = &self.args.file else { return Err(Failure::new(Kind::Usage, "there is no text").hint("-f FILE").into()) };
-        let text = read_file(path)?;
+        read_file(path)
+    }
+
+    /// The part of the text that is scored.
+    fn text(&self) -> Result<String> {
+        let text = self.whole_text()?;
         let most = self.args.text_bytes as usize;
         let end = (0..=most.min(text.len())).rev().find(|at| text.is_char_boundary(*at)).unwrap_or(0);
         Ok(text[..end].to_string())
@@ -146,7 +150,7 @@ impl Context<'_> {
         let bar = self.ui.token_bar(&format!("{}: text", engine.checkpoint.located.id), tokens.len() as u64);
         let go_on = |done: usize| {
             bar.set_position(done as u64);
-            if self.interrupt.is_set() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+            self.interrupt.flow()
         };
         let chunk = engine.checkpoint.chunk;
         let sum = score::log_likelihood(engine.model.as_ref(), &setting, prefix, &tokens, window, chunk, go_on).map_err(unexpected)?;
@@ -158,8 +162,7 @@ impl Context<'_> {
 
     fn needles(&self, side: Side) -> Result<()> {
         let checkpoint = self.open(side)?;
-        let path = self.args.file.as_deref().unwrap_or(std::path::Path::new(""));
-        let ids = checkpoint.tokenizer.encode(&read_file(path)?, false)?;
+        let ids = checkpoint.tokenizer.encode(&self.whole_text()?, false)?;
         let lengths = [needle::fitting(text_context(self.args), ids.len(), checkpoint.config().context)];
         let grid = Grid { lengths: &lengths, depths: &NEEDLE_DEPTHS, samples: 1, tasks: &NEEDLE_TASKS, seed: 0 };
         let engine = self.load(checkpoint, side, 2 * grid.longest())?;
@@ -184,7 +187,7 @@ impl Context<'_> {
         let bar = self.ui.token_bar("A beside B", tokens.len() as u64);
         let scores = score::compare(engine.model.as_ref(), &reference, &[other], &tokens, from, engine.checkpoint.chunk, |done| {
             bar.set_position(done as u64);
-            if self.interrupt.is_set() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+            self.interrupt.flow()
         });
         bar.finish_and_clear();
         let scores = scores.map_err(unexpected)?;

@@ -20,13 +20,14 @@ use crate::args::{AttentionArgs, AttentionChoice, Compare, ModelArgs, NeedleTask
 use crate::engine::Checkpoint;
 use crate::failure::{Failure, Kind, Reported};
 use crate::interrupt::Interrupt;
-use crate::plan::{self, Plan};
+use crate::plan;
 use crate::routing;
 use crate::source::{Hub, cache};
 use crate::ui::{Ui, bytes, stdout};
 use anyhow::{Context, Result};
 use job::{Job, Measured, Side};
 use journal::Journal;
+use model::weights::hex;
 use report::{Comparison, Facts};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
@@ -62,9 +63,7 @@ pub(crate) fn run(args: &Compare, hub: &Hub, ui: Ui, interrupt: &Interrupt) -> R
         report::format_of(path)?;
     }
     let files = (0..args.choices.len()).map(|file| Ok(questions(args, file)?.len())).collect::<Result<Vec<_>>>()?;
-    let facts = Side::BOTH.map(|side| facts(args, side, hub, ui));
-    let [a, b] = facts;
-    let facts = [a?, b?];
+    let facts = [facts(args, Side::A, hub, ui)?, facts(args, Side::B, hub, ui)?];
     if let Some(path) = &args.file {
         check_text(path)?;
     }
@@ -81,7 +80,7 @@ pub(crate) fn run(args: &Compare, hub: &Hub, ui: Ui, interrupt: &Interrupt) -> R
         ui.say(format!("{} of {}: {}", index + 1, jobs.len(), describe(job)));
         measure(job, &mut journal, ui, interrupt)?;
     }
-    let comparison = Comparison::new(args, facts, journal.lines())?;
+    let comparison = Comparison::new(args, facts, journal.lines());
     match ui.json {
         true => stdout(&format!("{}\n", comparison.document()))?,
         false => stdout(&comparison.table())?,
@@ -170,7 +169,7 @@ fn facts(args: &Compare, which: Side, hub: &Hub, ui: Ui) -> Result<Facts> {
         parameters: checkpoint.weights.parameters(),
         file_bytes: if path.is_dir() { weights_files().filter(is_weights).map(|path| size(&path)).sum() } else { size(path) },
         weights_bytes: checkpoint.weights_bytes(),
-        kv_bytes_per_token: Plan::new(config, 0, checkpoint.storage(), 64 * 1024).kv / (64 * 1024),
+        kv_bytes_per_token: checkpoint.kv_bytes_per_token(),
         context: config.context,
         attention: routing::short(&checkpoint.attention, checkpoint.dtypes),
         routing: routing::document(&checkpoint.attention),
@@ -212,7 +211,7 @@ fn key(args: &Compare) -> String {
     let quality = (args.text_bytes, args.text_context, args.limit, prompts(args), args.answer_tokens);
     let files: Vec<_> = args.file.iter().chain(&args.choices).map(stamp).collect();
     let text = format!("{} {models:?} {speed:?} {quality:?} {files:?}", crate::args::VERSION);
-    Sha256::digest(text).iter().take(8).map(|byte| format!("{byte:02x}")).collect()
+    hex(&Sha256::digest(text)[..8])
 }
 
 /// What is still to be measured, the sides by turns. `files`: questions in each file of choices.

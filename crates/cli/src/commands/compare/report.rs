@@ -1,10 +1,9 @@
 //! What was measured, as rows: for a terminal, Markdown, JSON and the page.
 
-use super::choices::Question;
 use super::cost::{Request, request};
 use super::energy::Meter;
 use super::job::{Divergence, Likelihood, Measured, Side, Speed};
-use super::{NEEDLE_DEPTHS, prompts, questions, text_context};
+use super::{NEEDLE_DEPTHS, prompts, text_context};
 use crate::args::{Compare, VERSION};
 use crate::failure::{Failure, Kind};
 use crate::plan;
@@ -241,10 +240,12 @@ pub(super) struct Comparison<'a> {
     pub(super) notes: Vec<String>,
     pub(super) machine: String,
     pub(super) command: String,
+    /// Why energy was not measured, if so.
+    no_energy: Option<String>,
 }
 
 impl<'a> Comparison<'a> {
-    pub(super) fn new(args: &'a Compare, facts: [Facts; 2], lines: &[Measured]) -> Result<Self> {
+    pub(super) fn new(args: &'a Compare, facts: [Facts; 2], lines: &[Measured]) -> Self {
         let results = Side::BOTH.map(|side| SideResults::new(side, args, lines));
         let divergence = lines.iter().rev().find_map(|line| match line {
             Measured::Divergence(divergence) => Some(divergence.clone()),
@@ -257,6 +258,7 @@ impl<'a> Comparison<'a> {
             prompts: prompts(args),
             machine: format!("{} {}, {threads} threads{memory}, {}", facts[0].backend, plan::processor(), std::env::consts::OS),
             command: format!("foveate {}", command.join(" ")),
+            no_energy: Meter::open().err(),
             args,
             facts,
             results,
@@ -265,8 +267,8 @@ impl<'a> Comparison<'a> {
             notes: Vec::new(),
         };
         comparison.rows = comparison.make_rows();
-        comparison.notes = comparison.make_notes()?;
-        Ok(comparison)
+        comparison.notes = comparison.make_notes();
+        comparison
     }
 
     pub(super) fn is_same_model(&self) -> bool {
@@ -376,7 +378,7 @@ impl<'a> Comparison<'a> {
         self.results.each_ref().map(|side| request(side, self.args.mix))
     }
 
-    fn make_notes(&self) -> Result<Vec<String>> {
+    fn make_notes(&self) -> Vec<String> {
         let args = self.args;
         let [a, b] = &self.facts;
         let mut notes = vec![if self.is_same_model() {
@@ -408,15 +410,14 @@ impl<'a> Comparison<'a> {
         if let Some(divergence) = &self.divergence {
             notes.push(format!("KL and likeliest tokens: {} positions of the text, after as many that are not scored.", divergence.scored));
         }
-        for (file, path) in args.choices.iter().enumerate() {
-            let questions: Vec<Question> = questions(args, file)?;
+        for (path, accuracy) in args.choices.iter().zip(&self.results[0].choices) {
             notes.push(format!(
                 "{}: {} questions, asked and scored as by lm-evaluation-harness without examples: acc by the likeliest choice, acc_norm by its likelihood over its characters.",
                 path.display(),
-                questions.len()
+                accuracy.questions
             ));
         }
-        if let Err(reason) = Meter::open() {
+        if let Some(reason) = &self.no_energy {
             notes.push(format!("Energy was not measured: {reason}."));
             if args.price_per_kwh.is_some() {
                 notes.push("So --price-per-kwh says nothing here.".to_string());
@@ -432,7 +433,7 @@ impl<'a> Comparison<'a> {
                 if ours.extrapolated { "; it is longer than what was measured (-d), so extrapolated" } else { "" }
             ));
         }
-        Ok(notes)
+        notes
     }
 
     fn heads(&self) -> [String; 2] {
@@ -522,7 +523,7 @@ impl<'a> Comparison<'a> {
             "same_model": self.is_same_model(),
             "models": self.facts,
             "results": self.results,
-            "energy": Meter::open().err().map(|reason| json!({"joules": null, "reason": reason})),
+            "energy": self.no_energy.as_ref().map(|reason| json!({"joules": null, "reason": reason})),
             "divergence": self.divergence,
             "mix": {"prompt": self.args.mix.prompt, "output": self.args.mix.output, "requests": requests},
             "rows": self.rows,

@@ -164,8 +164,7 @@ impl Format {
                 }
             }
             Self::Q4K | Self::Q5K => {
-                let Some((_, packed)) = bytes[..16].split_last_chunk::<12>() else { return out };
-                let (scales, minima) = scales_and_minima(packed);
+                let (scales, minima) = scales_and_minima(&std::array::from_fn(|i| bytes[4 + i]));
                 for part in 0..2 {
                     out.scales[2 * part..2 * part + 2].fill(half(0) * f32::from(scales[2 * step + part]));
                     out.minima[2 * part..2 * part + 2].fill(-half(2) * f32::from(minima[2 * step + part]));
