@@ -1,6 +1,6 @@
 //! What was measured, projected to a request of the user's kind, in seconds, joules and money.
 
-use super::report::SideResults;
+use super::results::SideResults;
 use crate::args::Mix;
 
 /// A request on one side.

@@ -12,6 +12,7 @@ mod measure;
 mod page;
 mod plot;
 mod report;
+mod results;
 
 use super::input::read_file;
 use super::needle;
@@ -28,7 +29,8 @@ use anyhow::{Context, Result};
 use job::{Job, Measured, Side};
 use journal::Journal;
 use model::weights::hex;
-use report::{Comparison, Facts};
+use report::Comparison;
+use results::Facts;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 use std::io::{BufRead, BufReader};

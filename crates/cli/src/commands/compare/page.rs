@@ -1,7 +1,8 @@
 //! The report as a page of its own: no file beside it, no network.
 
 use super::plot::{Curve, svg};
-use super::report::{AtDepth, Comparison, ratio};
+use super::report::{Comparison, ratio};
+use super::results::AtDepth;
 use crate::args::VERSION;
 use anyhow::{Context, Result};
 use minijinja::value::{Serde, Value};
