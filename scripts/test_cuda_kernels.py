@@ -14,6 +14,7 @@ import ctypes
 import json
 import math
 import pathlib
+import re
 import statistics
 import subprocess
 import sys
@@ -26,42 +27,72 @@ PAGE, OCTET = 64, 8
 P, I, F = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
 
 
-class Attend(ctypes.Structure):
-    _fields_ = [("q", P), ("k", P), ("v", P), ("pages", P), ("octets", P), ("counts", P), ("max_pages", I), ("max_octets", I), ("len", I)] + [
-        ("splits", I), ("scale", F), ("partial", P), ("tickets", P), ("out", P)]
 
 
-class Score(ctypes.Structure):
-    _fields_ = [("q", P), ("summaries", P), ("blocks", I), ("max_blocks", I), ("max_scores", I), ("scores", P)]
+def structs():
+    """The structs of kernels/params.h, by name."""
+    found = {}
+    for name, body in re.findall(r"struct (\w+) \{(.*?)\};", (ROOT / "kernels/params.h").read_text(), re.S):
+        fields = []
+        for line in body.splitlines():
+            field = re.match(r"\s*(?:const )?(\w+) (\*?)(\w+);", line)
+            if field:
+                fields.append((field[3], P if field[2] else {"int": I, "float": F}[field[1]]))
+        found[name] = type(name, (ctypes.Structure,), {"_fields_": fields})
+    return found
 
 
-class Select(ctypes.Structure):
-    _fields_ = [("scores", P), ("max_blocks", I), ("edge", I), ("take", I), ("block_octets", I), ("pages", P), ("max_pages", I), ("len", I), ("max_octets", I)] + [
-        ("octets", P), ("counts", P)]
+STRUCTS = structs()
 
 
-class Prefill(ctypes.Structure):
-    _fields_ = [("q", P), ("k", P), ("v", P), ("pages", P), ("octets", P), ("counts", P), ("tails", P), ("max_pages", I), ("max_octets", I)] + [
-        ("start", I), ("tokens", I), ("tile", I), ("kv_heads", I), ("scale", F), ("out", P)]
+class LaunchConfig(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_uint) for name in ("gx", "gy", "gz", "bx", "by", "bz", "shared")] + [("stream", P), ("attributes", P), ("count", ctypes.c_uint)]
 
 
-def build():
-    major, minor = torch.cuda.get_device_capability()
-    out = pathlib.Path(tempfile.mkdtemp()) / "kernels.so"
-    command = ["nvcc", "-O3", "-std=c++20", "-shared", "-Xcompiler", "-fPIC", f"-arch=sm_{major}{minor}", "-Xptxas", "-v", "-o", out]
-    done = subprocess.run([*command, *sorted((ROOT / "kernels/cuda").glob("*.cu"))], capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(done.stderr)
-    spills = [line for line in done.stderr.splitlines() if "spill" in line and "0 bytes spill stores" not in line]
-    if spills:
-        print("spills:", *spills, sep="\n")
-    return ctypes.CDLL(str(out))
+class Attribute(ctypes.Structure):
+    _fields_ = [("id", I), ("pad", ctypes.c_char * 4), ("value", I), ("rest", ctypes.c_char * 60)]
+
+
+class Kernels:
+    """The kernels, loaded through the driver as Foveate does."""
+
+    def __init__(self):
+        torch.cuda.init()
+        torch.zeros(1, device="cuda")
+        major, minor = torch.cuda.get_device_capability()
+        out = pathlib.Path(tempfile.mkdtemp()) / "kernels.cubin"
+        command = ["nvcc", "-cubin", "-O3", "-std=c++20", f"-arch=sm_{major}{minor}", "-Xptxas", "-v", "-o", out, ROOT / "kernels/cuda/all.cu"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(done.stderr)
+        spills = [line for line in done.stderr.splitlines() if "spill" in line and "0 bytes spill stores" not in line]
+        if spills:
+            print("spills:", *spills, sep="\n")
+        self.driver, self.module, self.functions = ctypes.CDLL("libcuda.so.1"), P(), {}
+        check(self.driver.cuModuleLoadData(ctypes.byref(self.module), out.read_bytes()))
+
+    def launch(self, name, grid, threads, shared, params, stream=None):
+        if name not in self.functions:
+            function = P()
+            check(self.driver.cuModuleGetFunction(ctypes.byref(function), self.module, name.encode()))
+            self.functions[name] = function
+        function = self.functions[name]
+        if shared > 32 << 10:
+            check(self.driver.cuFuncSetAttribute(function, 8, shared))
+        overlaps = Attribute(6, b"", 1, b"")
+        config = LaunchConfig(*grid, threads, 1, 1, shared, P(stream), ctypes.addressof(overlaps), 1)
+        arguments = (P * 1)(ctypes.addressof(params))
+        check(self.driver.cuLaunchKernelEx(ctypes.byref(config), function, arguments, None))
+
+
+def name_of(stem, dtype, dim):
+    return f"{stem}_{'bf16' if dtype == torch.bfloat16 else 'f16'}_{dim}"
 
 
 class Layer:
     """Keys and values of one layer in shuffled pages, and what a step needs beside them."""
 
-    def __init__(self, tokens, kv_heads, group, dim, dtype, block=32, seed=0):
+    def __init__(self, tokens, kv_heads, group, dim, dtype, block=32, seed=0, window=256):
         self.shape = (tokens, kv_heads, group, dim)
         self.dtype, self.block = dtype, block
         random = torch.Generator("cuda").manual_seed(seed)
@@ -74,44 +105,58 @@ class Layer:
             unused = self.rows(head)[tokens:]
             self.k[unused], self.v[unused] = math.nan, math.nan
         self.q = normal(kv_heads * group, dim)
-        self.out = torch.empty_like(self.q)
+        self.out = torch.empty(kv_heads * group, dim, device="cuda")
+        self.position = torch.tensor([tokens - 1], device="cuda", dtype=torch.int32)
+        self.takes = torch.zeros(1, device="cuda", dtype=torch.int32)
+        self.window = window
         blocks = tokens // block
         self.summaries = torch.empty(kv_heads, blocks, 2 * dim, device="cuda", dtype=dtype)
         for head in range(kv_heads if blocks else 0):
             keys = self.k[self.rows(head)[: blocks * block]].view(blocks, block, dim).float()
             self.summaries[head] = torch.cat([keys.mean(1), keys.std(1, correction=0)], -1).to(dtype)
+        # As the cache has them: pages of 64 blocks, head by head.
+        rows = torch.zeros(kv_heads, (blocks + PAGE) // PAGE * PAGE, 2 * dim, device="cuda", dtype=dtype)
+        rows[:, :blocks] = self.summaries
+        self.paged = rows.view(kv_heads, -1, PAGE, 2 * dim).transpose(0, 1).contiguous()
         octets = (tokens + OCTET - 1) // OCTET
-        self.scores = torch.empty(kv_heads, (blocks + 3) // 4 * 4, device="cuda")
-        self.octets = torch.full((kv_heads, octets + 1), -7, device="cuda", dtype=torch.int32)
+        self.scores = torch.empty(kv_heads, (blocks + 4) // 4 * 4, device="cuda")
+        self.octets = torch.full((kv_heads, octets + 1, 2), -7, device="cuda", dtype=torch.int32)
         self.counts = torch.zeros(kv_heads, device="cuda", dtype=torch.int32)
-        self.partial = torch.empty(kv_heads * 1024 * group * (dim + 2), device="cuda")
-        self.tickets = torch.zeros(kv_heads, device="cuda", dtype=torch.int32)
+        parts = kv_heads * ((group + 7) // 8)
+        self.partial = torch.empty(parts * 256 * 8 * (dim + 2), device="cuda")
+        self.tickets = torch.zeros(parts, device="cuda", dtype=torch.int32)
 
     def rows(self, head):
         """Of all slots of a head."""
         slots = torch.arange(self.pages.shape[1] * PAGE, device="cuda")
         return (self.pages[head][slots // PAGE] * PAGE + slots % PAGE).long()
 
-    def codes(self):
-        _, kv_heads, group, dim = self.shape
-        return int(self.dtype == torch.bfloat16), dim, group, kv_heads
-
     def attend(self, lib, splits, listed=False, stream=None):
-        p = Attend(*(x.data_ptr() for x in (self.q, self.k, self.v, self.pages)), self.octets.data_ptr() if listed else None)
-        p.counts, p.max_pages, p.max_octets, p.len = self.counts.data_ptr(), self.pages.shape[1], self.octets.shape[1], self.shape[0]
-        p.splits, p.scale = splits, self.shape[3] ** -0.5
-        p.partial, p.tickets, p.out = self.partial.data_ptr(), self.tickets.data_ptr(), self.out.data_ptr()
-        check(lib.foveate_attend_decode(ctypes.byref(p), *self.codes(), P(stream)))
+        tokens, kv_heads, group, dim = self.shape
+        p = STRUCTS["DecodeParams"](q=self.q.data_ptr(), k=self.k.data_ptr(), v=self.v.data_ptr(), pages=self.pages.data_ptr(),
+            octets=self.octets.data_ptr() if listed else None, counts=self.counts.data_ptr(), position=self.position.data_ptr(),
+            partial=self.partial.data_ptr(), tickets=self.tickets.data_ptr(), out=self.out.data_ptr(), max_pages=self.pages.shape[1],
+            max_octets=self.octets.shape[1], group_size=group, scale=dim**-0.5)
+        shared = max(4 * 3 * 2 * 16 * dim * 2, 4 * 8 * (dim + 2) * 4, 8 * splits * 4)
+        lib.launch(name_of("attend_decode", self.dtype, dim), (splits, kv_heads, (group + 7) // 8), 128, shared, p, stream)
 
-    def score(self, lib, blocks, ranges=False, stream=None):
-        p = Score(self.q.data_ptr(), self.summaries.data_ptr(), blocks, self.summaries.shape[1], self.scores.shape[1], self.scores.data_ptr())
-        check(lib.foveate_score_blocks(ctypes.byref(p), *self.codes(), int(ranges), P(stream)))
+    def score(self, lib, ranges=False, stream=None):
+        _, kv_heads, group, dim = self.shape
+        p = STRUCTS["ScoreParams"](q=self.q.data_ptr(), summaries=self.paged.data_ptr(), position=self.position.data_ptr(), scores=self.scores.data_ptr(),
+            kind=1 if ranges else 2, group_size=group, max_scores=self.scores.shape[1], window=self.window, block_size=self.block, tile=1)
+        lib.launch(name_of("score_blocks", self.dtype, dim), ((self.scores.shape[1] + 63) // 64, kv_heads, 1), 128, 0, p, stream)
 
-    def select(self, lib, edge, take, stream=None):
-        p = Select(self.scores.data_ptr(), self.scores.shape[1], edge, take, self.block // OCTET, self.pages.data_ptr(), self.pages.shape[1])
-        p.len, p.max_octets = self.shape[0], self.octets.shape[1]
-        p.octets, p.counts = self.octets.data_ptr(), self.counts.data_ptr()
-        check(lib.foveate_select_blocks(ctypes.byref(p), self.shape[1], P(stream)))
+    def select(self, lib, take, stream=None):
+        self.takes.fill_(take)
+        self.select_again(lib, stream)
+
+    def select_again(self, lib, stream=None):
+        most = self.scores.shape[1]
+        p = STRUCTS["SelectParams"](scores=self.scores.data_ptr(), pages=self.pages.data_ptr(), position=self.position.data_ptr(), takes=self.takes.data_ptr(),
+            octets=self.octets.data_ptr(), counts=self.counts.data_ptr(), max_scores=most, max_pages=self.pages.shape[1],
+            max_octets=self.octets.shape[1], rows=1, tokens=1, window=self.window, block_size=self.block, tile=1)
+        each = next(each for each in (1, 4, 8, 16, 32) if each * 1024 >= most)
+        lib.launch(f"select_blocks_{each}", (self.shape[1], 1, 1), 1024, (most + 1) * 4, p, stream)
 
     def reference(self, slots_of):
         """Attention of every head over the slots that `slots_of(head)` names, in float64."""
@@ -133,14 +178,14 @@ class Prompt:
         self.layer, self.start, self.tile, self.count = layer, start, tile, tokens - start
         random = torch.Generator("cuda").manual_seed(seed)
         self.q = torch.randn(self.count, kv_heads * group, dim, device="cuda", dtype=layer.dtype, generator=random)
-        self.out = torch.full_like(self.q, math.nan)
+        self.out = torch.full(self.q.shape, math.nan, device="cuda")
         tiles = (self.count + tile - 1) // tile
         firsts = start + tile * torch.arange(tiles, device="cuda")
-        self.octets = self.counts = self.tails = None
+        self.octets = self.counts = self.edges = None
         if blocks is not None:
             size = layer.block // OCTET
             edges = (firsts - window).clamp(min=0) // layer.block  # everything from here on is read
-            self.tails = (edges * size).int()
+            self.edges = edges * layer.block
             taken = edges.clamp(max=blocks)
             # Random blocks before the edge, ascending.
             rank = torch.rand(tiles, kv_heads, int(edges.max()) + 1, device="cuda", generator=random)
@@ -148,18 +193,30 @@ class Prompt:
             self.chosen = rank.argsort(-1)[..., :blocks]
             self.chosen.masked_fill_(torch.arange(self.chosen.shape[-1], device="cuda") >= taken[:, None, None], 1 << 30)
             self.chosen = self.chosen.sort(-1).values
-            logical = (self.chosen[..., None].clamp(max=int(edges.max())) * size + torch.arange(size, device="cuda")).flatten(2)
+            # The chosen ones, then everything from the edge on to the tile's newest query.
+            listed, tails = taken * size, edges * size
+            newest = (firsts + tile).clamp(max=tokens) - 1
+            counts = listed + newest // OCTET + 1 - tails
+            j = torch.arange(int(counts.max()), device="cuda")[None, :]
+            before = j < listed[:, None]
+            picked = torch.where(before, j // size, 0).clamp(max=blocks - 1)
+            blocks_of = torch.gather(self.chosen, 2, picked[:, None, :].expand(-1, kv_heads, -1))
+            logical = torch.where(before[:, None, :], blocks_of * size + (j % size)[:, None, :], (tails[:, None] + j - listed[:, None])[:, None, :])
+            logical = torch.where((j < counts[:, None])[:, None, :], logical, 0)
             pages = layer.pages[torch.arange(kv_heads, device="cuda")[None, :, None], logical // 8]
-            self.octets = (pages * 8 + logical % 8).int().contiguous()
-            self.counts = (taken * size)[:, None].expand(tiles, kv_heads).int().contiguous()
+            rows = (pages * 8 + logical % 8) << 8 | 0xFF
+            self.octets = torch.stack([rows, logical * OCTET], -1).int().contiguous()
+            self.counts = counts[:, None].expand(tiles, kv_heads).int().contiguous()
 
     def attend(self, lib, stream=None):
         layer, none = self.layer, lambda x: None if x is None else x.data_ptr()
-        p = Prefill(self.q.data_ptr(), layer.k.data_ptr(), layer.v.data_ptr(), layer.pages.data_ptr(), none(self.octets), none(self.counts), none(self.tails))
-        p.max_pages, p.max_octets = layer.pages.shape[1], 0 if self.octets is None else self.octets.shape[-1]
-        p.start, p.tokens, p.tile, p.kv_heads = self.start, self.count, self.tile, layer.shape[1]
-        p.scale, p.out = layer.shape[3] ** -0.5, self.out.data_ptr()
-        check(lib.foveate_attend_prefill(ctypes.byref(p), *layer.codes()[:3], P(stream)))
+        _, kv_heads, group, dim = layer.shape
+        p = STRUCTS["PrefillParams"](q=self.q.data_ptr(), k=layer.k.data_ptr(), v=layer.v.data_ptr(), pages=layer.pages.data_ptr(), octets=none(self.octets),
+            counts=none(self.counts), out=self.out.data_ptr(), max_pages=layer.pages.shape[1], max_octets=0 if self.octets is None else self.octets.shape[2],
+            start=self.start, tokens=self.count, tile=self.tile, kv_heads=kv_heads, group_size=group, scale=dim**-0.5)
+        tiles = (self.count + self.tile - 1) // self.tile
+        keys = 32 if dim > 128 else 64
+        lib.launch(name_of("attend_prefill", layer.dtype, dim), (tiles, kv_heads, 1), 256, 2 * 2 * keys * dim * 2, p, stream)
 
     def reference(self):
         tokens, kv_heads, group, dim = self.layer.shape
@@ -171,7 +228,7 @@ class Prompt:
             seen = keys <= positions[:, None]
             if self.octets is not None:
                 tile = torch.arange(self.count, device="cuda") // self.tile
-                allowed = keys[None] >= self.tails[tile, None] * OCTET
+                allowed = keys[None] >= self.edges[tile, None]
                 blocks = self.chosen[tile, head]  # [count, blocks]
                 for column in blocks.unbind(-1):
                     allowed |= keys[None] // self.layer.block == column[:, None]
@@ -194,7 +251,7 @@ def far(a, b):
 
 def test(lib):
     worst = {}
-    shapes = [(8, 4, 128), (2, 7, 64), (3, 3, 64), (1, 8, 128), (1, 4, 256), (4, 1, 64), (2, 2, 256), (8, 5, 128)]
+    shapes = [(8, 4, 128), (2, 7, 64), (3, 3, 64), (1, 8, 128), (1, 4, 256), (4, 1, 64), (2, 2, 256), (8, 5, 128), (2, 16, 64)]
     for dtype in (torch.float16, torch.bfloat16):
         tolerance = 2e-3 if dtype == torch.float16 else 1.6e-2
         for kv_heads, group, dim in shapes:
@@ -213,11 +270,11 @@ def test(lib):
     for dtype in (torch.float16, torch.bfloat16):
         for (kv_heads, group, dim), block, tokens, window in [((8, 4, 128), 32, 9000, 256), ((2, 7, 64), 16, 5003, 256), ((3, 3, 64), 8, 7600, 256)] + [
             ((2, 2, 256), 64, 4100, 100), ((8, 4, 128), 32, 131072, 256), ((2, 4, 128), 16, 131072, 256), ((2, 1, 64), 8, 200000, 256)]:
-            layer = Layer(tokens, kv_heads, group, dim, dtype, block)
-            edge = (tokens - window) // block
+            layer = Layer(tokens, kv_heads, group, dim, dtype, block, window=window)
+            edge = (tokens - 1 - window) // block
             summaries, q = layer.summaries.double(), layer.q.double().view(kv_heads, group, dim)
             for ranges in (False, True):
-                layer.score(lib, edge, ranges)
+                layer.score(lib, ranges)
                 torch.cuda.synchronize()
                 parts = (q.clamp(min=0), q.clamp(max=0)) if ranges else (q, q.abs())
                 want = (parts[0] @ summaries[..., :dim].mT + parts[1] @ summaries[..., dim:].mT).amax(1)
@@ -229,7 +286,7 @@ def test(lib):
             layer.scores[1, 5 : edge : 97] = -math.inf
             layer.scores[1, 7 : edge : 301] = math.inf
             for take in (0, 1, 60, edge // 2, edge - 1, edge + 5):
-                layer.select(lib, edge, take)
+                layer.select(lib, take)
                 torch.cuda.synchronize()
                 chosen = {}
                 for head in range(kv_heads):
@@ -241,7 +298,8 @@ def test(lib):
                     assert count == len(octets), (dtype, block, take, head, count, len(octets))
                     logical = torch.tensor(octets, device="cuda")
                     rows = layer.pages[head][logical // 8] * 8 + logical % 8
-                    assert torch.equal(layer.octets[head, :count], rows), (dtype, block, take, head)
+                    assert torch.equal(layer.octets[head, :count, 0], rows << 8 | 0xFF), (dtype, block, take, head)
+                    assert torch.equal(layer.octets[head, :count, 1], (logical * OCTET).int()), (dtype, block, take, head)
                     chosen[head] = [o * OCTET + i for o in octets for i in range(OCTET) if o * OCTET + i < tokens]
                 if tokens > 100000 and take not in (1, 60):
                     continue
@@ -251,7 +309,7 @@ def test(lib):
                     torch.cuda.synchronize()
                     assert far(layer.out, expected) < (2e-3 if dtype == torch.float16 else 1.6e-2), (dtype, block, take, splits)
             # What is all selected is dense, bit for bit; and a run is like another.
-            layer.select(lib, edge, edge)
+            layer.select(lib, edge)
             layer.attend(lib, 24, listed=True)
             listed = layer.out.clone()
             layer.attend(lib, 24)
@@ -263,8 +321,8 @@ def test(lib):
 def test_prefill(lib):
     worst = {}
     for dtype in (torch.float16, torch.bfloat16):
-        for kv_heads, group, dim in [(2, 4, 128), (2, 7, 64), (1, 3, 64), (1, 8, 128), (2, 1, 64)]:
-            for tokens, start, blocks in [(1, 0, None), (77, 0, None), (1000, 0, None), (1500, 1300, None), (1500, 0, 8), (2000, 1111, 20), (1500, 1490, 8)]:
+        for kv_heads, group, dim in [(2, 4, 128), (2, 7, 64), (1, 3, 64), (1, 8, 128), (2, 1, 64), (1, 4, 256)]:
+            for tokens, start, blocks in [(2, 0, None), (77, 0, None), (1000, 0, None), (1500, 1300, None), (1500, 0, 8), (2000, 1111, 20), (1500, 1490, 8)]:
                 for tile in {128 // group, 16}:
                     prompt = Prompt(Layer(tokens, kv_heads, group, dim, dtype, 16, seed=tokens), start, tile, blocks)
                     prompt.attend(lib)
@@ -311,23 +369,24 @@ def time(lib, path):
     for tokens in (4096, 8192, 32768, 131072):
         count = max(2, min(16, (1 << 31) // (tokens * kv_heads * dim * 4)))
         layers = [Layer(tokens, kv_heads, group, dim, torch.float16, block, seed) for seed in range(count)]
-        edge = (tokens - window) // block
         take = budget // block - 2
         size = tokens * kv_heads * dim * 4
+        for layer in layers:
+            layer.takes.fill_(take)
 
         def dense(splits):
             return timed(lambda layer, stream: layer.attend(lib, splits, stream=stream.cuda_stream), layers)
 
         def routed(layer, stream, splits=16):
-            layer.score(lib, edge, stream=stream.cuda_stream)
-            layer.select(lib, edge, take, stream=stream.cuda_stream)
+            layer.score(lib, stream=stream.cuda_stream)
+            layer.select_again(lib, stream=stream.cuda_stream)
             layer.attend(lib, splits, listed=True, stream=stream.cuda_stream)
 
         best, splits = min((dense(splits), splits) for splits in (8, 16, 32, 48, 64))
         whole, routed_splits = min((timed(lambda l, s: routed(l, s, n), layers), n) for n in (8, 12, 16, 24, 32))
         parts = [
-            timed(lambda l, s: l.score(lib, edge, stream=s.cuda_stream), layers),
-            timed(lambda l, s: l.select(lib, edge, take, stream=s.cuda_stream), layers),
+            timed(lambda l, s: l.score(lib, stream=s.cuda_stream), layers),
+            timed(lambda l, s: l.select_again(lib, stream=s.cuda_stream), layers),
             timed(lambda l, s: l.attend(lib, routed_splits, listed=True, stream=s.cuda_stream), layers),
         ]
         contiguous = [[torch.randn(1, kv_heads, tokens, dim, device="cuda", dtype=torch.float16) for _ in range(2)] for _ in layers]
@@ -372,7 +431,7 @@ def main():
     parser.add_argument("--time", action="store_true")
     parser.add_argument("--json", type=pathlib.Path)
     args = parser.parse_args()
-    lib = build()
+    lib = Kernels()
     test(lib)
     test_prefill(lib)
     if args.time:

@@ -1,9 +1,8 @@
 // What the kernels share: tensor cores, copies, numbers, the order of launches.
-//
-// T: half or bf16. Rows of keys, values and summaries lie one after the other; a slot of a head is row
-// `pages[head][slot / 64] * 64 + slot % 64` of the pool.
 
 #pragma once
+
+#include "../params.h"
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -85,16 +84,22 @@ __device__ __forceinline__ uint32_t ordered(float x) {
     return bits >> 31 ? ~bits : bits | 0x80000000u;
 }
 
-// Launches a kernel that may be put on the GPU while the one before still runs, see `follow`; 0 or a CUDA error.
-template <typename K, typename P> int launch(K kernel, const P &p, dim3 grid, int threads, size_t bytes, cudaStream_t stream) {
-    cudaLaunchAttribute attribute = {};
-    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute.val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t config = {};
-    config.gridDim = grid, config.blockDim = dim3(threads), config.dynamicSmemBytes = bytes, config.stream = stream;
-    config.attrs = &attribute, config.numAttrs = 1;
-    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes);
-    return (int)cudaLaunchKernelEx(&config, kernel, p);
+// The lanes of an octet that the query at `t` sees, as bits; see params.h.
+__device__ __forceinline__ uint32_t visible(Octet octet, int t, int sliding_window, int local_window) {
+    const uint32_t mask = octet.row & 0xff;
+    if (octet.position < 0) return mask;
+    // The lanes of positions from `from` on.
+    auto lanes_from = [&](int from) { return from <= octet.position ? 0xffu : from - octet.position >= OCTET ? 0u : 0xffu << (from - octet.position) & 0xffu; };
+    const uint32_t past = 0xffu & ~lanes_from(t + 1);
+    const uint32_t kept = local_window ? mask | lanes_from(t - local_window + 1) : mask;
+    return past & kept & (sliding_window ? lanes_from(t - sliding_window + 1) : 0xffu);
+}
+
+// The sum of the numbers of a warp, in every lane.
+__device__ __forceinline__ float sum_of_warp(float x) {
+#pragma unroll
+    for (int step = 16; step; step /= 2) x += __shfl_xor_sync(~0u, x, step);
+    return x;
 }
 
 } // namespace

@@ -1,59 +1,61 @@
 // Attention of many queries: a tile of queries of a group reads one ascending list of octets. Dense is the full list.
 //
-// Framework-free, f32 sums, results that do not depend on timing; see common.cuh.
+// Device code only, f32 sums, results that do not depend on timing; see params.h.
+//
+// D: head_dim.
 
 #include "common.cuh"
 
-namespace {
-constexpr int ROWS = 128, KEYS = 64, WARPS = 8;
-}
+namespace prefill {
 
-// grid (tiles, kv_heads), WARPS * 32 threads. A row is a query and a head of the group: query * G + head; at most ROWS of them.
-struct PrefillParams {
-    const void *q;        // [tokens, kv_heads * G, D] T
-    const void *k;        // [pages * 64, D] T
-    const void *v;        // [pages * 64, D] T
-    const int *pages;     // [kv_heads, max_pages]
-    const int *octets;    // [tiles, kv_heads, max_octets] where the selected ones lie (row / 8), all visible to every query; null: none
-    const int *counts;    // [tiles, kv_heads] of them
-    const int *tails;     // [tiles] first octet of those that all are read, up to each query's own position; null: 0
-    int max_pages, max_octets;
-    int start;            // position of the first query
-    int tokens;           // queries
-    int tile;             // queries of a tile; tile * G <= ROWS
-    int kv_heads;
-    float scale;
-    void *out;            // [tokens, kv_heads * G, D] T
-};
+constexpr int ROWS = 128, WARPS = 8;
 
-template <typename T, int D, int G> __global__ void __launch_bounds__(WARPS * 32, 1) attend_prefill(const PrefillParams p) {
+// Keys of a step: fewer where the sums of a row take most registers.
+template <int D> constexpr int KEYS_OF = D > 128 ? 32 : 64;
+
+// grid (tiles, kv_heads), WARPS * 32 threads. A row is a query and a head of the group: query * group_size + head; at most ROWS.
+template <typename T, int D> __device__ void attend(const PrefillParams &p) {
     extern __shared__ __align__(128) unsigned char shared[];
-    constexpr int CHUNKS = D / 8, TILE_BYTES = KEYS * D * 2;
-    const int head = blockIdx.y, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    constexpr int KEYS = KEYS_OF<D>, CHUNKS = D / 8, TILE_BYTES = KEYS * D * 2, OCTETS = KEYS / OCTET;
+    __shared__ Octet listed[2][OCTETS];
+    __shared__ uint32_t partly[2]; // octets of a step that not every query sees whole
+    const int head = blockIdx.y, warp = threadIdx.x / 32, lane = threadIdx.x % 32, G = p.group_size;
     const int tile = gridDim.x - 1 - blockIdx.x; // the longest first
     follow();
-    const int first = tile * p.tile, queries = min(p.tile, p.tokens - first);
-    const int row_of_list = tile * p.kv_heads + head;
-    const int listed = p.octets ? p.counts[row_of_list] : 0;
-    const int *list = p.octets + (int64_t)row_of_list * p.max_octets;
+    const int first = p.firsts ? p.firsts[tile] : tile * p.tile;
+    const int queries = (p.firsts ? p.firsts[tile + 1] : min(first + p.tile, p.tokens)) - first;
+    const int row_of_list = (p.lists ? p.lists[tile] : tile) * p.kv_heads + head;
+    const Octet *list = p.octets ? p.octets + (int64_t)row_of_list * p.max_octets : nullptr;
     const int *pages = p.pages + (int64_t)head * p.max_pages;
-    const int tail = p.tails ? p.tails[tile] : 0;
-    const int newest = p.start + first + queries - 1;
-    const int octets = listed + newest / OCTET + 1 - tail, steps = (octets + KEYS / OCTET - 1) / (KEYS / OCTET);
+    const int eldest = p.start + first, newest = eldest + queries - 1; // positions of the queries
+    const int oldest = p.sliding_window ? max(0, eldest - p.sliding_window + 1) / OCTET : 0;
+    const int octets = list ? p.counts[row_of_list] : newest / OCTET + 1 - oldest, steps = (octets + OCTETS - 1) / OCTETS;
     const uint32_t base = shared_address(shared);
 
+    auto octet_at = [&](int index) {
+        if (index >= octets) return Octet{0, -1};
+        if (list) return list[index];
+        const int octet = oldest + index;
+        return Octet{(pages[octet / (PAGE / OCTET)] * (PAGE / OCTET) + octet % (PAGE / OCTET)) << 8 | 0xff, octet * OCTET};
+    };
     auto fetch = [&](int step, int stage) {
         if (step < steps) {
             const uint32_t to = base + stage * 2 * TILE_BYTES;
+            if (warp == 0) {
+                const Octet octet = lane < OCTETS ? octet_at(step * OCTETS + lane) : Octet{0xff, -1};
+                const bool whole = (octet.row & 0xff) == 0xff &&
+                    (octet.position < 0 || octet.position + OCTET - 1 <= eldest && (!p.sliding_window || octet.position > newest - p.sliding_window));
+                const uint32_t bits = __ballot_sync(~0u, !whole);
+                if (lane < OCTETS) listed[stage][lane] = octet;
+                if (lane == 0) partly[stage] = bits;
+            }
 #pragma unroll
             for (int i = 0; i < KEYS * CHUNKS / (WARPS * 32); ++i) {
                 const int index = threadIdx.x + WARPS * 32 * i, row = index / CHUNKS, chunk = index % CHUNKS;
-                const int at = step * (KEYS / OCTET) + row / OCTET, octet = tail + at - listed;
-                const bool selected = at < listed, there = selected || at < octets && octet * OCTET + row % OCTET <= newest;
-                int place = 0;
-                if (selected) place = list[at];
-                else if (there) place = pages[octet / (PAGE / OCTET)] * (PAGE / OCTET) + octet % (PAGE / OCTET);
-                const int64_t from = there ? ((int64_t)place * OCTET + row % OCTET) * D + chunk * 8 : 0;
+                const Octet octet = octet_at(step * OCTETS + row / OCTET);
+                // What no query sees stays out: it may be anything, and no number hides it.
+                const bool there = octet.position < 0 ? octet.row >> row % OCTET & 1 : octet.position + row % OCTET <= newest;
+                const int64_t from = there ? ((int64_t)(octet.row >> 8) * OCTET + row % OCTET) * D + chunk * 8 : 0;
                 const uint32_t slot = row * D * 2 + ((chunk ^ (row & 7)) * 16);
                 copy_async(to + slot, (const T *)p.k + from, there);
                 copy_async(to + TILE_BYTES + slot, (const T *)p.v + from, there);
@@ -70,7 +72,7 @@ template <typename T, int D, int G> __global__ void __launch_bounds__(WARPS * 32
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
         const bool is_row = own[r] < queries * G;
-        position[r] = is_row ? p.start + first + own[r] / G : -1;
+        position[r] = is_row ? eldest + own[r] / G : -1;
         const int64_t at = is_row ? ((int64_t)(first + own[r] / G) * p.kv_heads * G + head * G + own[r] % G) * D : 0;
         const T *from = (const T *)p.q + at + 2 * (lane % 4);
 #pragma unroll
@@ -82,7 +84,6 @@ template <typename T, int D, int G> __global__ void __launch_bounds__(WARPS * 32
     float sums[D / 8][4] = {};
     float maximum[2] = {-INFINITY, -INFINITY}, weight[2] = {0.f, 0.f};
     const float scale = p.scale * LOG2_E;
-    const int oldest = p.start + first; // up to here every query sees everything
 
     for (int step = 0; step < steps; ++step) {
         fetch(step + 1, (step + 1) & 1);
@@ -104,16 +105,17 @@ template <typename T, int D, int G> __global__ void __launch_bounds__(WARPS * 32
                 multiply<T>(c[n + 1], q[i], b[2], b[3]);
             }
         }
-        // Positions of this step's keys; those of selected octets are seen by all.
-        const int at = step * (KEYS / OCTET), after = (tail + at - listed) * OCTET;
-        const bool masked = at + KEYS / OCTET > octets || at + KEYS / OCTET > listed && after + KEYS - 1 > oldest;
-        if (masked) {
+        const uint32_t some = partly[step & 1];
+        if (some) {
 #pragma unroll
             for (int n = 0; n < KEYS / 8; ++n) {
+                if (!(some >> n & 1)) continue;
+                const Octet octet = listed[step & 1][n];
 #pragma unroll
-                for (int j = 0; j < 4; ++j) {
-                    const int key = after + n * 8 + 2 * (lane % 4) + j % 2;
-                    if (at + n >= octets || at + n >= listed && key > position[j / 2]) c[n][j] = -INFINITY;
+                for (int r = 0; r < 2; ++r) {
+                    const uint32_t bits = visible(octet, position[r], p.sliding_window, p.local_window) >> 2 * (lane % 4);
+                    if (!(bits & 1)) c[n][2 * r] = -INFINITY;
+                    if (!(bits & 2)) c[n][2 * r + 1] = -INFINITY;
                 }
             }
         }
@@ -163,22 +165,16 @@ template <typename T, int D, int G> __global__ void __launch_bounds__(WARPS * 32
         weight[r] += __shfl_xor_sync(~0u, weight[r], 1);
         weight[r] += __shfl_xor_sync(~0u, weight[r], 2);
         if (position[r] < 0) continue;
-        T *to = (T *)p.out + ((int64_t)(first + own[r] / G) * p.kv_heads * G + head * G + own[r] % G) * D + 2 * (lane % 4);
+        float *to = p.out + ((int64_t)(first + own[r] / G) * p.kv_heads * G + head * G + own[r] % G) * D + 2 * (lane % 4);
 #pragma unroll
-        for (int d = 0; d < D / 8; ++d) *(uint32_t *)(to + 8 * d) = pack<T>(sums[d][2 * r] / weight[r], sums[d][2 * r + 1] / weight[r]);
+        for (int d = 0; d < D / 8; ++d) *(float2 *)(to + 8 * d) = make_float2(sums[d][2 * r] / weight[r], sums[d][2 * r + 1] / weight[r]);
     }
 }
 
-extern "C" int foveate_attend_prefill(const PrefillParams *p, int bf16, int head_dim, int group, cudaStream_t stream) {
-    if (p->tile * group > ROWS) return -1;
-    const dim3 grid((p->tokens + p->tile - 1) / p->tile, p->kv_heads);
-    const size_t bytes = (size_t)2 * 2 * KEYS * head_dim * 2;
-#define SHAPE(D, G)                                                                                                                        \
-    if (head_dim == D && group == G)                                                                                                       \
-        return bf16 ? launch(attend_prefill<__nv_bfloat16, D, G>, *p, grid, WARPS * 32, bytes, stream)                                      \
-                    : launch(attend_prefill<half, D, G>, *p, grid, WARPS * 32, bytes, stream);
-    SHAPE(64, 1) SHAPE(64, 2) SHAPE(64, 3) SHAPE(64, 4) SHAPE(64, 7) SHAPE(64, 8)
-    SHAPE(128, 1) SHAPE(128, 2) SHAPE(128, 4) SHAPE(128, 5) SHAPE(128, 7) SHAPE(128, 8)
-#undef SHAPE
-    return -1;
-}
+} // namespace prefill
+
+#define ATTEND(NAME, T, D) \
+    extern "C" __global__ void __launch_bounds__(prefill::WARPS * 32, 1) attend_prefill_##NAME##_##D(const PrefillParams p) { prefill::attend<T, D>(p); }
+ATTEND(f16, half, 64) ATTEND(f16, half, 128) ATTEND(f16, half, 256)
+ATTEND(bf16, __nv_bfloat16, 64) ATTEND(bf16, __nv_bfloat16, 128) ATTEND(bf16, __nv_bfloat16, 256)
+#undef ATTEND

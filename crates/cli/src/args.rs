@@ -157,7 +157,7 @@ pub(crate) struct ModelArgs {
 #[command(next_help_heading = "Model")]
 pub(crate) struct MachineArgs {
     /// Where to compute
-    #[arg(long, value_enum, default_value_t = DeviceChoice::Auto)]
+    #[arg(long, value_name = "auto|cpu|cuda[:N]|metal", default_value = "auto", value_parser = parse_device)]
     pub(crate) device: DeviceChoice,
     /// Threads [default: physical cores]
     #[arg(short, long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
@@ -173,12 +173,24 @@ pub(crate) struct MachineArgs {
     pub(crate) mem_limit: Option<MemoryLimit>,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum DeviceChoice {
     Auto,
     Cpu,
-    Cuda,
+    /// The GPU of this number.
+    Cuda(usize),
     Metal,
+}
+
+fn parse_device(text: &str) -> Result<DeviceChoice, String> {
+    match text.split_once(':') {
+        None if text == "auto" => Ok(DeviceChoice::Auto),
+        None if text == "cpu" => Ok(DeviceChoice::Cpu),
+        None if text == "cuda" => Ok(DeviceChoice::Cuda(0)),
+        None if text == "metal" => Ok(DeviceChoice::Metal),
+        Some(("cuda", number)) => number.parse().map(DeviceChoice::Cuda).map_err(|_| format!("{number:?} is no number of a GPU")),
+        _ => Err("expected auto, cpu, cuda, cuda:N or metal".to_string()),
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]

@@ -39,7 +39,6 @@ fn read() -> Option<BTreeMap<String, usize>> {
 }
 
 fn key(checkpoint: &Checkpoint) -> String {
-    let threads = candle_core::utils::get_num_threads();
     let keys = checkpoint.dtypes.k.name();
-    format!("{} {} {keys} · {} x{threads}", checkpoint.located.id, checkpoint.weights.dtype_name(), crate::plan::processor())
+    format!("{} {} {keys} · {}", checkpoint.located.id, checkpoint.weights.dtype_name(), crate::device::machine(&checkpoint.device))
 }

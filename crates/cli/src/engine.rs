@@ -1,7 +1,8 @@
 //! A checkpoint opened, checked against the machine, and loaded.
 
-use crate::args::{AttentionArgs, DeviceChoice, ModelArgs, SamplingArgs, TemplateArgs};
+use crate::args::{AttentionArgs, ModelArgs, SamplingArgs, TemplateArgs};
 use crate::crossover;
+use crate::device;
 use crate::failure::{Failure, Kind, damaged};
 use crate::plan::{self, Plan};
 use crate::routing;
@@ -70,20 +71,26 @@ enum EndTokens {
 
 /// Tokens of a prompt to compute at once: weights are unpacked once for all of them, but their activations should stay in a
 /// cache. Where tokens are dropped as a window moves on, those of a chunk come on top of it: there the fewest.
-fn chunk(config: &Config, attention: &RoutedAttention) -> usize {
+fn chunk(config: &Config, attention: &RoutedAttention, device: &Device) -> usize {
     const ACTIVATIONS: usize = 20 << 20;
     let drops = config.sliding_window.iter().any(Option::is_some) || attention.routing().token_router.kept_fraction() < 1.0;
     let fits = |tokens: &usize| tokens * config.intermediate_size * size_of::<f32>() <= ACTIVATIONS;
+    if device.is_cuda() && !drops {
+        return MOST_AT_ONCE;
+    }
     if drops { FEWEST_AT_ONCE } else { [2048, 1024].into_iter().find(fits).unwrap_or(FEWEST_AT_ONCE) }
 }
 
 /// Tokens computed at once, at the least, where nothing is asked for.
 pub(crate) const FEWEST_AT_ONCE: usize = 512;
 
+/// And at the most: on a GPU, where weights are unpacked in memory, not in a cache.
+const MOST_AT_ONCE: usize = 4096;
+
 impl Checkpoint {
     /// Finds or fetches the model and reads all but its weights.
     pub(crate) fn open(args: &ModelArgs, template: &TemplateArgs, attention: &AttentionArgs, hub: &Hub) -> Result<Self> {
-        let device = device(args.machine.device)?;
+        let device = device::open(args.machine.device, hub.ui)?;
         let reference = ModelReference::parse(&args.model, args.revision.as_deref())?;
         let located = source::obtain(&reference, hub)?;
         let quantize = located
@@ -111,6 +118,14 @@ impl Checkpoint {
         let system = template.system.as_deref();
         let template = chat_template(&located, &weights, &tokenizer, template)?;
         let defaults = GenerationDefaults::read(&located, &weights)?;
+        let dtypes = routing::dtypes(attention);
+        if device.is_cuda() && (dtypes.k != dtypes.v || !matches!(dtypes.k, KvDtype::F16 | KvDtype::Bf16)) {
+            let what = format!("keys in {} and values in {} are not on the GPU yet", dtypes.k.name(), dtypes.v.name());
+            return Err(Failure::new(Kind::Device, what)
+                .why("both are f16 there, or both bf16")
+                .hint("-ctk and -ctv f16, or --device cpu")
+                .into());
+        }
         let backend = for_device(&device).map_err(|error| Failure::new(Kind::Device, message(&error)))?;
         let mut checkpoint = Self {
             located,
@@ -120,7 +135,7 @@ impl Checkpoint {
             defaults,
             device,
             attention: RoutedAttention::dense(backend),
-            dtypes: routing::dtypes(attention),
+            dtypes,
             chunk: 0,
             protected: 0,
         };
@@ -133,7 +148,7 @@ impl Checkpoint {
         checkpoint.attention = checkpoint.attention_of(attention)?;
         checkpoint.chunk = match args.machine.batch_size {
             Some(tokens) => tokens as usize,
-            None => chunk(checkpoint.config(), &checkpoint.attention),
+            None => chunk(checkpoint.config(), &checkpoint.attention, &checkpoint.device),
         };
         Ok(checkpoint)
     }
@@ -145,6 +160,7 @@ impl Checkpoint {
             config: self.config(),
             defaults: self.located.manifest.and_then(|manifest| manifest.body.routing.as_ref()),
             crossover: crossover::recall(self),
+            tile: self.attention.preferred_tile(self.config().heads.group_size()),
             fingerprint: &|| self.weights.fingerprint(),
         };
         let mut routing = routing::resolve(args, &known)?;
@@ -192,7 +208,7 @@ impl Checkpoint {
     /// The most tokens a sequence may have on this machine.
     pub(crate) fn context(&self, args: &ModelArgs, ui: Ui) -> Result<usize> {
         let (asked, trained) = (args.machine.ctx_size.map(|n| n as usize), self.config().context);
-        let free = plan::available(args.machine.mem_limit);
+        let free = plan::available(args.machine.mem_limit, &self.device);
         let context = plan::choose_context(asked, self.config(), self.weights_bytes(), self.storage(), free)?;
         if context > trained {
             ui.warn(format!("-c {context} is beyond the {trained} tokens this model was trained on: expect nonsense there"));
@@ -237,7 +253,13 @@ impl Checkpoint {
 
     /// Loads the weights. `context`: the tokens that memory is planned for.
     pub(crate) fn load(self, context: usize, args: &ModelArgs) -> Result<Engine> {
-        plan::choose_context(Some(context), self.config(), self.weights_bytes(), self.storage(), plan::available(args.machine.mem_limit))?;
+        plan::choose_context(
+            Some(context),
+            self.config(),
+            self.weights_bytes(),
+            self.storage(),
+            plan::available(args.machine.mem_limit, &self.device),
+        )?;
         let plan = Plan::new(self.config(), self.weights_bytes(), self.storage(), context);
         let started = Instant::now();
         let model = model::load(&self.weights).map_err(damaged).with_context(|| self.located.id.clone())?;
@@ -261,11 +283,10 @@ impl Engine {
     pub(crate) fn banner(&self, context: usize) -> String {
         let routing = routing::describe(&self.checkpoint.attention);
         format!(
-            "{} {} · {}, {} threads · weights {} · KV {}/token · ctx {context}{}",
+            "{} {} · {} · weights {} · KV {}/token · ctx {context}{}",
             self.checkpoint.located.id,
             self.checkpoint.weights.dtype_name(),
-            self.checkpoint.attention.backend_name(),
-            candle_core::utils::get_num_threads(),
+            device::label(&self.checkpoint.device, self.checkpoint.attention.backend_name()),
             bytes(self.plan.weights),
             bytes(self.checkpoint.kv_bytes_per_token()),
             if routing.is_empty() { routing } else { format!(" · {routing}") }
@@ -337,19 +358,6 @@ fn as_damage(error: anyhow::Error) -> anyhow::Error {
     match error.downcast::<candle_core::Error>() {
         Ok(error) => damaged(error).into(),
         Err(error) => Failure::malformed(format!("{error:#}")).into(),
-    }
-}
-
-fn device(choice: DeviceChoice) -> Result<Device> {
-    match choice {
-        DeviceChoice::Auto | DeviceChoice::Cpu => Ok(Device::Cpu),
-        DeviceChoice::Cuda | DeviceChoice::Metal => {
-            let name = if choice == DeviceChoice::Cuda { "cuda" } else { "metal" };
-            Err(Failure::new(Kind::Device, format!("this build has no {name} backend"))
-                .why("backends: cpu")
-                .hint("--device cpu, or foveate doctor")
-                .into())
-        }
     }
 }
 

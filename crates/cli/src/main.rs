@@ -3,6 +3,7 @@
 mod args;
 mod commands;
 mod crossover;
+mod device;
 mod engine;
 mod failure;
 mod interrupt;

@@ -1,9 +1,11 @@
 //! What a run will take in memory, compared with what is free, before anything is loaded.
 
 use crate::args::MemoryLimit;
+use crate::device;
 use crate::failure::{Failure, Kind};
 use crate::ui::bytes;
 use anyhow::Result;
+use candle_core::Device;
 use model::Config;
 use sparse_attn::{KvDtype, KvDtypes, RoutedAttention};
 
@@ -44,10 +46,10 @@ impl Plan {
     }
 }
 
-/// Bytes that a run may use: what is free on the machine or in its container, and no more than `limit`.
-pub(crate) fn available(limit: Option<MemoryLimit>) -> u64 {
+/// Bytes that a run may use: what is free on the GPU, or on the machine or in its container; and no more than `limit`.
+pub(crate) fn available(limit: Option<MemoryLimit>, device: &Device) -> u64 {
     // A system that does not tell is not held back: what does not fit fails as it is allocated.
-    let (_, free) = machine().unwrap_or((u64::MAX, u64::MAX));
+    let free = device::describe(device).map(|gpu| gpu.free).or_else(|| Some(machine()?.1)).unwrap_or(u64::MAX);
     let free = free.saturating_sub(MARGIN);
     match limit {
         None => free,

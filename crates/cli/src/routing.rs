@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 use model::{Config, RouterFile, message};
 use serde::Deserialize;
 use serde_json::{Value, json};
-use sparse_attn::select::{Budget, Limits, TILE};
+use sparse_attn::select::{Budget, Limits};
 use sparse_attn::token_router::{self, Random, TokenRouter};
 use sparse_attn::{KvDtype, KvDtypes, RoutedAttention, Routing, block_router};
 use std::path::Path;
@@ -92,6 +92,8 @@ pub(crate) struct Known<'a> {
     pub(crate) defaults: Option<&'a RoutingDefaults>,
     /// The length from which routed attention was measured to be faster on this machine.
     pub(crate) crossover: Option<usize>,
+    /// Queries that share a selection, where no flag says otherwise.
+    pub(crate) tile: usize,
     /// Names the weights, so that a router trained on others is refused.
     pub(crate) fingerprint: &'a dyn Fn() -> candle_core::Result<String>,
 }
@@ -141,7 +143,7 @@ pub(crate) fn resolve(args: &AttentionArgs, known: &Known<'_>) -> Result<Routing
         let what = format!("--block {block_size} is larger than --window {window}: a block must be past before it is chosen");
         return Err(Failure::new(Kind::Usage, what).hint(format!("--block {window}")).into());
     }
-    let limits = Limits { window, sinks, block_size, budget, dense_len, tile: args.tile.map_or(TILE, |tile| tile as usize) };
+    let limits = Limits { window, sinks, block_size, budget, dense_len, tile: args.tile.map_or(known.tile, |tile| tile as usize) };
     let dense_layers = args.dense_layers.map_or(defaults.dense_layers, |n| n as usize);
     let layer_budgets = args.layer_budgets.clone().unwrap_or_else(|| defaults.layer_budgets.clone());
     Ok(Routing { token_router, block_router, limits, dense_layers, layer_budgets })

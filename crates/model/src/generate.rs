@@ -1,6 +1,7 @@
 //! One sequence: prefill in chunks, then a token at a time.
 
 use crate::CausalLm;
+use crate::arch::TokenStep;
 use crate::sampler::{Sampler, logprobs};
 use crate::weights::MANY_TOKENS;
 use candle_core::{DType, Device, Result, Tensor, bail};
@@ -17,6 +18,18 @@ pub struct Session {
     cache: KvCache,
     tokens: Vec<u32>,
     next_logits: Option<Vec<f32>>,
+    token_step: OneToken,
+}
+
+/// How single tokens are fed.
+#[derive(Debug)]
+enum OneToken {
+    /// Nobody asked yet.
+    Unknown,
+    /// As prompts are.
+    Forward,
+    /// As a whole.
+    Step(Box<dyn TokenStep>),
 }
 
 /// Limits of one generation.
@@ -75,7 +88,7 @@ impl Session {
     /// If the device has no memory for it.
     pub fn new(model: Arc<dyn CausalLm>, attention: RoutedAttention, dtypes: KvDtypes, device: &Device, capacity: usize) -> Result<Self> {
         let cache = KvCache::new(&attention.layer_specs(&model.config().layer_specs()), dtypes, device, capacity)?;
-        Ok(Self { model, attention, cache, tokens: Vec::new(), next_logits: None })
+        Ok(Self { model, attention, cache, tokens: Vec::new(), next_logits: None, token_step: OneToken::Unknown })
     }
 
     /// The tokens of the sequence. The newest may be not in the cache yet.
@@ -126,6 +139,17 @@ impl Session {
             }
             bail!("the prompt is empty: nothing to continue");
         }
+        if let [token] = waiting[..]
+            && progress(0, 1).is_continue()
+            && self.feed(token)?
+        {
+            self.next_logits = match &mut self.token_step {
+                OneToken::Step(step) => Some(step.logits()?),
+                _ => None,
+            };
+            let _ = progress(1, 1);
+            return Ok(true);
+        }
         let chunk = chunk.max(1);
         let mut done = 0;
         while done < waiting.len() {
@@ -145,6 +169,47 @@ impl Session {
         self.cache.trim()?;
         let _ = progress(done, waiting.len());
         Ok(true)
+    }
+
+    /// Feeds one token by a step that runs as a whole. Returns whether there is one, and it could.
+    fn feed(&mut self, token: u32) -> Result<bool> {
+        if let OneToken::Unknown = self.token_step {
+            let step = self.model.token_step(&self.attention, &self.cache)?;
+            self.token_step = step.map_or(OneToken::Forward, OneToken::Step);
+        }
+        let OneToken::Step(step) = &mut self.token_step else { return Ok(false) };
+        let vocab_size = self.model.config().vocab_size;
+        if token as usize >= vocab_size {
+            bail!("token id {token} is beyond the vocabulary of {vocab_size}");
+        }
+        self.next_logits = None;
+        let done = step.run(token, &mut self.cache)?;
+        if done {
+            self.tokens.push(token);
+        }
+        Ok(done)
+    }
+
+    /// The likeliest token that follows, where a device finds it by itself: it feeds the newest token if that is not in the cache yet.
+    fn likeliest(&mut self) -> Result<Option<u32>> {
+        if self.next_logits.is_some() || self.tokens.len() != self.cache.len() + 1 {
+            return Ok(None);
+        }
+        let Some(token) = self.tokens.pop() else { return Ok(None) };
+        match self.feed(token) {
+            Ok(true) => match &mut self.token_step {
+                OneToken::Step(step) => step.likeliest().map(Some),
+                _ => Ok(None),
+            },
+            Ok(false) => {
+                self.tokens.push(token);
+                Ok(None)
+            }
+            Err(error) => {
+                self.tokens.push(token);
+                Err(error)
+            }
+        }
     }
 
     fn last_logits(&self, hidden: &Tensor) -> Result<Vec<f32>> {
@@ -184,6 +249,7 @@ impl Session {
             cache: self.cache.fork()?,
             tokens: self.tokens.clone(),
             next_logits: self.next_logits.clone(),
+            token_step: OneToken::Unknown,
         })
     }
 
@@ -238,8 +304,14 @@ impl Generation<'_> {
     }
 
     fn step(&mut self) -> Result<Token> {
-        let logits = self.session.logits()?.to_vec();
-        let id = self.sampler.sample(&logits, &self.session.tokens)?;
+        let likeliest = if self.sampler.takes_likeliest() && self.options.logprobs == 0 { self.session.likeliest()? } else { None };
+        let (id, logits) = match likeliest {
+            Some(id) => (id, Vec::new()),
+            None => {
+                let logits = self.session.logits()?.to_vec();
+                (self.sampler.sample(&logits, &self.session.tokens)?, logits)
+            }
+        };
         let is_end = self.options.end_tokens.contains(&id);
         self.session.tokens.push(id);
         self.session.next_logits = None;

@@ -12,6 +12,7 @@ pub mod calibrate;
 pub mod config;
 mod error;
 pub mod generate;
+mod gpu;
 pub mod layers;
 mod published;
 mod router_file;

@@ -99,9 +99,19 @@ impl Sampler {
         Ok(self.draw(&candidates))
     }
 
+    /// Whether it takes the likeliest token, whatever came before.
+    pub fn takes_likeliest(&self) -> bool {
+        self.options.temperature == 0.0 && !self.penalises()
+    }
+
+    fn penalises(&self) -> bool {
+        let options = &self.options;
+        options.repeat_penalty != 1.0 || options.presence_penalty != 0.0 || options.frequency_penalty != 0.0
+    }
+
     fn penalise(&self, candidates: &mut [(u32, f32)], history: &[u32]) {
         let options = &self.options;
-        if options.repeat_penalty == 1.0 && options.presence_penalty == 0.0 && options.frequency_penalty == 0.0 {
+        if !self.penalises() {
             return;
         }
         let mut recent = history[history.len().saturating_sub(options.repeat_last_n)..].to_vec();

@@ -1,6 +1,6 @@
 //! Attention of one layer in one step: admit, write, score, select, attend.
 
-use crate::backend::AttentionBackend;
+use crate::backend::{AttentionBackend, Routed, RoutedJob};
 use crate::block_router::{self, BlockRouter, Queries};
 use crate::cache::{KvCache, KvDtypes, LayerSpec, LayerStore, Local, Pool, ReadCount, Step};
 use crate::parallel;
@@ -149,10 +149,14 @@ impl RoutedAttention {
         let specs = self.layer_specs(specs);
         let Routing { block_router, limits, dense_layers, .. } = &self.routing;
         let summaries = specs.iter().skip(*dense_layers).filter(|spec| spec.sliding_window.is_none()).map(|spec| {
-            let (head_dim, kv_heads) = (spec.shape.head_dim(), spec.shape.kv_heads());
-            block_router.summary().planned_bytes(dtypes.k, head_dim, kv_heads, capacity, limits.block_size)
+            block_router.summary().planned_bytes(dtypes.k, spec.shape, capacity, limits.block_size, self.backend.packs_summaries())
         });
         KvCache::planned_bytes(&specs, dtypes, capacity) + summaries.sum::<usize>()
+    }
+
+    /// Queries that best share a selection in steps of several, where `group_size` query heads share keys.
+    pub fn preferred_tile(&self, group_size: usize) -> usize {
+        self.backend.preferred_tile(group_size)
     }
 
     /// The backend's name.
@@ -170,7 +174,7 @@ impl RoutedAttention {
     /// # Errors
     /// If a shape does not fit the layer. The cache's committed tokens never change here.
     pub fn forward(&self, layer: usize, input: AttentionInput<'_>, step: Step, cache: &mut KvCache) -> Result<Tensor> {
-        let Routing { token_router, block_router, dense_layers, .. } = &self.routing;
+        let Routing { token_router, block_router, .. } = &self.routing;
         let limits = self.routing.limits_of(layer);
         let store = cache.layer_mut(layer);
         let admission =
@@ -178,13 +182,21 @@ impl RoutedAttention {
         store.admit(step, &admission, limits.sinks)?;
         self.backend.write(input.k, input.v, step, store)?;
         // Layers with a sliding window read no more than that anyway.
-        let routed = layer >= *dense_layers && store.sliding_window().is_none();
+        let routed = self.is_routed(layer, store);
         let selection = if routed {
             store.finish_write(step, block_router.summary(), limits.block_size)?;
-            // What fits needs no scores: it is all selected.
-            if step.end() <= limits.dense_len || block_router.fills_budget() && limits.budget.limit(0) >= step.end() {
+            if !self.reads_by_score(layer, step) {
                 Selection::Every
             } else {
+                let wants_selection = self.observer.is_some();
+                let job = RoutedJob { q: input.q, scale: input.scale, store, step, limits, router: &**block_router, wants_selection };
+                if let Some(Routed { out, selection, count }) = self.backend.attend_routed(&job)? {
+                    if let Some(selection) = selection {
+                        self.show(layer, &input, step, store, &selection)?;
+                    }
+                    cache.count_read(count);
+                    return Ok(out);
+                }
                 let scores = block_router.score(&Queries { q: input.q, step, block_size: limits.block_size, tile: limits.tile }, store)?;
                 select(&scores, &limits, step, store)
             }
@@ -192,12 +204,31 @@ impl RoutedAttention {
             Selection::Every
         };
         let out = self.backend.attend(input.q, input.scale, store, step, &selection)?;
-        if let Some(observer) = &self.observer {
-            let AttentionInput { hidden, q, scale, .. } = input;
-            observer.attended(Attended { layer, step, hidden, q, scale, store, selection: &selection })?;
-        }
+        self.show(layer, &input, step, store, &selection)?;
         self.count(layer, step, &selection, cache);
         Ok(out)
+    }
+
+    /// Whether the blocks of a layer are summarised.
+    pub fn is_routed(&self, layer: usize, store: &LayerStore) -> bool {
+        layer >= self.routing.dense_layers && store.sliding_window().is_none()
+    }
+
+    /// Whether queries of `step` read some blocks only in `layer`, if its keys are summarised: what fits needs no scores.
+    pub fn reads_by_score(&self, layer: usize, step: Step) -> bool {
+        let limits = self.routing.limits_of(layer);
+        step.end() > limits.dense_len && !(self.routing.block_router.fills_budget() && limits.budget.limit(0) >= step.end())
+    }
+
+    fn show(&self, layer: usize, input: &AttentionInput<'_>, step: Step, store: &LayerStore, selection: &Selection) -> Result<()> {
+        let Some(observer) = &self.observer else { return Ok(()) };
+        let AttentionInput { hidden, q, scale, .. } = *input;
+        observer.attended(Attended { layer, step, hidden, q, scale, store, selection })
+    }
+
+    /// Whether someone watches.
+    pub fn is_observed(&self) -> bool {
+        self.observer.is_some()
     }
 
     /// Adds what the layer read to the cache's count.

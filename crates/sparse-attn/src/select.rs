@@ -69,7 +69,7 @@ impl Limits {
     }
 
     /// Whether the queries of a tile read everything, by their positions alone.
-    fn is_dense(&self, tile: &Range<usize>, step: Step) -> bool {
+    pub(crate) fn is_dense(&self, tile: &Range<usize>, step: Step) -> bool {
         let end = if step.len == 1 { tile.end } else { tile.end.next_multiple_of(self.tile) };
         end <= self.dense_len
     }
@@ -99,6 +99,12 @@ struct Tile {
 }
 
 impl BlockSelection {
+    /// The blocks of each tile: its queries, and per head the blocks, ascending.
+    #[cfg_attr(not(feature = "cuda"), expect(dead_code, reason = "for backends that select themselves"))]
+    pub(crate) fn new(limits: Limits, tiles: impl Iterator<Item = (Range<usize>, Vec<Vec<usize>>)>) -> Self {
+        Self { limits, tiles: tiles.map(|(queries, heads)| Tile { queries, heads: Some(heads) }).collect() }
+    }
+
     /// The selected blocks of the query at `t`, ascending, up to its edge; `None`: it reads everything.
     pub fn blocks(&self, t: usize, kv_head: usize) -> Option<Vec<usize>> {
         let edge = self.limits.edge(t);

@@ -3,6 +3,7 @@
 use super::rates;
 use super::statistics::mean_and_deviation;
 use crate::args::{Bench, OutputFormat};
+use crate::device;
 use crate::engine::{Checkpoint, Engine};
 use crate::failure::{Failure, Kind, unexpected};
 use crate::interrupt::Interrupt;
@@ -123,7 +124,7 @@ fn measure(
 
 fn print(args: &Bench, engine: &Engine, rows: &[Row], ui: Ui) -> Result<()> {
     let model = format!("{} {}", engine.checkpoint.located.id, engine.checkpoint.weights.dtype_name());
-    let device = format!("{} x{}", engine.checkpoint.attention.backend_name(), candle_core::utils::get_num_threads());
+    let device = device::short(&engine.checkpoint.device, engine.checkpoint.attention.backend_name());
     let format = if ui.json { OutputFormat::Json } else { args.output };
     match format {
         OutputFormat::Md => {

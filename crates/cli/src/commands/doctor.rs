@@ -1,6 +1,7 @@
 //! `foveate doctor`: what a user or a maintainer asks first.
 
-use crate::args::VERSION;
+use crate::args::{DeviceChoice, VERSION};
+use crate::device;
 use crate::failure::Kind;
 use crate::plan;
 use crate::source::Hub;
@@ -34,7 +35,7 @@ impl Verdict {
 type Check = (&'static str, Verdict, String);
 
 pub(crate) fn run(hub: &Hub, ui: Ui) -> Result<u8> {
-    let checks = [build(), processor(), memory(), kernels(), cache(hub), reach(hub), mirror()];
+    let checks = [build(), processor(), gpu(ui), memory(), kernels(), cache(hub), reach(hub), mirror()];
     let errors = checks.iter().filter(|(_, verdict, _)| *verdict == Verdict::Error).count();
     let warnings = checks.iter().filter(|(_, verdict, _)| *verdict == Verdict::Warn).count();
     if ui.json {
@@ -75,18 +76,32 @@ fn processor() -> Check {
     ("cpu", Verdict::Ok, format!("{brand}, {threads} threads"))
 }
 
+fn gpu(ui: Ui) -> Check {
+    match device::open(DeviceChoice::Cuda(0), ui).map(|device| (kernel_error(&device), device)) {
+        Ok((Ok((name, error)), device)) => {
+            let gpu = device::describe(&device)
+                .map_or_else(String::new, |gpu| format!("{}, {}, {} free for models; ", gpu.name, bytes(gpu.total), bytes(gpu.free)));
+            let text = format!("{gpu}{name} attention: max error {error:.0e} against the reference");
+            ("gpu", if error < 4e-3 { Verdict::Ok } else { Verdict::Error }, text)
+        }
+        Ok((Err(error), _)) => ("gpu", Verdict::Error, message(&error)),
+        // Nothing is wrong with a machine that has none.
+        Err(error) => ("gpu", Verdict::Ok, format!("none: {error:#}")),
+    }
+}
+
 fn memory() -> Check {
     let Some((total, _)) = plan::machine() else {
         return ("memory", Verdict::Warn, "the system does not tell: nothing is planned".to_string());
     };
-    let free = plan::available(None);
+    let free = plan::available(None, &Device::Cpu);
     let text = format!("{}, {} free for models", bytes(total), bytes(free));
     if free < 1 << 30 { ("memory", Verdict::Warn, format!("{text}: close something first")) } else { ("memory", Verdict::Ok, text) }
 }
 
 /// The fast backend against the plain one, on this very processor.
 fn kernels() -> Check {
-    match kernel_error() {
+    match kernel_error(&Device::Cpu) {
         Ok((name, error)) if error < 1e-4 => {
             ("kernels", Verdict::Ok, format!("{name} attention: max error {error:.0e} against the reference"))
         }
@@ -97,24 +112,21 @@ fn kernels() -> Check {
     }
 }
 
-fn kernel_error() -> candle_core::Result<(&'static str, f32)> {
-    let (tokens, device) = (300, Device::Cpu);
-    let random = |heads: usize| Tensor::randn(0f32, 1.0, (tokens, heads, 64), &device);
+fn kernel_error(device: &Device) -> candle_core::Result<(&'static str, f32)> {
+    let tokens = 300;
+    let random = |heads: usize| Tensor::randn(0f32, 1.0, (tokens, heads, 64), &Device::Cpu);
     let (q, k, v) = (random(6)?, random(2)?, random(2)?);
-    let attend = |backend: Arc<dyn AttentionBackend>| {
+    let attend = |backend: Arc<dyn AttentionBackend>, device: &Device| {
+        let (q, k, v) = (q.to_device(device)?, k.to_device(device)?, v.to_device(device)?);
         let spec = LayerSpec::full(HeadShape::new(6, 2, 64)?);
-        let mut cache = KvCache::new(&[spec], KvDtype::F16.into(), &device, tokens)?;
+        let mut cache = KvCache::new(&[spec], KvDtype::F16.into(), device, tokens)?;
         let step = cache.reserve(tokens)?;
-        RoutedAttention::dense(backend).forward(
-            0,
-            AttentionInput { hidden: &q, q: &q, k: &k, k_before_rope: &k, v: &v, scale: 0.125 },
-            step,
-            &mut cache,
-        )
+        let input = AttentionInput { hidden: &q, q: &q, k: &k, k_before_rope: &k, v: &v, scale: 0.125 };
+        RoutedAttention::dense(backend).forward(0, input, step, &mut cache)?.to_device(&Device::Cpu)
     };
-    let backend = for_device(&device)?;
+    let backend = for_device(device)?;
     let name = backend.name();
-    let difference = (attend(backend)? - attend(Arc::new(Reference))?)?.abs()?.flatten_all()?.max(0)?;
+    let difference = (attend(backend, device)? - attend(Arc::new(Reference), &Device::Cpu)?)?.abs()?.flatten_all()?.max(0)?;
     Ok((name, difference.to_scalar()?))
 }
 

@@ -230,7 +230,8 @@ fn check_memory(checkpoint: &Checkpoint, length: usize, args: &TrainRouter) -> R
     let sums = layers * (width + 1) * (width + 1) * 8;
     let sequence = layers * length as u64 * (width + config.heads.kv_heads() as u64) * 4;
     let scores = 3 * (checkpoint.chunk.min(FEWEST_AT_ONCE) * config.heads.q_heads() * length * 4) as u64;
-    let (needed, free) = (checkpoint.weights_bytes() + sums + sequence + scores, plan::available(args.model.machine.mem_limit));
+    let (needed, free) =
+        (checkpoint.weights_bytes() + sums + sequence + scores, plan::available(args.model.machine.mem_limit, &checkpoint.device));
     if needed <= free {
         return Ok(());
     }

@@ -1,7 +1,8 @@
 //! Gemma 3, text only: a norm before and after each sublayer, norms on queries and keys, an embedding scaled
 //! by `sqrt(hidden_size)`, five sliding layers to each one that sees everything, with a rope base of their own.
 
-use super::CausalLm;
+use super::{CausalLm, TokenStep};
+use crate::gpu::{self, DecoderParts, LayerParts};
 use crate::layers::fused::add;
 use crate::layers::{AttentionParts, Embedding, GatedMlp, OutputHead, RmsNorm, Rope, RopeTables, SelfAttention, name};
 use crate::weights::{Scope, Weights};
@@ -88,5 +89,26 @@ impl CausalLm for Gemma3Text {
 
     fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
         self.head.forward(hidden)
+    }
+
+    fn token_step(&self, attention: &RoutedAttention, cache: &KvCache) -> Result<Option<Box<dyn TokenStep>>> {
+        let layers = self.layers.iter().zip(&self.config.sliding_window).map(|(layer, window)| {
+            let rope = if window.is_some() { &self.local_rope } else { &self.rope };
+            LayerParts {
+                post_attention_norm: Some(&layer.post_attention_norm),
+                post_mlp_norm: Some(&layer.post_mlp_norm),
+                ..LayerParts::new(&self.config, rope, [&layer.attention_norm, &layer.mlp_norm], &layer.attention, &layer.mlp)
+            }
+        });
+        let parts = DecoderParts {
+            heads: self.config.heads,
+            scale: self.config.attn_scale as f32,
+            embedding: self.embedding.weight(),
+            embedding_factor: (self.config.hidden_size as f32).sqrt(),
+            layers: layers.collect(),
+            norm: &self.norm,
+            head: self.head.weight(),
+        };
+        gpu::record(&parts, attention, cache)
     }
 }

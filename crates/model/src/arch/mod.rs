@@ -33,6 +33,14 @@ pub trait CausalLm: std::fmt::Debug + Send + Sync {
     /// If the width differs.
     fn logits(&self, hidden: &Tensor) -> Result<Tensor>;
 
+    /// A step of one token that runs as a whole, where the device can; `None`: through [`CausalLm::forward`] only.
+    ///
+    /// # Errors
+    /// If the device has no memory for it.
+    fn token_step(&self, _attention: &RoutedAttention, _cache: &KvCache) -> Result<Option<Box<dyn TokenStep>>> {
+        Ok(None)
+    }
+
     /// Feeds `tokens` and returns the residual stream `[tokens, hidden_size]`. On an error the cache is as it was.
     ///
     /// # Errors
@@ -48,6 +56,29 @@ pub trait CausalLm: std::fmt::Debug + Send + Sync {
         cache.commit(step)?;
         Ok(hidden)
     }
+}
+
+/// A forward pass of one token up to its logits, which the device does without the host. It equals [`CausalLm::forward`] as far as
+/// rounding goes.
+pub trait TokenStep: std::fmt::Debug {
+    /// Feeds `token` to `cache`, the same one every time. Returns whether it could: if not, the cache is as it was, and
+    /// [`CausalLm::forward`] can.
+    ///
+    /// # Errors
+    /// If memory runs out, or the device fails. The cache is then as it was.
+    fn run(&mut self, token: u32, cache: &mut KvCache) -> Result<bool>;
+
+    /// The likeliest token that follows.
+    ///
+    /// # Errors
+    /// If a logit is NaN or infinite: the weights or a kernel are broken.
+    fn likeliest(&mut self) -> Result<u32>;
+
+    /// The scores of all tokens, `[vocab_size]`.
+    ///
+    /// # Errors
+    /// If they cannot be fetched.
+    fn logits(&mut self) -> Result<Vec<f32>>;
 }
 
 /// Loads the weights of any known architecture.

@@ -56,6 +56,11 @@ impl SelfAttention {
         Self { layer, shape: config.heads, scale: config.attn_scale as f32, parts }
     }
 
+    /// What it is made of.
+    pub fn parts(&self) -> &AttentionParts {
+        &self.parts
+    }
+
     /// `x` `[tokens, hidden_size]`, after the layer's norm -> the same shape.
     ///
     /// # Errors

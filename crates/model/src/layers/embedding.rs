@@ -19,6 +19,11 @@ impl Embedding {
         Ok(Self { weight })
     }
 
+    /// `[vocab_size, hidden_size]`.
+    pub fn weight(&self) -> &Matrix {
+        &self.weight
+    }
+
     /// `[tokens]` u32 -> `[tokens, hidden_size]`.
     ///
     /// # Errors
@@ -48,6 +53,11 @@ impl OutputHead {
             scope.matrix(own, config.vocab_size, config.hidden_size)?
         };
         Ok(Self { weight })
+    }
+
+    /// `[vocab_size, hidden_size]`.
+    pub fn weight(&self) -> &Matrix {
+        &self.weight
     }
 
     /// `[tokens, hidden_size]` -> `[tokens, vocab_size]`.

@@ -31,6 +31,16 @@ impl Linear {
         scope.optional_tensor(suffixed(name, "bias").name(), &[width_out])
     }
 
+    /// `[out, in]`.
+    pub fn weight(&self) -> &Matrix {
+        &self.weight
+    }
+
+    /// `[out]`, where there is one.
+    pub fn bias(&self) -> Option<&Tensor> {
+        self.bias.as_ref()
+    }
+
     /// `[tokens, in]` -> `[tokens, out]`.
     ///
     /// # Errors

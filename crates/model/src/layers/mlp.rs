@@ -28,6 +28,11 @@ impl GatedMlp {
         })
     }
 
+    /// Gate, up and down.
+    pub fn projections(&self) -> [&Linear; 3] {
+        [&self.gate, &self.up, &self.down]
+    }
+
     /// `[tokens, hidden_size]` -> the same.
     ///
     /// # Errors

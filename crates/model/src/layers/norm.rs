@@ -28,6 +28,16 @@ impl RmsNorm {
         if scope.is_gguf() { Ok(plain) } else { Ok(Self { weight: (plain.weight + 1.0)?, eps: plain.eps }) }
     }
 
+    /// `[width]`, f32.
+    pub fn weight(&self) -> &Tensor {
+        &self.weight
+    }
+
+    /// What is added to the mean square.
+    pub fn eps(&self) -> f32 {
+        self.eps
+    }
+
     /// Over the last axis.
     ///
     /// # Errors

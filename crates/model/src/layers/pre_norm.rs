@@ -1,7 +1,8 @@
 use super::fused::add;
 use super::{AttentionParts, Embedding, GatedMlp, OutputHead, RmsNorm, Rope, RopeTables, SelfAttention, name};
-use crate::arch::CausalLm;
+use crate::arch::{CausalLm, TokenStep};
 use crate::config::Config;
+use crate::gpu::{self, DecoderParts, LayerParts};
 use crate::weights::{Scope, Weights};
 use candle_core::{Result, Tensor};
 use sparse_attn::{KvCache, RoutedAttention, Step};
@@ -86,5 +87,22 @@ impl CausalLm for PreNormDecoder {
 
     fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
         self.head.forward(hidden)
+    }
+
+    fn token_step(&self, attention: &RoutedAttention, cache: &KvCache) -> Result<Option<Box<dyn TokenStep>>> {
+        let layers = self
+            .layers
+            .iter()
+            .map(|layer| LayerParts::new(&self.config, &self.rope, [&layer.attention_norm, &layer.mlp_norm], &layer.attention, &layer.mlp));
+        let parts = DecoderParts {
+            heads: self.config.heads,
+            scale: self.config.attn_scale as f32,
+            embedding: self.embedding.weight(),
+            embedding_factor: 1.0,
+            layers: layers.collect(),
+            norm: &self.norm,
+            head: self.head.weight(),
+        };
+        gpu::record(&parts, attention, cache)
     }
 }

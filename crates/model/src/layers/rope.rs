@@ -54,6 +54,16 @@ impl Rope {
         Ok(rope)
     }
 
+    /// Radians per position of each pair, `[head_dim / 2]`.
+    pub fn inverse_frequencies(&self) -> &[f64] {
+        &self.inverse_frequencies
+    }
+
+    /// What rotated pairs are multiplied with.
+    pub fn magnitude(&self) -> f64 {
+        self.magnitude
+    }
+
     /// The tables of a step.
     ///
     /// # Errors

@@ -257,10 +257,17 @@ impl GgufFile {
     /// Copies a matrix to `device`, taking row `rows[i]` of the file for row `i`.
     pub(crate) fn load_rows(&self, name: &str, shape: &[usize], rows: &[usize], device: &Device) -> Result<QTensor> {
         let (info, bytes) = self.find(name, shape)?;
-        let row_bytes = bytes.len() / shape[0];
-        let permuted: Vec<u8> = rows.iter().flat_map(|row| &bytes[row * row_bytes..(row + 1) * row_bytes]).copied().collect();
+        let permuted = rows_of(bytes, shape[0], rows);
         self.let_go(info);
         QTensor::new(QStorage::from_data(Cow::Owned(permuted), device, info.dtype)?, shape)
+    }
+
+    /// The blocks of a matrix as they lie in the file, for `f` to copy.
+    pub(crate) fn with_bytes<R>(&self, name: &str, shape: &[usize], f: impl FnOnce(&[u8], GgmlDType) -> Result<R>) -> Result<R> {
+        let (info, bytes) = self.find(name, shape)?;
+        let result = f(bytes, info.dtype);
+        self.let_go(info);
+        result
     }
 
     /// Gives back the memory that a tensor's pages take in this process: it was copied. The system still has them at hand.
@@ -281,6 +288,12 @@ impl GgufFile {
         }
         Ok((info, &self.map[info.offset..info.offset + info.bytes as usize]))
     }
+}
+
+/// Rows of a matrix of `count` rows, in the order of `rows`.
+pub(super) fn rows_of(bytes: &[u8], count: usize, rows: &[usize]) -> Vec<u8> {
+    let row_bytes = bytes.len() / count;
+    rows.iter().flat_map(|row| &bytes[row * row_bytes..(row + 1) * row_bytes]).copied().collect()
 }
 
 fn missing(key: &str) -> candle_core::Error {

@@ -1,6 +1,7 @@
 use super::{Precision, Tiles, product};
+use crate::gpu::DeviceMatrix;
 use candle_core::quantized::{GgmlDType, QMatMul, QTensor};
-use candle_core::{DType, Module, Result, Tensor};
+use candle_core::{DType, Device, Module, Result, Tensor};
 use std::sync::Arc;
 
 /// Rows of activations from which unpacking a matrix once costs less than multiplying its blocks row by row.
@@ -22,6 +23,8 @@ pub enum Matrix {
     Tiles(Arc<Tiles>),
     /// Blocks, multiplied without unpacking.
     Quantized(Arc<QTensor>, Precision),
+    /// Of any type, on a GPU.
+    Device(Arc<DeviceMatrix>),
 }
 
 impl Matrix {
@@ -37,9 +40,15 @@ impl Matrix {
         }
     }
 
+    /// ggml blocks on their way to a GPU.
+    pub(super) fn to_device(bytes: &[u8], dtype: GgmlDType, shape: [usize; 2], device: &Device) -> Result<Self> {
+        Ok(Self::Device(Arc::new(DeviceMatrix::from_blocks(bytes, dtype, shape, device)?)))
+    }
+
     /// A matrix of f32, f16 or bf16.
     pub(super) fn from_dense(tensor: Tensor) -> Result<Self> {
         match tensor.dtype() {
+            _ if tensor.device().is_cuda() => Ok(Self::Device(Arc::new(DeviceMatrix::from_tensor(&tensor)?))),
             DType::F16 | DType::BF16 if tensor.device().is_cpu() => Ok(Self::Tiles(Arc::new(Tiles::new(&tensor)?))),
             _ => Ok(Self::Dense(tensor.to_dtype(DType::F32)?)),
         }
@@ -53,6 +62,7 @@ impl Matrix {
         match self {
             Self::Dense(weight) => x.matmul(&weight.t()?),
             Self::Tiles(weight) => weight.multiply(x),
+            Self::Device(weight) => Ok(DeviceMatrix::multiply_each(&[weight.as_ref()], x)?.remove(0)),
             Self::Quantized(weight, precision) if product::supports(weight, x.dim(0)?) => {
                 Ok(product::multiply(x, &[weight.as_ref()], *precision)?.remove(0))
             }
@@ -69,6 +79,10 @@ impl Matrix {
     /// If a width differs.
     pub fn multiply_each(matrices: &[&Self], x: &Tensor) -> Result<Vec<Tensor>> {
         let tokens = x.dim(0)?;
+        let on_device = matrices.iter().map(|matrix| if let Self::Device(weight) = matrix { Some(weight.as_ref()) } else { None });
+        if let Some(matrices) = on_device.collect::<Option<Vec<_>>>() {
+            return DeviceMatrix::multiply_each(&matrices, x);
+        }
         let quantized = matrices.iter().map(|matrix| match matrix {
             Self::Quantized(weight, _) if product::supports(weight, tokens) => Some(weight.as_ref()),
             _ => None,
@@ -88,6 +102,7 @@ impl Matrix {
         match self {
             Self::Dense(weight) => weight.index_select(ids, 0),
             Self::Tiles(weight) => weight.rows(ids),
+            Self::Device(weight) => weight.rows(ids),
             Self::Quantized(weight, _) => weight.embedding(ids),
         }
     }

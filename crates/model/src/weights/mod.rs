@@ -6,6 +6,7 @@ mod product;
 pub mod safetensors;
 mod tiles;
 
+pub use crate::gpu::DeviceMatrix;
 pub use matrix::Matrix;
 pub(crate) use product::MANY_TOKENS;
 pub use tiles::Tiles;
@@ -110,7 +111,7 @@ impl Weights {
                         Some(dtype) if shape.len() == 2 => {
                             elements / dtype.block_size() as u64 * dtype.type_size() as u64 + packed(dtype, elements)
                         }
-                        _ if shape.len() == 2 && self.device.is_cpu() => elements * dtype.size_in_bytes() as u64,
+                        _ if shape.len() == 2 => elements * dtype.size_in_bytes() as u64,
                         _ => elements * 4,
                     }
                 })
@@ -232,7 +233,7 @@ impl Scope<'_> {
         let name = self.full(name);
         match &self.weights.source {
             Source::Safetensors(files) => files.load(&name, shape, &self.weights.device)?.to_dtype(DType::F32),
-            Source::Gguf(file) => file.load(&name, shape, &self.weights.device)?.dequantize(&self.weights.device),
+            Source::Gguf(file) => file.load(&name, shape, &Device::Cpu)?.dequantize(&Device::Cpu)?.to_device(&self.weights.device),
         }
     }
 
@@ -251,17 +252,20 @@ impl Scope<'_> {
     pub fn matrix(&self, name: Name<'_>, rows: usize, columns: usize) -> Result<Matrix> {
         let name = self.full(name);
         match &self.weights.source {
-            Source::Safetensors(files) => {
-                let dense = files.load(&name, &[rows, columns], &self.weights.device)?;
-                match self.weights.quantize {
-                    Some(dtype) if columns.is_multiple_of(dtype.block_size()) => {
-                        let dense = dense.to_dtype(DType::F32)?;
-                        Ok(Matrix::Quantized(Arc::new(QTensor::quantize(&dense, dtype)?), self.weights.precision))
+            Source::Safetensors(files) => match self.weights.quantize {
+                Some(dtype) if columns.is_multiple_of(dtype.block_size()) => {
+                    let dense = files.load(&name, &[rows, columns], &Device::Cpu)?.to_dtype(DType::F32)?;
+                    let blocks = QTensor::quantize(&dense, dtype)?;
+                    match &self.weights.device {
+                        Device::Cpu => Ok(Matrix::Quantized(Arc::new(blocks), self.weights.precision)),
+                        device => Matrix::to_device(&blocks.data()?, dtype, [rows, columns], device),
                     }
-                    // Rows that no block of this type divides stay as they are.
-                    _ => Matrix::from_dense(dense),
                 }
-            }
+                // Rows that no block of this type divides stay as they are.
+                _ => Matrix::from_dense(files.load(&name, &[rows, columns], &self.weights.device)?),
+            },
+            Source::Gguf(file) if self.weights.device.is_cuda() => file
+                .with_bytes(&name, &[rows, columns], |bytes, dtype| Matrix::to_device(bytes, dtype, [rows, columns], &self.weights.device)),
             Source::Gguf(file) => Matrix::from_qtensor(file.load(&name, &[rows, columns], &self.weights.device)?, self.weights.precision),
         }
     }
@@ -283,10 +287,13 @@ impl Scope<'_> {
                         head * head_dim + 2 * (at % (head_dim / 2)) + at / (head_dim / 2)
                     })
                     .collect();
-                Matrix::from_qtensor(
-                    file.load_rows(&full, &[heads * head_dim, columns], &rows, &self.weights.device)?,
-                    self.weights.precision,
-                )
+                let shape = [heads * head_dim, columns];
+                if self.weights.device.is_cuda() {
+                    return file.with_bytes(&full, &shape, |bytes, dtype| {
+                        Matrix::to_device(&gguf::rows_of(bytes, shape[0], &rows), dtype, shape, &self.weights.device)
+                    });
+                }
+                Matrix::from_qtensor(file.load_rows(&full, &shape, &rows, &self.weights.device)?, self.weights.precision)
             }
             _ => self.matrix(name, heads * head_dim, columns),
         }

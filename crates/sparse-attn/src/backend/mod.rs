@@ -1,13 +1,21 @@
 //! Backends: one device's way to write the cache and to attend.
 
 pub mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
+#[cfg(not(feature = "cuda"))]
+#[path = "no_cuda.rs"]
+pub mod cuda;
+mod reads;
 pub mod reference;
+mod write;
 
 pub use cpu::Cpu;
 pub use reference::Reference;
 
-use crate::cache::{LayerStore, Step};
-use crate::select::Selection;
+use crate::block_router::BlockRouter;
+use crate::cache::{LayerStore, ReadCount, Step};
+use crate::select::{Limits, Selection, TILE};
 use candle_core::{Device, Result, Tensor, bail};
 use std::sync::Arc;
 
@@ -29,6 +37,55 @@ pub trait AttentionBackend: std::fmt::Debug + Send + Sync {
     /// # Errors
     /// If a shape does not fit the store.
     fn attend(&self, q: &Tensor, scale: f32, store: &LayerStore, step: Step, selection: &Selection) -> Result<Tensor>;
+
+    /// Scores, selects and attends where the keys are, in one go; `None`: this backend cannot do that here, and each is done by
+    /// itself, on the host. What is selected is the same, as far as rounding goes.
+    ///
+    /// # Errors
+    /// If a shape does not fit the store.
+    fn attend_routed(&self, _job: &RoutedJob<'_>) -> Result<Option<Routed>> {
+        Ok(None)
+    }
+
+    /// Queries that best share a selection in steps of several, where `group_size` query heads share keys.
+    fn preferred_tile(&self, _group_size: usize) -> usize {
+        TILE
+    }
+
+    /// Whether summaries that are estimates are kept in 8 bits.
+    fn packs_summaries(&self) -> bool {
+        true
+    }
+}
+
+/// What a backend needs to route a step by itself.
+#[derive(Debug, Clone, Copy)]
+pub struct RoutedJob<'a> {
+    /// Queries after rope, `[step.len, q_heads, head_dim]`.
+    pub q: &'a Tensor,
+    /// Factor of `q . k`.
+    pub scale: f32,
+    /// The layer's keys and values, those of the step and their summaries included.
+    pub store: &'a LayerStore,
+    /// The step.
+    pub step: Step,
+    /// The layer's limits.
+    pub limits: Limits,
+    /// How blocks are scored.
+    pub router: &'a dyn BlockRouter,
+    /// Whether someone asks what was selected.
+    pub wants_selection: bool,
+}
+
+/// What came of it.
+#[derive(Debug)]
+pub struct Routed {
+    /// `[step.len, q_heads, head_dim]`, f32.
+    pub out: Tensor,
+    /// What was selected, where it was asked for.
+    pub selection: Option<Selection>,
+    /// Keys that were read.
+    pub count: ReadCount,
 }
 
 /// The fastest backend for a device.
@@ -38,6 +95,7 @@ pub trait AttentionBackend: std::fmt::Debug + Send + Sync {
 pub fn for_device(device: &Device) -> Result<Arc<dyn AttentionBackend>> {
     match device {
         Device::Cpu => Ok(Arc::new(Cpu)),
+        Device::Cuda(_) => Ok(Arc::new(cuda::Cuda::new(device)?)),
         other => bail!("no attention backend for {:?} in this build", other.location()),
     }
 }

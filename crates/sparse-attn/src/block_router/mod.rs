@@ -99,6 +99,17 @@ pub trait BlockRouter: std::fmt::Debug + Send + Sync {
         Summary::None
     }
 
+    /// Whether a score is the product of a summary with its query: `q . mean`, `relu(q) . max - relu(-q) . min`, or
+    /// `q . mean + |q| . deviation`. Backends may score themselves then.
+    fn is_product(&self) -> bool {
+        self.summary() != Summary::None
+    }
+
+    /// Whether queries that share a selection score by the mean of their products, instead of the best.
+    fn joins_queries(&self) -> bool {
+        false
+    }
+
     /// Whether it selects blocks as long as the budget lasts, so that what fits is all selected.
     fn fills_budget(&self) -> bool {
         true
@@ -133,6 +144,7 @@ fn score_summaries(
 ) -> Result<BlockScores> {
     let summaries = store.summaries()?;
     let (shape, blocks) = (store.shape(), summaries.blocks());
+    let pool = summaries.pool().on_host()?;
     let pairs_of = |head: usize| -> Vec<[u32; 2]> {
         let octets = summaries.pages(head).flat_map(|page| {
             let first = page * (PAGE_SIZE / OCTET) as u32;
@@ -143,7 +155,7 @@ fn score_summaries(
     let pairs: Vec<Vec<[u32; 2]>> = (0..shape.kv_heads()).map(pairs_of).collect();
     let group = shape.group_size() * shape.head_dim();
     with_f32(queries.q, |q| {
-        with_rows(summaries.pool(), |rows| {
+        with_rows(&pool, |rows| {
             score_groups(q, tiles, store, blocks, |head, tiles, out| {
                 // [tiles, group_size, width]
                 let mut expanded = Vec::new();

@@ -20,6 +20,10 @@ impl BlockRouter for Spread {
         Summary::MeanDeviation
     }
 
+    fn joins_queries(&self) -> bool {
+        true
+    }
+
     fn score(&self, queries: &Queries<'_>, store: &LayerStore) -> Result<BlockScores> {
         score_summaries(queries, queries.tiles(), store, |q, out| {
             out.extend_from_slice(q);

@@ -1,8 +1,9 @@
 //! Keys and values of one layer.
 
 use super::admitted::Admitted;
-use super::{KvDtypes, NO_PAGE, Order, PAGE_SIZE, PageTable, Pool, Step, Summaries, Summary};
+use super::{KvDtypes, NO_PAGE, Order, PAGE_SIZE, PageTable, Pool, ReadCount, Step, Summaries, Summary};
 use crate::HeadShape;
+use crate::backend::cuda;
 use crate::simd::with_rows;
 use crate::token_router::Admission;
 use candle_core::{DType, Device, IndexOp, Result, Tensor, bail};
@@ -83,6 +84,14 @@ pub struct LayerStore {
     moves: Vec<Move>,
     written: usize,
     summaries: Option<Summaries>,
+    mirror: Option<Mirror>,
+}
+
+/// The places of recent tokens on the device of the pools, for kernels.
+#[derive(Debug)]
+struct Mirror {
+    pages: Tensor, // [kv_heads, room] u32
+    version: u64,
 }
 
 impl LayerStore {
@@ -100,6 +109,7 @@ impl LayerStore {
             moves: Vec::new(),
             written: 0,
             summaries: None,
+            mirror: None,
         })
     }
 
@@ -159,6 +169,9 @@ impl LayerStore {
     pub(super) fn reserve(&mut self, step: Step) -> Result<()> {
         // What a failed step left behind is written again.
         self.forget(step.start);
+        if self.admitted.is_none() && self.table.holds(step) {
+            return Ok(());
+        }
         // On copies: if growing the pools fails, all is as it was.
         let mut table = self.table.clone();
         let frontier = table.frontier(step).max(self.frontier);
@@ -179,7 +192,49 @@ impl LayerStore {
         self.table = table;
         self.frontier = frontier;
         self.moves.extend(moves);
+        self.reflect()
+    }
+
+    /// Brings the page table to the device of the pools, if that is not the host.
+    fn reflect(&mut self) -> Result<()> {
+        let device = self.k.values().device();
+        if device.is_cpu() || self.mirror.as_ref().is_some_and(|mirror| mirror.version == self.table.version()) {
+            return Ok(());
+        }
+        let kv_heads = self.spec.shape.kv_heads();
+        let longest = (0..kv_heads).map(|head| self.table.recent(head).len()).max().unwrap_or(0);
+        // As much room as the pools have, so that it seldom moves.
+        let room = match &self.mirror {
+            Some(mirror) if mirror.pages.dim(1)? >= longest => mirror.pages.dim(1)?,
+            _ => longest.max(self.k.pages() / kv_heads).next_multiple_of(16),
+        };
+        let mut pages = vec![0u32; kv_heads * room];
+        for (head, row) in pages.chunks_exact_mut(room).enumerate() {
+            let own = self.table.recent(head);
+            row[..own.len()].copy_from_slice(own);
+        }
+        let pages = Tensor::from_vec(pages, (kv_heads, room), device)?;
+        let version = self.table.version();
+        match &mut self.mirror {
+            Some(mirror) if mirror.pages.dim(1)? == room => {
+                mirror.pages.slice_set(&pages, 0, 0)?;
+                mirror.version = version;
+            }
+            mirror => *mirror = Some(Mirror { pages, version }),
+        }
         Ok(())
+    }
+
+    /// The page of each recent token on the device of the pools: `[kv_heads, room]`, u32, with anything beyond the last one. It stays
+    /// where it is until there is no more room.
+    ///
+    /// # Errors
+    /// If the pools are on the host, or nothing was reserved.
+    pub fn device_pages(&self) -> Result<&Tensor> {
+        match &self.mirror {
+            Some(mirror) => Ok(&mirror.pages),
+            None => bail!("page table: it is on the host only"),
+        }
     }
 
     /// The tokens that must move before this step is written.
@@ -238,13 +293,47 @@ impl LayerStore {
             }
         };
         let missing = summaries.missing(self.written);
-        if !missing.is_empty() {
+        if !missing.is_empty() && self.admitted.is_none() && self.k.values().device().is_cuda() {
+            // Where the keys are; and for as many blocks as there is room for keys, or the summaries would often be copied.
+            let room = self.k.pages() / shape.kv_heads() * PAGE_SIZE / block_size;
+            summaries.reserve(room.max(missing.end))?;
+            cuda::summarise(self, &summaries, kind, missing.clone(), block_size)?;
+            summaries.advance(missing.len());
+        } else if !missing.is_empty() {
             let positions = missing.start * block_size..missing.end * block_size;
             let heads = (0..shape.kv_heads()).map(|head| self.admitted_keys(head, positions.clone()));
             summaries.extend(missing.len(), &heads.collect::<Result<Vec<_>>>()?)?;
         }
         self.summaries = Some(summaries);
         Ok(())
+    }
+
+    /// Gets ready for a token that the device writes by itself, with the summary of the block that it completes. Returns whether it
+    /// may: if not, blocks before it are not summarised, and a step that the host leads must come first.
+    ///
+    /// # Errors
+    /// If the device has no memory for the summaries.
+    pub fn begin_device_write(&mut self, step: Step, kind: Summary, block_size: usize) -> Result<bool> {
+        let room = self.k.pages() / self.spec.shape.kv_heads() * PAGE_SIZE / block_size;
+        if kind != Summary::None {
+            let Some(summaries) = self.summaries.as_mut().filter(|summaries| summaries.is_of(kind, block_size)) else { return Ok(false) };
+            if !summaries.missing(step.start).is_empty() {
+                return Ok(false);
+            }
+            let new = summaries.missing(step.end());
+            summaries.reserve(room.max(new.end))?;
+            summaries.advance(new.len());
+        }
+        self.written = step.end();
+        Ok(true)
+    }
+
+    /// What queries of `step` read where they read all that they see.
+    pub fn count_visible(&self, step: Step) -> ReadCount {
+        let heads = self.spec.shape.kv_heads() as u64;
+        let visible = heads * (step.start..step.end()).map(|t| (t + 1 - self.first_visible(t)) as u64).sum::<u64>();
+        let row = |pool: &Pool| pool.dtype().row_bytes(pool.width()) as u64;
+        ReadCount { read: visible, visible, bytes: visible * (row(&self.k) + row(&self.v)) }
     }
 
     /// The summaries of complete blocks.
@@ -319,6 +408,7 @@ impl LayerStore {
             self.table = PageTable::new(self.spec.shape.kv_heads(), self.spec.window());
             self.frontier = 0;
             self.moves.clear();
+            self.mirror = None;
         } else {
             self.table.truncate(len);
         }
@@ -342,7 +432,7 @@ impl LayerStore {
         let (k, v) = (self.k.selected(&used)?, self.v.selected(&used)?);
         self.moves.iter_mut().for_each(|token| *token = Move { from: slot(token.from), to: slot(token.to) });
         (self.k, self.v, self.table) = (k, v, table);
-        Ok(())
+        self.reflect()
     }
 
     /// The same store, with a memory of its own.
@@ -357,6 +447,10 @@ impl LayerStore {
             moves: self.moves.clone(),
             written: self.written,
             summaries: self.summaries.as_ref().map(Summaries::fork).transpose()?,
+            mirror: match &self.mirror {
+                Some(Mirror { pages, version }) => Some(Mirror { pages: pages.copy()?, version: *version }),
+                None => None,
+            },
         })
     }
 
@@ -364,7 +458,8 @@ impl LayerStore {
         let summaries = self.summaries.as_ref().map_or(0, Summaries::bytes);
         let admitted: usize = self.admitted.iter().flatten().map(Admitted::bytes).sum();
         let moves = self.moves.capacity() * size_of::<Move>();
-        self.k.bytes() + self.v.bytes() + self.table.bytes() + summaries + admitted + moves
+        let mirror = self.mirror.as_ref().map_or(0, |mirror| mirror.pages.elem_count() * size_of::<u32>());
+        self.k.bytes() + self.v.bytes() + self.table.bytes() + summaries + admitted + moves + mirror
     }
 
     /// Checks the keys and values of a step before a backend writes them.

@@ -126,7 +126,8 @@ impl KvCache {
         self.read
     }
 
-    pub(crate) fn count_read(&mut self, count: ReadCount) {
+    /// Adds what a layer read in the running step.
+    pub fn count_read(&mut self, count: ReadCount) {
         self.read.add(count);
     }
 

@@ -19,12 +19,25 @@ pub struct PageTable {
     free: Vec<u32>,
     pages: u32,
     window: Option<usize>,
+    version: u64,
 }
 
 impl PageTable {
     /// An empty table. `window`: for how many of the newest positions there are places (`None`: all).
     pub fn new(kv_heads: usize, window: Option<usize>) -> Self {
-        Self { recent: vec![Vec::new(); kv_heads], kept: vec![Vec::new(); kv_heads], free: Vec::new(), pages: 0, window }
+        Self { recent: vec![Vec::new(); kv_heads], kept: vec![Vec::new(); kv_heads], free: Vec::new(), pages: 0, window, version: 0 }
+    }
+
+    /// A number that is another one whenever a place of a recent token changed.
+    pub fn version(&self) -> u64 {
+        self.version
+    }
+
+    /// Whether every position of `step` has a place already, and none is to be recycled. For layers without a token router.
+    pub fn holds(&self, step: Step) -> bool {
+        let dead = self.frontier(step) / PAGE_SIZE;
+        let is_recycled = |head: &Vec<u32>| dead == 0 || head.get(dead - 1) == Some(&NO_PAGE);
+        self.recent.iter().all(|head| head.len() * PAGE_SIZE >= step.end() && is_recycled(head))
     }
 
     /// Physical pages handed out so far, which the pools must hold.
@@ -73,6 +86,7 @@ impl PageTable {
     /// Gives every head pages for the positions of `step`, after recycling those that neither this
     /// step nor a later one can see.
     pub fn reserve(&mut self, step: Step) {
+        self.version += 1;
         let dead = self.frontier(step) / PAGE_SIZE;
         let needed = step.end().div_ceil(PAGE_SIZE);
         for head in 0..self.recent.len() {
@@ -101,6 +115,7 @@ impl PageTable {
 
     /// Gives back the pages of all positions from `len` on.
     pub fn truncate(&mut self, len: usize) {
+        self.version += 1;
         let keep = len.div_ceil(PAGE_SIZE);
         for head in &mut self.recent {
             if head.len() > keep {
@@ -111,6 +126,7 @@ impl PageTable {
 
     /// Renames the pages so that none is free: the pages in use, in the order of their new names.
     pub fn compact(&mut self) -> Vec<u32> {
+        self.version += 1;
         let mut used = Vec::new();
         for page in self.recent.iter_mut().chain(&mut self.kept).flatten().filter(|page| **page != NO_PAGE) {
             used.push(*page);

@@ -5,6 +5,7 @@ use crate::parallel;
 use candle_core::{DType, Device, Result, Shape, Tensor};
 use half::vec::HalfBitsVecExt;
 use half::{bf16, f16};
+use std::borrow::Cow;
 
 /// Slots whose keys lie side by side, so that one vector instruction scores all of them.
 pub const LANES: usize = 16;
@@ -37,7 +38,7 @@ impl Order {
 }
 
 /// Pages of [`PAGE_SIZE`] rows.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Pool {
     dtype: KvDtype,
     order: Order,
@@ -48,11 +49,12 @@ pub struct Pool {
 }
 
 impl Pool {
-    /// `pages` pages of rows of `width` numbers.
+    /// `pages` pages of rows of `width` numbers. `order` is that on the host; kernels elsewhere read rows.
     ///
     /// # Errors
     /// If the device has no memory for it.
     pub fn new(dtype: KvDtype, order: Order, width: usize, pages: usize, device: &Device) -> Result<Self> {
+        let order = if device.is_cpu() { order } else { Order::Rows };
         let pages_of = |width: usize, dtype: DType| match order {
             Order::Tiles => zeros((pages, PAGE_SIZE / LANES, width, LANES), dtype, device),
             Order::Rows => zeros((pages, PAGE_SIZE, width), dtype, device),
@@ -115,6 +117,24 @@ impl Pool {
             }
         }
         Ok(larger)
+    }
+
+    /// The same rows on the host, where code for the host reads them: itself, if it is there.
+    ///
+    /// # Errors
+    /// If they cannot be fetched.
+    pub fn on_host(&self) -> Result<Cow<'_, Self>> {
+        if self.values.device().is_cpu() {
+            return Ok(Cow::Borrowed(self));
+        }
+        // Other devices keep rows as rows; the host scores tiles.
+        let tiles = |tensor: &Tensor| -> Result<Tensor> {
+            let (pages, _, width) = tensor.dims3()?;
+            let tensor = tensor.to_device(&Device::Cpu)?.reshape((pages, PAGE_SIZE / LANES, LANES, width))?;
+            tensor.transpose(2, 3)?.contiguous()
+        };
+        let scales = self.scales.as_ref().map(tiles).transpose()?;
+        Ok(Cow::Owned(Self { values: tiles(&self.values)?, scales, order: Order::Tiles, ..*self }))
     }
 
     /// Only the pages `ids`, in this order.

@@ -1,6 +1,7 @@
-//! Writing rows into a pool, and moving them inside it, in place. On the CPU; a device's backend brings its own.
+//! Writing rows into a pool, and moving them inside it, in place: on the CPU here, elsewhere by the device's kernels.
 
-use super::{KvDtype, Move, Order, Pool};
+use super::{KvDtype, Move, Order, PAGE_SIZE, Pool};
+use crate::backend::cuda;
 use crate::parallel::Places;
 use candle_core::{CpuStorage, DType, InplaceOp1, InplaceOp2, Layout, Result, Tensor, bail};
 use half::slice::HalfFloatSliceExt;
@@ -20,6 +21,10 @@ impl Pool {
         if rows.elem_count() != slots.len() * self.width() || rows.dims().last() != Some(&self.width()) {
             bail!("pool: rows {:?} for {} slots of {} numbers", rows.dims(), slots.len(), self.width());
         }
+        if self.values().device().is_cuda() {
+            self.check_slots(slots.iter().copied())?;
+            return cuda::scatter_rows(self, rows, slots);
+        }
         let write = Write { order: self.order(), slots };
         // Halves are rounded on their way into the pool.
         if rows.dtype() == DType::F32 && self.dtype() != KvDtype::Q8_0 {
@@ -37,7 +42,21 @@ impl Pool {
         if moves.is_empty() {
             return Ok(());
         }
+        if self.values().device().is_cuda() {
+            self.check_slots(moves.iter().map(|token| token.from.max(token.to)))?;
+            return cuda::move_rows(self, moves);
+        }
         self.tensors().try_for_each(|tensor| tensor.inplace_op1(&Apply { order: self.order(), moves }))
+    }
+}
+
+impl Pool {
+    fn check_slots(&self, mut slots: impl Iterator<Item = u32>) -> Result<()> {
+        let count = self.pages() * PAGE_SIZE;
+        match slots.find(|slot| *slot as usize >= count) {
+            Some(slot) => bail!("pool: slot {slot} is beyond its {count}"),
+            None => Ok(()),
+        }
     }
 }
 

@@ -65,7 +65,7 @@ mod softmax;
 
 use crate::cache::{GROUP, KvDtype, LANES, OCTET, Order, Pool};
 use crate::parallel;
-use candle_core::{CpuStorage, DType, Result, Storage, Tensor, bail};
+use candle_core::{CpuStorage, DType, Device, Result, Storage, Tensor, bail};
 use half::{bf16, f16};
 use kernels::Column;
 
@@ -95,12 +95,12 @@ pub struct Rows<'a> {
     pub width: usize,
 }
 
-/// Calls `f` with the numbers of `tensor`, as f32, one after the other.
+/// Calls `f` with the numbers of `tensor`, as f32, one after the other; they are fetched where they are not on the host.
 ///
 /// # Errors
-/// If the tensor is not on the host, and what `f` returns.
+/// What `f` returns, or if they cannot be fetched.
 pub fn with_f32<R>(tensor: &Tensor, f: impl FnOnce(&[f32]) -> Result<R>) -> Result<R> {
-    let tensor = tensor.to_dtype(DType::F32)?.contiguous()?;
+    let tensor = tensor.to_dtype(DType::F32)?.contiguous()?.to_device(&Device::Cpu)?;
     let (storage, layout) = tensor.storage_and_layout();
     match &*storage {
         Storage::Cpu(storage) => f(&storage.as_slice::<f32>()?[layout.start_offset()..][..tensor.elem_count()]),

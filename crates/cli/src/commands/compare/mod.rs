@@ -151,7 +151,7 @@ fn facts(args: &Compare, which: Side, hub: &Hub, ui: Ui) -> Result<Facts> {
         let what = "the deepest test does not fit the context";
         return Err(Failure::new(Kind::ContextOverflow, what).why(why).hint("smaller -d").into());
     }
-    let free = plan::available(model.machine.mem_limit);
+    let free = plan::available(model.machine.mem_limit, &checkpoint.device);
     plan::choose_context(Some(needed), config, checkpoint.weights_bytes(), checkpoint.storage(), free)
         .with_context(|| checkpoint.located.id.clone())?;
     if args.file.is_some() && text_context(args) > config.context {

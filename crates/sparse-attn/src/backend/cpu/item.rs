@@ -1,6 +1,6 @@
 //! One work item: a tile of queries against some keys of one head.
 
-use super::reads::{OctetRef, Reads};
+use crate::backend::reads::{OctetRef, Reads};
 use crate::cache::{LANES, OCTET, Step};
 use crate::parallel::Places;
 use crate::simd::{Numbers, Rows, ValueColumn, add_weighted, all_finite, dot_octets, exp, exp_sum, max, widen_columns, widen_octets};

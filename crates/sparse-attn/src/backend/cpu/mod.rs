@@ -1,11 +1,10 @@
 //! The CPU backend: keys and values read in their own dtype, work spread over candle's thread pool.
 
 mod item;
-mod reads;
 mod workspace;
-mod write;
 
 use super::AttentionBackend;
+use super::write::write_rows;
 use crate::cache::{LayerStore, Step};
 use crate::select::Selection;
 use crate::simd::{with_f32, with_rows};
@@ -28,7 +27,7 @@ impl AttentionBackend for Cpu {
 
     fn write(&self, k: &Tensor, v: &Tensor, step: Step, store: &mut LayerStore) -> Result<()> {
         store.check_step(k, v, step)?;
-        write::write(k, v, step, store)
+        write_rows(k, v, step, store)
     }
 
     fn attend(&self, q: &Tensor, scale: f32, store: &LayerStore, step: Step, selection: &Selection) -> Result<Tensor> {

@@ -1,7 +1,7 @@
 //! One step's work: what is read by whom, cut into items for the threads; and the buffers that are kept from step to step.
 
 use super::item::{self, Partial, Scratch};
-use super::reads::{OctetRef, Reads, set_octets};
+use crate::backend::reads::{OctetRef, Reads, set_octets};
 use crate::cache::{LayerStore, Step};
 use crate::parallel::{self, Places, Unset};
 use crate::select::Selection;

@@ -96,4 +96,15 @@ impl OctetRef {
     pub(super) fn first_slot(self) -> u32 {
         self.octet * OCTET as u32
     }
+
+    /// As kernels read it, see `Octet` of kernels/params.h. The lanes of a recent octet are those of admitted tokens; all of the
+    /// window are read anyway.
+    #[cfg_attr(not(feature = "cuda"), expect(dead_code, reason = "for the CUDA backend"))]
+    pub(super) fn on_device(self, store: &LayerStore, kv_head: usize) -> [u32; 2] {
+        let (mask, position) = match self.position {
+            KEPT => (self.mask, u32::MAX),
+            position => (self.mask & store.admitted(kv_head).map_or(u8::MAX, |admitted| admitted.octet(position)), position as u32),
+        };
+        [self.octet << 8 | u32::from(mask), position]
+    }
 }

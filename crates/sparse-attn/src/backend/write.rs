@@ -10,7 +10,7 @@ thread_local! {
 }
 
 /// Moves what left the window to the kept tokens, then stores `k` and `v` `[step.len, kv_heads, head_dim]`.
-pub(super) fn write(k: &Tensor, v: &Tensor, step: Step, store: &mut LayerStore) -> Result<()> {
+pub(super) fn write_rows(k: &Tensor, v: &Tensor, step: Step, store: &mut LayerStore) -> Result<()> {
     let moves = store.take_moves();
     store.k().apply(&moves)?;
     store.v().apply(&moves)?;

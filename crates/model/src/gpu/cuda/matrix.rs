@@ -1,0 +1,251 @@
+//! A matrix on the GPU: multiplied as it is with few tokens, unpacked to 16 bits with many.
+
+use super::pack::{self, Format};
+use super::params::{Matrix, ProductParams, QuantizeParams, RoundParams, RowsParams, UnpackParams};
+use candle_core::cuda_backend::cudarc::cublas::{result::gemm_ex, sys as cublas};
+use candle_core::quantized::{GgmlDType, QStorage, QTensor};
+use candle_core::{DType, Device, Result, Tensor, bail};
+use sparse_attn::backend::cuda::{Kernels, Spread, address, uninitialised};
+use std::borrow::Cow;
+use std::ffi::c_void;
+use std::sync::Arc;
+
+/// Tokens up to which blocks are multiplied as they are: more are faster through the tensor cores.
+const FEW_TOKENS: usize = 8;
+
+/// Weights of a unit: what a lane of the kernels takes at a time.
+const UNIT: usize = 32;
+
+/// Warps of a thread block of `product`, rows of a warp, and units of a thread block of `matrix_rows` and `unpack_matrix`.
+const WARPS: usize = 4;
+const ROWS: usize = 2;
+const UNPACKED_AT_ONCE: usize = 64;
+
+/// A weight matrix `[rows, columns]`.
+#[derive(Debug)]
+pub struct DeviceMatrix {
+    format: Format,
+    planes: Vec<Tensor>,
+    rows: usize,
+    columns: usize,
+    kernels: Arc<Kernels>,
+}
+
+impl DeviceMatrix {
+    /// Of ggml blocks. Types that there are no kernels for (of 2 and 3 bits) are unpacked to bf16.
+    ///
+    /// # Errors
+    /// If the device has no memory for it, or rows are no multiple of 32.
+    pub(crate) fn from_blocks(bytes: &[u8], dtype: GgmlDType, [rows, columns]: [usize; 2], device: &Device) -> Result<Self> {
+        let (format, planes) = match pack::planes(bytes, dtype)? {
+            Some(packed) => packed,
+            None => {
+                let blocks = QStorage::from_data(Cow::Borrowed(bytes), &Device::Cpu, dtype)?;
+                let plain = QTensor::new(blocks, (rows, columns))?.dequantize(&Device::Cpu)?.to_dtype(DType::BF16)?;
+                return Self::from_tensor(&plain.to_device(device)?);
+            }
+        };
+        let upload = |plane: Vec<u8>| Tensor::new(plane, device);
+        Self::new(format, planes.into_iter().map(upload).collect::<Result<_>>()?, rows, columns, device)
+    }
+
+    /// Of f32, f16 or bf16.
+    ///
+    /// # Errors
+    /// As [`DeviceMatrix::from_blocks`].
+    pub(crate) fn from_tensor(tensor: &Tensor) -> Result<Self> {
+        let (rows, columns) = tensor.dims2()?;
+        let format = match tensor.dtype() {
+            DType::F16 => Format::F16,
+            DType::BF16 => Format::Bf16,
+            DType::F32 => Format::F32,
+            other => bail!("cuda: a matrix of {other:?}"),
+        };
+        Self::new(format, vec![tensor.contiguous()?], rows, columns, tensor.device())
+    }
+
+    fn new(format: Format, planes: Vec<Tensor>, rows: usize, columns: usize, device: &Device) -> Result<Self> {
+        if !columns.is_multiple_of(UNIT) {
+            bail!("cuda: rows of {columns} weights, there are kernels for multiples of {UNIT}");
+        }
+        Ok(Self { format, planes, rows, columns, kernels: Kernels::of(device)? })
+    }
+
+    pub(super) fn height(&self) -> usize {
+        self.rows
+    }
+
+    pub(super) fn columns(&self) -> usize {
+        self.columns
+    }
+
+    /// As kernels take it; the product goes to `out`.
+    pub(super) fn params(&self, out: u64, bias: u64) -> Result<Matrix> {
+        let mut planes = [0; 4];
+        for (to, plane) in planes.iter_mut().zip(&self.planes) {
+            *to = address(plane)?;
+        }
+        Ok(Matrix { planes, out, bias, rows: self.rows as i32, format: self.format as i32 })
+    }
+
+    /// `x W'` of matrices that are multiplied with the same `x` `[tokens, columns]`: `[tokens, rows]` f32 each.
+    ///
+    /// # Errors
+    /// If a width differs, or the device is out of memory.
+    pub(crate) fn multiply_each(matrices: &[&Self], x: &Tensor) -> Result<Vec<Tensor>> {
+        let (tokens, columns) = x.dims2()?;
+        if let Some(other) = matrices.iter().find(|matrix| matrix.columns != columns) {
+            bail!("cuda: x {:?} and a matrix {:?}", x.dims(), [other.rows, other.columns]);
+        }
+        let x = x.to_dtype(DType::F32)?.contiguous()?;
+        if tokens <= FEW_TOKENS {
+            return matrices
+                .chunks(3)
+                .map(|matrices| Self::multiply_few(matrices, &x))
+                .collect::<Result<Vec<_>>>()
+                .map(|parts| parts.concat());
+        }
+        let rounded = matrices.iter().any(|matrix| matrix.is_halved()).then(|| round(&x)).transpose()?;
+        matrices.iter().map(|matrix| matrix.multiply_many(&x, rounded.as_ref())).collect()
+    }
+
+    fn multiply_few(matrices: &[&Self], x: &Tensor) -> Result<Vec<Tensor>> {
+        let [first, ..] = matrices else { return Ok(Vec::new()) };
+        let (tokens, columns) = x.dims2()?;
+        let device = x.device();
+        let outs = matrices.iter().map(|matrix| uninitialised((tokens, matrix.rows), DType::F32, device)).collect::<Result<Vec<_>>>()?;
+        let x_q8 = uninitialised(tokens * activation_bytes(columns), DType::U8, device)?;
+        let quantize = QuantizeParams { x: address(x)?, out: address(&x_q8)?, columns: columns as i32, tokens: tokens as i32 };
+        let spread = Spread::new([(columns / UNIT).div_ceil(8), tokens, 1], 256);
+        // SAFETY: the tensors have these shapes, and live until the stream frees them.
+        unsafe { first.kernels.launch("quantize_activations", spread, &quantize) }?;
+        let mut params = [Matrix { planes: [0; 4], out: 0, bias: 0, rows: 0, format: 0 }; 3];
+        for ((to, matrix), out) in params.iter_mut().zip(matrices).zip(&outs) {
+            *to = matrix.params(address(out)?, 0)?;
+        }
+        // SAFETY: as above.
+        unsafe { product(&first.kernels, params, matrices.len(), address(x)?, address(&x_q8)?, columns, tokens) }?;
+        Ok(outs)
+    }
+
+    /// Whether it is multiplied with many tokens in bf16. f16 would lose in bf16, and f32 even more.
+    fn is_halved(&self) -> bool {
+        !matches!(self.format, Format::F32 | Format::F16)
+    }
+
+    fn multiply_many(&self, x: &Tensor, rounded: Option<&Tensor>) -> Result<Tensor> {
+        let device = x.device();
+        let (weight, x, kind, compute) = match (self.format, rounded) {
+            (Format::F32, _) => {
+                (self.planes[0].clone(), x, cublas::cudaDataType::CUDA_R_32F, cublas::cublasComputeType_t::CUBLAS_COMPUTE_32F)
+            }
+            // The 10 bits of f16 are those of tf32, whose exponents are f32's.
+            (Format::F16, _) => {
+                let wide = self.planes[0].to_dtype(DType::F32)?;
+                (wide, x, cublas::cudaDataType::CUDA_R_32F, cublas::cublasComputeType_t::CUBLAS_COMPUTE_32F_FAST_TF32)
+            }
+            (_, Some(rounded)) => {
+                let weight = if self.format == Format::Bf16 { self.planes[0].clone() } else { self.unpacked(device)? };
+                (weight, rounded, cublas::cudaDataType::CUDA_R_16BF, cublas::cublasComputeType_t::CUBLAS_COMPUTE_32F)
+            }
+            (_, None) => bail!("cuda: activations were not rounded"),
+        };
+        let tokens = x.dim(0)?;
+        let out = uninitialised((tokens, self.rows), DType::F32, device)?;
+        let (one, zero) = (1f32, 0f32);
+        let blas = device.as_cuda_device()?.cublas_handle();
+        // In cuBLAS's order of columns: out' [rows, tokens] = weight'' x'.
+        // SAFETY: the three matrices have these shapes, and live until the stream frees them.
+        let done = unsafe {
+            gemm_ex(
+                *blas.handle(),
+                cublas::cublasOperation_t::CUBLAS_OP_T,
+                cublas::cublasOperation_t::CUBLAS_OP_N,
+                self.rows as i32,
+                tokens as i32,
+                self.columns as i32,
+                (&raw const one).cast(),
+                address(&weight)? as *const c_void,
+                kind,
+                self.columns as i32,
+                address(x)? as *const c_void,
+                kind,
+                self.columns as i32,
+                (&raw const zero).cast(),
+                address(&out)? as *mut c_void,
+                cublas::cudaDataType::CUDA_R_32F,
+                self.rows as i32,
+                compute,
+                cublas::cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT,
+            )
+        };
+        match done {
+            Ok(()) => Ok(out),
+            Err(error) => bail!("cuda: product of {:?} and {:?}: {error:?}", x.dims(), [self.rows, self.columns]),
+        }
+    }
+
+    /// All weights as bf16, `[rows, columns]`.
+    fn unpacked(&self, device: &Device) -> Result<Tensor> {
+        let out = uninitialised((self.rows, self.columns), DType::BF16, device)?;
+        let params = UnpackParams { matrix: self.params(0, 0)?, out: address(&out)?, columns: self.columns as i32 };
+        let spread = Spread::new([self.rows, (self.columns / UNIT).div_ceil(UNPACKED_AT_ONCE), 1], UNPACKED_AT_ONCE);
+        // SAFETY: the tensor has this shape.
+        unsafe { self.kernels.launch("unpack_matrix", spread, &params) }?;
+        Ok(out)
+    }
+
+    /// Rows by index: ids `[tokens]` u32 -> `[tokens, columns]` f32.
+    ///
+    /// # Errors
+    /// If the device is out of memory.
+    pub(crate) fn rows(&self, ids: &Tensor) -> Result<Tensor> {
+        let out = uninitialised((ids.dim(0)?, self.columns), DType::F32, ids.device())?;
+        // SAFETY: the model checked that ids are inside the vocabulary; the tensors have these shapes.
+        unsafe { self.put_rows(address(ids)?, ids.dim(0)?, address(&out)?, 1.0) }?;
+        Ok(out)
+    }
+
+    /// # Safety
+    /// `count` ids inside the rows, and room for as many rows.
+    pub(super) unsafe fn put_rows(&self, ids: u64, count: usize, out: u64, factor: f32) -> Result<()> {
+        let params = RowsParams { matrix: self.params(0, 0)?, ids, out, columns: self.columns as i32, factor };
+        let spread = Spread::new([count, (self.columns / UNIT).div_ceil(UNPACKED_AT_ONCE), 1], UNPACKED_AT_ONCE);
+        // SAFETY: the caller's.
+        unsafe { self.kernels.launch_following("matrix_rows", spread, &params) }
+    }
+}
+
+/// Bytes of one token's activations in 8 bits.
+pub(super) fn activation_bytes(columns: usize) -> usize {
+    columns + columns / UNIT * 12
+}
+
+/// Products of the first `count` matrices with few tokens.
+///
+/// # Safety
+/// The addresses must be of what layer_params.h says, and live until the kernel has run.
+pub(super) unsafe fn product(
+    kernels: &Kernels,
+    matrices: [Matrix; 3],
+    count: usize,
+    x: u64,
+    x_q8: u64,
+    columns: usize,
+    tokens: usize,
+) -> Result<()> {
+    let warps: usize = matrices[..count].iter().map(|matrix| (matrix.rows as usize).div_ceil(ROWS)).sum();
+    let params = ProductParams { matrices, x, x_q8, count: count as i32, columns: columns as i32 };
+    // SAFETY: the caller's.
+    unsafe { kernels.launch_following("product", Spread::new([warps.div_ceil(WARPS), tokens, 1], WARPS * 32), &params) }
+}
+
+/// `x` as bf16.
+fn round(x: &Tensor) -> Result<Tensor> {
+    let out = uninitialised(x.shape(), DType::BF16, x.device())?;
+    let count = x.elem_count();
+    let params = RoundParams { x: address(x)?, out: address(&out)?, count: count as i64 };
+    // SAFETY: both tensors have `count` numbers, a multiple of 32.
+    unsafe { Kernels::of(x.device())?.launch("round_to_bf16", Spread::new([count.div_ceil(1024), 1, 1], 256), &params) }?;
+    Ok(out)
+}

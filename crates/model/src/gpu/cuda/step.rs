@@ -1,0 +1,448 @@
+//! A decode step of one token, recorded once as a CUDA graph and replayed: some ten kernels a layer, in buffers that stay where they
+//! are. What changes from token to token (its id, its position, how many blocks it may read) is in device memory.
+
+use super::super::{DecoderParts, LayerParts};
+use super::DeviceMatrix;
+use super::matrix::{activation_bytes, product};
+use super::params::{GatedParams, LikeliestParams, Matrix as MatrixParams, NormParams, WriteParams};
+use crate::arch::TokenStep;
+use crate::config::Activation;
+use crate::layers::{Linear, RmsNorm};
+use crate::weights::Matrix;
+use candle_core::cuda_backend::WrapErr;
+use candle_core::cuda_backend::cudarc::driver::{CudaGraph, sys};
+use candle_core::{DType, Device, Result, Tensor, TensorId, bail};
+use sparse_attn::backend::cuda::{
+    Budgeted, DecodeCall, DecodeLists, DecodeScratch, Kernels, SelectCall, SelectScratch, Spread, address, decode, kind_of,
+    score_and_select,
+};
+use sparse_attn::cache::Summary;
+use sparse_attn::select::Limits;
+use sparse_attn::{HeadShape, KvCache, LayerStore, RoutedAttention, Step};
+use std::sync::Arc;
+
+/// Widest residual stream of `add_norm`, in numbers.
+const WIDEST: usize = 16 * 1024;
+
+/// Rows that a thread block of `gated_product` makes.
+const GATED_ROWS: usize = 32;
+
+/// Positions that selection makes room for at a time: with more, everything is recorded anew.
+const ROOM: usize = 16 * 1024;
+
+/// A layer's weights. Tensors are handles: the memory is the model's.
+#[derive(Debug, Clone)]
+struct Layer {
+    attention_norm: Tensor,
+    qkv: [Projection; 3],
+    qk_norm: Option<(Tensor, Tensor)>,
+    frequencies: Tensor,
+    magnitude: f32,
+    output: Projection,
+    post_attention_norm: Option<Tensor>,
+    mlp_norm: Tensor,
+    gate: Arc<DeviceMatrix>,
+    up: Arc<DeviceMatrix>,
+    down: Projection,
+    post_mlp_norm: Option<Tensor>,
+}
+
+#[derive(Debug, Clone)]
+struct Projection {
+    weight: Arc<DeviceMatrix>,
+    bias: Option<Tensor>,
+}
+
+/// The step, and where it works.
+#[derive(Debug)]
+struct CudaStep {
+    kernels: Arc<Kernels>,
+    device: Device,
+    heads: HeadShape,
+    scale: f32,
+    eps: f32,
+    activation: i32,
+    embedding: Arc<DeviceMatrix>,
+    embedding_factor: f32,
+    layers: Vec<Layer>,
+    norm: Tensor,
+    head: Arc<DeviceMatrix>,
+    attention: RoutedAttention,
+    buffers: Buffers,
+    recorded: Option<Recorded>,
+}
+
+/// What the kernels of a step hand on.
+#[derive(Debug)]
+struct Buffers {
+    state: Tensor, // u32: token, position, then what each layer may take
+    x: Tensor,     // [hidden_size]
+    normed: [Tensor; 2],
+    qkv: Tensor,       // [q_heads + 2 kv_heads, head_dim]
+    q: Option<Tensor>, // [q_heads, head_dim], in the dtype of the keys
+    attended: [Tensor; 2],
+    projected: Tensor, // [hidden_size]
+    inner: [Tensor; 2],
+    logits: Tensor,    // [vocab_size]
+    likeliest: Tensor, // [2] u32
+}
+
+/// A graph, and what it holds for.
+struct Recorded {
+    graph: CudaGraph,
+    key: Key,
+    // Memory of the graph's own.
+    _scratch: DecodeScratch,
+    _select: Option<SelectScratch>,
+}
+
+impl std::fmt::Debug for Recorded {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Recorded").field("key", &self.key).finish_non_exhaustive()
+    }
+}
+
+/// What a graph was recorded with: where keys, values, pages and summaries are, which layers select, and for how many positions.
+#[derive(Debug, PartialEq)]
+struct Key {
+    tensors: Vec<TensorId>,
+    selects: Vec<bool>,
+    room: usize,
+}
+
+/// A step of the decoder made of `parts`; `None` where some part has no kernel, and layers run one operation at a time.
+pub(crate) fn record(parts: &DecoderParts<'_>, attention: &RoutedAttention, cache: &KvCache) -> Result<Option<Box<dyn TokenStep>>> {
+    let device = cache.device();
+    if !device.is_cuda() || attention.is_observed() || attention.routing().token_router.kept_fraction() < 1.0 {
+        return Ok(None);
+    }
+    let Some(layers) = parts.layers.iter().map(|layer| of_layer(layer, device)).collect::<Option<Result<Vec<Layer>>>>() else {
+        return Ok(None);
+    };
+    let (Some(embedding), Some(head), Some(first)) = (on_device(parts.embedding), on_device(parts.head), parts.layers.first()) else {
+        return Ok(None);
+    };
+    let layers = layers?;
+    let (hidden_size, inner) = (embedding.columns(), layers[0].gate.height());
+    if hidden_size > WIDEST || !inner.is_multiple_of(GATED_ROWS) {
+        return Ok(None);
+    }
+    let heads = parts.heads;
+    let (q_heads, kv_heads, head_dim) = (heads.q_heads(), heads.kv_heads(), heads.head_dim());
+    let plain = |count: usize| Tensor::zeros(count, DType::F32, device);
+    let both = |count: usize| Ok::<_, candle_core::Error>([plain(count)?, Tensor::zeros(activation_bytes(count), DType::U8, device)?]);
+    let buffers = Buffers {
+        state: Tensor::zeros(2 + layers.len(), DType::U32, device)?,
+        x: plain(hidden_size)?,
+        normed: both(hidden_size)?,
+        qkv: plain((q_heads + 2 * kv_heads) * head_dim)?,
+        q: None,
+        attended: both(q_heads * head_dim)?,
+        projected: plain(hidden_size)?,
+        inner: both(inner)?,
+        logits: plain(head.height())?,
+        likeliest: Tensor::zeros(2, DType::U32, device)?,
+    };
+    Ok(Some(Box::new(CudaStep {
+        kernels: Kernels::of(device)?,
+        device: device.clone(),
+        heads,
+        scale: parts.scale,
+        eps: parts.norm.eps(),
+        activation: match first.activation {
+            Activation::Silu => 0,
+            Activation::GeluTanh => 1,
+        },
+        embedding,
+        embedding_factor: parts.embedding_factor,
+        layers,
+        norm: parts.norm.weight().clone(),
+        head,
+        attention: attention.clone(),
+        buffers,
+        recorded: None,
+    })))
+}
+
+fn on_device(matrix: &Matrix) -> Option<Arc<DeviceMatrix>> {
+    match matrix {
+        Matrix::Device(matrix) => Some(matrix.clone()),
+        _ => None,
+    }
+}
+
+fn of_layer(parts: &LayerParts<'_>, device: &Device) -> Option<Result<Layer>> {
+    let projection = |linear: &Linear| Some(Projection { weight: on_device(linear.weight())?, bias: linear.bias().cloned() });
+    // Gate and up are joined with the activation, where no bias fits in.
+    let bare = |linear: &Linear| if linear.bias().is_none() { on_device(linear.weight()) } else { None };
+    let weight = |norm: &RmsNorm| norm.weight().clone();
+    let [q, k, v] = parts.qkv;
+    let frequencies = Tensor::new(parts.rope.inverse_frequencies(), device);
+    let frequencies = match frequencies {
+        Ok(frequencies) => frequencies,
+        Err(error) => return Some(Err(error)),
+    };
+    Some(Ok(Layer {
+        attention_norm: weight(parts.attention_norm),
+        qkv: [projection(q)?, projection(k)?, projection(v)?],
+        qk_norm: parts.qk_norm.map(|(q, k)| (weight(q), weight(k))),
+        frequencies,
+        magnitude: parts.rope.magnitude() as f32,
+        output: projection(parts.output)?,
+        post_attention_norm: parts.post_attention_norm.map(weight),
+        mlp_norm: weight(parts.mlp_norm),
+        gate: bare(parts.gate)?,
+        up: bare(parts.up)?,
+        down: projection(parts.down)?,
+        post_mlp_norm: parts.post_mlp_norm.map(weight),
+    }))
+}
+
+impl TokenStep for CudaStep {
+    fn run(&mut self, token: u32, cache: &mut KvCache) -> Result<bool> {
+        let step = cache.reserve(1)?;
+        let routing = self.attention.routing().clone();
+        let selects: Vec<bool> = (0..self.layers.len())
+            .map(|layer| self.attention.is_routed(layer, cache.layer(layer)) && self.attention.reads_by_score(layer, step))
+            .collect();
+        let calls: Vec<Option<Budgeted>> = (0..self.layers.len())
+            .map(|layer| Budgeted::new(&*routing.block_router, routing.limits_of(layer), cache.layer(layer), step))
+            .collect();
+        if selects.iter().zip(&calls).any(|(selects, call)| *selects && call.is_none()) {
+            return Ok(false);
+        }
+        for layer in 0..self.layers.len() {
+            let routed = self.attention.is_routed(layer, cache.layer(layer));
+            let kind = if routed { routing.block_router.summary() } else { Summary::None };
+            if !cache.layer_mut(layer).begin_device_write(step, kind, routing.limits.block_size)? {
+                return Ok(false);
+            }
+        }
+        let mut state = vec![token, step.start as u32];
+        for layer in 0..self.layers.len() {
+            let take = Budgeted::take(&routing.limits_of(layer), &(step.start..step.end()), false);
+            state.push(take as u32);
+        }
+        self.buffers.state.slice_set(&Tensor::new(state, &self.device)?, 0, 0)?;
+        let key = self.key(cache, selects, step);
+        if self.recorded.as_ref().is_none_or(|recorded| recorded.key != key) {
+            self.recorded = None;
+            self.recorded = Some(self.record(key, cache)?);
+        }
+        let Some(recorded) = &self.recorded else { bail!("cuda: no step was recorded") };
+        recorded.graph.launch().w()?;
+        for (layer, call) in calls.iter().enumerate() {
+            let count = match call {
+                Some(call) if recorded.key.selects[layer] => call.count(cache.layer(layer)),
+                _ => cache.layer(layer).count_visible(step),
+            };
+            cache.count_read(count);
+        }
+        cache.commit(step)?;
+        Ok(true)
+    }
+
+    fn likeliest(&mut self) -> Result<u32> {
+        let found = self.buffers.likeliest.to_vec1::<u32>()?;
+        if found[1] != 0 {
+            bail!("a logit is NaN or infinite: the weights are damaged, or a kernel is wrong");
+        }
+        Ok(found[0])
+    }
+
+    fn logits(&mut self) -> Result<Vec<f32>> {
+        self.buffers.logits.to_vec1()
+    }
+}
+
+impl CudaStep {
+    fn key(&self, cache: &KvCache, selects: Vec<bool>, step: Step) -> Key {
+        let mut tensors = Vec::with_capacity(4 * self.layers.len());
+        for layer in 0..self.layers.len() {
+            let store = cache.layer(layer);
+            tensors.extend([store.k().values().id(), store.v().values().id()]);
+            tensors.extend(store.device_pages().ok().map(Tensor::id));
+            tensors.extend(store.summaries().ok().map(|summaries| summaries.pool().values().id()));
+        }
+        Key { tensors, selects, room: (step.end() + 1).next_multiple_of(ROOM) }
+    }
+
+    /// Records the kernels of a step.
+    fn record(&mut self, key: Key, cache: &KvCache) -> Result<Recorded> {
+        let first = cache.layer(0);
+        let q = match &self.buffers.q {
+            Some(q) => q.clone(),
+            None => Tensor::zeros(self.heads.q_heads() * self.heads.head_dim(), first.k().values().dtype(), &self.device)?,
+        };
+        self.buffers.q = Some(q.clone());
+        let scratch = DecodeScratch::new(&self.kernels, first, &self.device)?;
+        let block_size = self.attention.routing().limits.block_size;
+        let select = key
+            .selects
+            .contains(&true)
+            .then(|| SelectScratch::new(self.heads.kv_heads(), key.room, block_size, &self.device))
+            .transpose()?;
+        // Kernels load when they first run, and not while a graph is recorded: run the step once. It is written again, the same.
+        self.launch_all(&key, cache, &q, &scratch, select.as_ref())?;
+        self.device.synchronize()?;
+        let stream = self.kernels.stream();
+        stream.begin_capture(sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).w()?;
+        let launched = self.launch_all(&key, cache, &q, &scratch, select.as_ref());
+        // Ends the recording whatever came of it, or the stream could do nothing else.
+        let graph = stream.end_capture(sys::CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH).w();
+        launched?;
+        let Some(graph) = graph? else { bail!("cuda: the recorded step is empty") };
+        graph.upload().w()?;
+        Ok(Recorded { graph, key, _scratch: scratch, _select: select })
+    }
+
+    fn launch_all(&self, key: &Key, cache: &KvCache, q: &Tensor, scratch: &DecodeScratch, select: Option<&SelectScratch>) -> Result<()> {
+        let Buffers { state, x, normed, attended, projected, logits, likeliest, .. } = &self.buffers;
+        let (token, position) = (address(state)?, address(state)? + 4);
+        // SAFETY: here and below: the buffers were made for this model's shapes, and live as long as `self`, which the graph does
+        // not outlive; weights are kept by `self`, keys and values by the cache, whose tensors the graph is keyed by.
+        unsafe { self.embedding.put_rows(token, 1, address(x)?, self.embedding_factor) }?;
+        let mut pending: Option<Option<&Tensor>> = None; // a product that is not added yet, and the norm over it
+        for (index, layer) in self.layers.iter().enumerate() {
+            let store = cache.layer(index);
+            self.add_norm(pending, &layer.attention_norm)?;
+            self.project_qkv(layer)?;
+            self.write(index, layer, store, q, position)?;
+            let lists = match select {
+                Some(select) if key.selects[index] => Some(self.select(index, store, select, q, position)?),
+                _ => None,
+            };
+            let call = DecodeCall {
+                q: address(q)?,
+                position,
+                lists,
+                out: address(&attended[0])?,
+                out_q8: address(&attended[1])?,
+                scale: self.scale,
+            };
+            // SAFETY: as above.
+            unsafe { decode(&self.kernels, call, scratch, store) }?;
+            self.project(&layer.output, attended, projected)?;
+            self.add_norm(Some(layer.post_attention_norm.as_ref()), &layer.mlp_norm)?;
+            self.feed(layer)?;
+            self.project(&layer.down, &self.buffers.inner, projected)?;
+            pending = Some(layer.post_mlp_norm.as_ref());
+        }
+        self.add_norm(pending, &self.norm)?;
+        self.multiply([self.head.params(address(logits)?, 0)?], normed, self.head.columns())?;
+        let params = LikeliestParams { logits: address(logits)?, id: address(likeliest)?, count: logits.elem_count() as i32 };
+        // SAFETY: as above.
+        unsafe { self.kernels.launch_following("likeliest", Spread::new([1, 1, 1], 1024), &params) }
+    }
+
+    /// Adds the newest product to the residual stream, and norms that.
+    fn add_norm(&self, pending: Option<Option<&Tensor>>, weight: &Tensor) -> Result<()> {
+        let Buffers { x, normed, projected, .. } = &self.buffers;
+        let params = NormParams {
+            x: address(x)?,
+            y: if pending.is_some() { address(projected)? } else { 0 },
+            y_weight: pending.flatten().map_or(Ok(0), address)?,
+            weight: address(weight)?,
+            out: address(&normed[0])?,
+            out_q8: address(&normed[1])?,
+            columns: x.elem_count() as i32,
+            eps: self.eps,
+        };
+        // SAFETY: as in `launch_all`.
+        unsafe { self.kernels.launch_following("add_norm", Spread::new([1, 1, 1], 1024), &params) }
+    }
+
+    fn project_qkv(&self, layer: &Layer) -> Result<()> {
+        let mut out = address(&self.buffers.qkv)?;
+        let mut matrices = [MatrixParams { planes: [0; 4], out: 0, bias: 0, rows: 0, format: 0 }; 3];
+        for (matrix, projection) in matrices.iter_mut().zip(&layer.qkv) {
+            *matrix = projection.weight.params(out, projection.bias.as_ref().map_or(Ok(0), address)?)?;
+            out += (projection.weight.height() * size_of::<f32>()) as u64;
+        }
+        self.multiply(matrices, &self.buffers.normed, layer.qkv[0].weight.columns())
+    }
+
+    fn project(&self, projection: &Projection, x: &[Tensor; 2], out: &Tensor) -> Result<()> {
+        let bias = projection.bias.as_ref().map_or(Ok(0), address)?;
+        self.multiply([projection.weight.params(address(out)?, bias)?], x, projection.weight.columns())
+    }
+
+    fn multiply<const N: usize>(&self, matrices: [MatrixParams; N], x: &[Tensor; 2], columns: usize) -> Result<()> {
+        let mut all = [MatrixParams { planes: [0; 4], out: 0, bias: 0, rows: 0, format: 0 }; 3];
+        all[..N].copy_from_slice(&matrices);
+        // SAFETY: as in `launch_all`.
+        unsafe { product(&self.kernels, all, N, address(&x[0])?, address(&x[1])?, columns, 1) }
+    }
+
+    /// Norms, rotates and stores the token's query, key and value.
+    fn write(&self, index: usize, layer: &Layer, store: &LayerStore, q: &Tensor, position: u64) -> Result<()> {
+        let Limits { block_size, .. } = self.attention.routing().limits;
+        let summaries = if self.attention.is_routed(index, store) { store.summaries().ok() } else { None };
+        let kind = kind_of(&*self.attention.routing().block_router).unwrap_or(0);
+        let pages = store.device_pages()?;
+        let (q_norm, k_norm) =
+            layer.qk_norm.as_ref().map_or(Ok((0, 0)), |(q, k)| Ok::<_, candle_core::Error>((address(q)?, address(k)?)))?;
+        let params = WriteParams {
+            qkv: address(&self.buffers.qkv)?,
+            q_norm,
+            k_norm,
+            frequencies: address(&layer.frequencies)?,
+            position,
+            pages: address(pages)?,
+            q: address(q)?,
+            k: address(store.k().values())?,
+            v: address(store.v().values())?,
+            summaries: summaries.map_or(Ok(0), |summaries| address(summaries.pool().values()))?,
+            kind,
+            block_size: block_size as i32,
+            max_pages: pages.dim(1)? as i32,
+            group_size: self.heads.group_size() as i32,
+            head_dim: self.heads.head_dim() as i32,
+            eps: self.eps,
+            magnitude: layer.magnitude,
+        };
+        let name = format!("write_kv_{}", store.k().dtype().name());
+        // SAFETY: as in `launch_all`.
+        unsafe { self.kernels.launch_following(&name, Spread::new([self.heads.kv_heads(), 1, 1], 256), &params) }
+    }
+
+    fn select(&self, index: usize, store: &LayerStore, scratch: &SelectScratch, q: &Tensor, position: u64) -> Result<DecodeLists> {
+        let routing = self.attention.routing();
+        let lists = DecodeLists { octets: address(&scratch.octets)?, counts: address(&scratch.counts)?, most: scratch.most };
+        let call = SelectCall {
+            q: address(q)?,
+            expanded: false,
+            position,
+            takes: address(&self.buffers.state)? + 4 * (2 + index as u64),
+            scores: address(&scratch.scores)?,
+            lists,
+            blocks: 0,
+            kind: kind_of(&*routing.block_router).unwrap_or(0),
+            max_scores: scratch.max_scores,
+            tokens: 1,
+            tile: 1,
+            tiles: 0..1,
+        };
+        // SAFETY: as in `launch_all`.
+        unsafe { score_and_select(&self.kernels, &call, &routing.limits_of(index), store) }?;
+        Ok(lists)
+    }
+
+    /// `activation(gate) * up`
+    fn feed(&self, layer: &Layer) -> Result<()> {
+        let Buffers { normed, inner, .. } = &self.buffers;
+        let params = GatedParams {
+            gate: layer.gate.params(0, 0)?,
+            up: layer.up.params(0, 0)?,
+            x: address(&normed[0])?,
+            x_q8: address(&normed[1])?,
+            out: address(&inner[0])?,
+            out_q8: address(&inner[1])?,
+            columns: layer.gate.columns() as i32,
+            activation: self.activation,
+        };
+        let spread = Spread::new([layer.gate.height() / GATED_ROWS, 1, 1], 256);
+        // SAFETY: as in `launch_all`.
+        unsafe { self.kernels.launch_following("gated_product", spread, &params) }
+    }
+}

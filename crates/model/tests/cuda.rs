@@ -1,0 +1,203 @@
+//! A model on the GPU: products, decode steps recorded as a graph, against the host. Without a GPU these tests say so and pass.
+#![cfg(feature = "cuda")]
+
+use candle_core::quantized::GgmlDType;
+use candle_core::{DType, Device, Result, Tensor};
+use model::{GenerateOptions, Sampler, SamplerOptions, Session, Weights};
+use sparse_attn::backend::for_device;
+use sparse_attn::select::{Budget, Limits};
+use sparse_attn::{KvDtype, RoutedAttention, Routing};
+use std::collections::HashMap;
+use std::ops::ControlFlow;
+use std::path::Path;
+use std::sync::Arc;
+
+fn gpu() -> Option<Device> {
+    match Device::new_cuda_with_stream(0) {
+        Ok(Device::Cuda(cuda)) => {
+            // SAFETY: everything runs in one stream.
+            unsafe { cuda.disable_event_tracking() };
+            Some(Device::Cuda(cuda))
+        }
+        Ok(_) => None,
+        Err(error) => {
+            eprintln!("skipped: no GPU ({error})");
+            None
+        }
+    }
+}
+
+/// A random checkpoint of two layers in `dir`: heads of 64, four of them to a key/value head.
+fn write_checkpoint(dir: &Path, model_type: &str) -> Result<()> {
+    let (hidden, inner, vocab, heads, kv_heads) = (512usize, 768usize, 1000usize, 8usize, 2usize);
+    let mut config = format!(
+        r#"{{"model_type":"{model_type}","hidden_size":{hidden},"intermediate_size":{inner},"num_hidden_layers":2,"vocab_size":{vocab},
+        "num_attention_heads":{heads},"num_key_value_heads":{kv_heads},"head_dim":64,"max_position_embeddings":8192,"rms_norm_eps":1e-6"#
+    );
+    if model_type == "gemma3_text" {
+        config += r#","sliding_window":64,"layer_types":["sliding_attention","full_attention"],"query_pre_attn_scalar":64,
+            "rope_local_base_freq":10000.0,"rope_theta":1000000.0,"hidden_activation":"gelu_pytorch_tanh""#;
+    }
+    std::fs::write(dir.join("config.json"), config + "}")?;
+    let mut tensors = HashMap::new();
+    let mut seed = 0u64;
+    let mut random = |shape: &[usize], mean: f64, deviation: f64| -> Result<Tensor> {
+        seed += 1;
+        let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+        let mut next = || {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            (state >> 40) as f64 / (1u64 << 24) as f64
+        };
+        let values: Vec<f32> =
+            (0..shape.iter().product()).map(|_| (mean + deviation * ((0..6).map(|_| next()).sum::<f64>() - 3.0)) as f32).collect();
+        Tensor::from_vec(values, shape, &Device::Cpu)?.to_dtype(DType::BF16)
+    };
+    tensors.insert("model.embed_tokens.weight".to_string(), random(&[vocab, hidden], 0.0, 1.0)?);
+    tensors.insert("model.norm.weight".to_string(), random(&[hidden], 1.0, 0.1)?);
+    tensors.insert("lm_head.weight".to_string(), random(&[vocab, hidden], 0.0, 0.1)?);
+    for layer in 0..2 {
+        let mut put = |name: &str, shape: &[usize], mean: f64, deviation: f64| -> Result<()> {
+            tensors.insert(format!("model.layers.{layer}.{name}"), random(shape, mean, deviation)?);
+            Ok(())
+        };
+        for norm in ["input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"] {
+            put(&format!("{norm}.weight"), &[hidden], if model_type == "gemma3_text" { 0.0 } else { 1.0 }, 0.1)?;
+        }
+        for norm in ["q_norm", "k_norm"] {
+            put(&format!("self_attn.{norm}.weight"), &[64], if model_type == "gemma3_text" { 0.0 } else { 1.0 }, 0.1)?;
+        }
+        for (name, rows, columns) in [
+            ("self_attn.q_proj", heads * 64, hidden),
+            ("self_attn.k_proj", kv_heads * 64, hidden),
+            ("self_attn.v_proj", kv_heads * 64, hidden),
+            ("self_attn.o_proj", hidden, heads * 64),
+            ("mlp.gate_proj", inner, hidden),
+            ("mlp.up_proj", inner, hidden),
+            ("mlp.down_proj", hidden, inner),
+        ] {
+            put(&format!("{name}.weight"), &[rows, columns], 0.0, 0.06)?;
+            if model_type == "qwen2" && name.starts_with("self_attn") && !name.contains("o_proj") {
+                put(&format!("{name}.bias"), &[rows], 0.0, 0.5)?;
+            }
+        }
+    }
+    candle_core::safetensors::save(&tensors, dir.join("model.safetensors"))
+}
+
+fn routing(dense_len: usize) -> Routing {
+    let limits = Limits { window: 64, sinks: 4, block_size: 16, budget: Budget::tokens(96), dense_len, tile: 16 };
+    Routing { block_router: Arc::new(sparse_attn::block_router::Spread), limits, ..Routing::dense() }
+}
+
+fn session(dir: &Path, device: &Device, quantize: Option<GgmlDType>, routing: Routing) -> Result<Session> {
+    let weights = Weights::open(dir, device, quantize)?;
+    let attention = RoutedAttention::new(routing, for_device(device)?)?;
+    Session::new(model::load(&weights)?, attention, KvDtype::F16.into(), device, 1024)
+}
+
+fn ids(count: usize) -> Vec<u32> {
+    (0..count).map(|i| ((i * 7919 + 13) % 1000) as u32).collect()
+}
+
+/// Cosine of the angle between two lists: 1 if they are alike.
+fn cosine(a: &[f32], b: &[f32]) -> f32 {
+    let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>();
+    (dot(a, b) / (dot(a, a) * dot(b, b)).sqrt()) as f32
+}
+
+const TYPES: [Option<GgmlDType>; 10] = [
+    None,
+    Some(GgmlDType::Q4_0),
+    Some(GgmlDType::Q4_1),
+    Some(GgmlDType::Q5_0),
+    Some(GgmlDType::Q5_1),
+    Some(GgmlDType::Q8_0),
+    Some(GgmlDType::Q3K),
+    Some(GgmlDType::Q4K),
+    Some(GgmlDType::Q5K),
+    Some(GgmlDType::Q6K),
+];
+
+#[test]
+fn logits_are_those_of_the_host_for_every_type() -> Result<()> {
+    let Some(device) = gpu() else { return Ok(()) };
+    for model_type in ["llama", "qwen2", "qwen3", "gemma3_text"] {
+        let dir = tempfile::tempdir()?;
+        write_checkpoint(dir.path(), model_type)?;
+        for quantize in TYPES {
+            let mut host = session(dir.path(), &Device::Cpu, quantize, Routing::dense())?;
+            let mut own = session(dir.path(), &device, quantize, Routing::dense())?;
+            // A prompt, then single tokens: through the matrix cores, then the recorded step.
+            let ids = ids(200);
+            let go_on = |_, _| ControlFlow::Continue(());
+            for part in [&ids[..150], &ids[150..151], &ids[151..152], &ids[152..155], &ids[155..156]] {
+                host.prefill(part, 150, go_on)?;
+                own.prefill(part, 150, go_on)?;
+                let cosine = cosine(host.logits()?, own.logits()?);
+                assert!(cosine > 0.995, "{model_type} {quantize:?} after {}: {cosine}", own.tokens().len());
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_recorded_step_is_what_single_operations_make() -> Result<()> {
+    let Some(device) = gpu() else { return Ok(()) };
+    for model_type in ["llama", "qwen2", "qwen3", "gemma3_text"] {
+        let dir = tempfile::tempdir()?;
+        write_checkpoint(dir.path(), model_type)?;
+        for (quantize, dense_len) in [(None, usize::MAX), (Some(GgmlDType::Q4K), usize::MAX), (Some(GgmlDType::Q8_0), 200), (None, 200)] {
+            let weights = Weights::open(dir.path(), &device, quantize)?;
+            let model = model::load(&weights)?;
+            let attention = RoutedAttention::new(routing(dense_len), for_device(&device)?)?;
+            let specs = attention.layer_specs(&model.config().layer_specs());
+            let mut caches = [(); 2].map(|()| sparse_attn::KvCache::new(&specs, KvDtype::F16.into(), &device, 1024));
+            let [Ok(plain), Ok(recorded)] = &mut caches else { panic!("no memory") };
+            let ids = ids(430);
+            for cache in [&mut *plain, &mut *recorded] {
+                model.forward(&ids[..170], &attention, cache)?;
+            }
+            let mut step = model.token_step(&attention, recorded)?.expect("every part has a kernel");
+            // Past the length from which blocks are selected, and past several blocks and pages.
+            for id in &ids[170..] {
+                let hidden = model.forward(&[*id], &attention, plain)?;
+                let want = model.logits(&hidden)?.flatten_all()?.to_vec1::<f32>()?;
+                assert!(step.run(*id, recorded)?);
+                let got = step.logits()?;
+                let cosine = cosine(&want, &got);
+                // Where blocks are selected, near scores may change places.
+                let least = if dense_len == usize::MAX { 0.9995 } else { 0.99 };
+                assert!(cosine > least, "{model_type} {quantize:?} at {}: {cosine}", recorded.len());
+                let best = (0u32..).zip(&got).fold((0, f32::NEG_INFINITY), |best, (id, x)| if *x > best.1 { (id, *x) } else { best });
+                assert_eq!(step.likeliest()?, best.0);
+                assert_eq!(plain.read_count(), recorded.read_count());
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_text_goes_on_the_same_after_going_back() -> Result<()> {
+    let Some(device) = gpu() else { return Ok(()) };
+    let dir = tempfile::tempdir()?;
+    write_checkpoint(dir.path(), "llama")?;
+    let mut session = session(dir.path(), &device, Some(GgmlDType::Q4K), routing(200))?;
+    session.prefill(&ids(180), 64, |_, _| ControlFlow::Continue(()))?;
+    let mut sampler = Sampler::new(SamplerOptions::greedy())?;
+    let mut go_on = |session: &mut Session| -> Result<Vec<u32>> {
+        let options = GenerateOptions { max_tokens: Some(100), end_tokens: Vec::new(), context: 1024, logprobs: 0 };
+        session.generate(&mut sampler, options).map(|token| Ok(token?.id)).collect()
+    };
+    let first = go_on(&mut session)?;
+    assert_eq!(session.rewind(180)?, 180);
+    // The last token of the prompt is fed again.
+    session.rewind(179)?;
+    session.prefill(&ids(180)[179..], 64, |_, _| ControlFlow::Continue(()))?;
+    let second = go_on(&mut session)?;
+    assert_eq!(first[..20], second[..20]);
+    let mut fork = session.fork()?;
+    assert_eq!(go_on(&mut session)?, go_on(&mut fork)?);
+    Ok(())
+}

@@ -1,0 +1,181 @@
+//! The code of kernels/cuda on a GPU: loaded once, launched by name.
+
+use candle_core::cuda_backend::cudarc::driver::sys;
+use candle_core::cuda_backend::cudarc::driver::{CudaFunction, CudaModule, CudaStream, DevicePtr};
+use candle_core::cuda_backend::cudarc::nvrtc::Ptx;
+use candle_core::cuda_backend::{CudaStorageSlice, DeviceId, WrapErr};
+use candle_core::{Device, Result, Storage, Tensor, bail};
+use std::collections::HashMap;
+use std::ffi::c_void;
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// Machine code for several architectures, and PTX.
+const BINARY: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/kernels.fatbin"));
+
+/// Shared memory that a thread block surely gets without asking, beside what kernels declare.
+const SHARED_BYTES: usize = 32 << 10;
+
+/// What each device has loaded: like candle's own kernels, once for a process.
+static LOADED: Mutex<Vec<(DeviceId, Arc<Kernels>)>> = Mutex::new(Vec::new());
+
+/// The kernels of a device, and the stream that they run in.
+#[derive(Debug)]
+pub struct Kernels {
+    module: Arc<CudaModule>,
+    stream: Arc<CudaStream>,
+    functions: Mutex<HashMap<String, CudaFunction>>,
+    multiprocessors: usize,
+}
+
+/// How a kernel is spread over the device.
+#[derive(Debug, Clone, Copy)]
+pub struct Spread {
+    /// Thread blocks.
+    pub grid: [usize; 3],
+    /// Threads of each.
+    pub threads: usize,
+    /// Bytes of shared memory of each, beside what the kernel declares.
+    pub shared_bytes: usize,
+}
+
+impl Spread {
+    /// Without shared memory.
+    pub fn new(grid: [usize; 3], threads: usize) -> Self {
+        Self { grid, threads, shared_bytes: 0 }
+    }
+}
+
+impl Kernels {
+    /// The kernels on `device`.
+    ///
+    /// # Errors
+    /// If it is no CUDA device, or one that none of the code in this build runs on.
+    pub fn of(device: &Device) -> Result<Arc<Self>> {
+        let cuda = device.as_cuda_device()?;
+        let mut loaded = LOADED.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, kernels)) = loaded.iter().find(|(id, _)| *id == cuda.id()) {
+            return Ok(kernels.clone());
+        }
+        let stream = cuda.cuda_stream();
+        let context = stream.context();
+        let module = context.load_module(Ptx::from_binary(BINARY.to_vec())).w()?;
+        let multiprocessors = context.attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT).w()? as usize;
+        let kernels = Arc::new(Self { module, stream, functions: Mutex::default(), multiprocessors });
+        loaded.push((cuda.id(), kernels.clone()));
+        Ok(kernels)
+    }
+
+    /// The stream that everything of the device runs in, in order.
+    pub fn stream(&self) -> &Arc<CudaStream> {
+        &self.stream
+    }
+
+    /// Multiprocessors of the device.
+    pub fn multiprocessors(&self) -> usize {
+        self.multiprocessors
+    }
+
+    /// Puts a kernel into the stream.
+    ///
+    /// # Safety
+    /// `params` must be what the kernel takes, and every pointer in it lead to memory of the device as large as it says that
+    /// lives until the kernel has run.
+    ///
+    /// # Errors
+    /// If there is no kernel of that name, or it cannot be launched.
+    pub unsafe fn launch<P>(&self, name: &str, spread: Spread, params: &P) -> Result<()> {
+        // SAFETY: the caller's.
+        unsafe { self.put(name, spread, params, false) }
+    }
+
+    /// [`Kernels::launch`] of a kernel that itself waits for the one before (`follow` of common.cuh): its launch overlaps with that.
+    ///
+    /// # Safety
+    /// As [`Kernels::launch`], and the kernel must wait.
+    ///
+    /// # Errors
+    /// As [`Kernels::launch`].
+    pub unsafe fn launch_following<P>(&self, name: &str, spread: Spread, params: &P) -> Result<()> {
+        // SAFETY: the caller's.
+        unsafe { self.put(name, spread, params, true) }
+    }
+
+    unsafe fn put<P>(&self, name: &str, spread: Spread, params: &P, follows: bool) -> Result<()> {
+        let function = self.function(name, spread.shared_bytes)?;
+        let mut attribute = sys::CUlaunchAttribute {
+            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+        };
+        let [x, y, z] = spread.grid.map(|count| count as u32);
+        let config = sys::CUlaunchConfig {
+            gridDimX: x,
+            gridDimY: y,
+            gridDimZ: z,
+            blockDimX: spread.threads as u32,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: spread.shared_bytes as u32,
+            hStream: self.stream.cu_stream(),
+            attrs: &raw mut attribute,
+            numAttrs: u32::from(follows),
+        };
+        let mut arguments = [std::ptr::from_ref(params).cast_mut().cast::<c_void>()];
+        self.stream.context().bind_to_thread().w()?;
+        // SAFETY: the function is loaded, the one argument is what the caller vouches for, and the driver copies it before it returns.
+        let result =
+            unsafe { sys::cuLaunchKernelEx(&raw const config, function.cu_function(), arguments.as_mut_ptr(), std::ptr::null_mut()) };
+        match result.result() {
+            Ok(()) => Ok(()),
+            Err(error) => bail!("cuda: {name} with {spread:?}: {error}"),
+        }
+    }
+
+    fn function(&self, name: &str, shared_bytes: usize) -> Result<CudaFunction> {
+        let mut functions = self.functions.lock().unwrap_or_else(PoisonError::into_inner);
+        let function = match functions.get(name) {
+            Some(function) => function.clone(),
+            None => {
+                let function =
+                    self.module.load_function(name).map_err(|error| candle_core::Error::Msg(format!("cuda: kernel {name}: {error}")))?;
+                functions.insert(name.to_string(), function.clone());
+                function
+            }
+        };
+        if shared_bytes > SHARED_BYTES {
+            let attribute = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            function.set_attribute(attribute, shared_bytes as i32).w()?;
+        }
+        Ok(function)
+    }
+}
+
+/// Where the numbers of a contiguous tensor begin on its GPU. Valid as long as the tensor lives.
+///
+/// # Errors
+/// If it is not contiguous, or not on a GPU.
+pub fn address(tensor: &Tensor) -> Result<u64> {
+    let (storage, layout) = tensor.storage_and_layout();
+    if !layout.is_contiguous() {
+        bail!("cuda: a tensor {:?} is not contiguous", layout.shape());
+    }
+    let Storage::Cuda(storage) = &*storage else { bail!("cuda: a tensor is on {:?}", tensor.device().location()) };
+    let stream = storage.device.cuda_stream();
+    // The guard orders streams by events, of which candle's device has one and none.
+    macro_rules! pointer {
+        ($slice:expr) => {
+            $slice.device_ptr(&stream).0
+        };
+    }
+    let first = match &storage.slice {
+        CudaStorageSlice::U8(slice) => pointer!(slice),
+        CudaStorageSlice::U32(slice) => pointer!(slice),
+        CudaStorageSlice::I64(slice) => pointer!(slice),
+        CudaStorageSlice::BF16(slice) => pointer!(slice),
+        CudaStorageSlice::F16(slice) => pointer!(slice),
+        CudaStorageSlice::F32(slice) => pointer!(slice),
+        CudaStorageSlice::F64(slice) => pointer!(slice),
+        _ => bail!("cuda: tensors of {:?} are not handed to kernels", tensor.dtype()),
+    };
+    Ok(first + (layout.start_offset() * tensor.dtype().size_in_bytes()) as u64)
+}

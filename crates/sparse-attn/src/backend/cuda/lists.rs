@@ -1,0 +1,58 @@
+//! Lists of octets on the device: what each tile of queries reads.
+
+use super::{DecodeLists, address};
+use crate::backend::reads::set_octets;
+use crate::cache::{LayerStore, Step};
+use crate::parallel;
+use crate::select::Selection;
+use candle_core::{Result, Tensor};
+
+/// The lists of a step.
+#[derive(Debug)]
+pub(super) struct Lists {
+    pub(super) octets: Tensor,    // [lists, kv_heads, most, 2] u32
+    pub(super) counts: Tensor,    // [lists, kv_heads] u32
+    pub(super) firsts: Tensor,    // [pieces + 1] u32: first query of each piece
+    pub(super) of_pieces: Tensor, // [pieces] u32: its list
+    pub(super) pieces: usize,
+    pub(super) most: usize,
+}
+
+impl Lists {
+    /// What a selection lets the queries of a step read, in pieces of at most `most` queries. Made on the host.
+    pub(super) fn of_selection(selection: &Selection, store: &LayerStore, step: Step, most: usize) -> Result<Self> {
+        let mut pieces = Vec::new();
+        selection.each_piece(step, most, |queries| pieces.push(queries));
+        let kv_heads = store.shape().kv_heads();
+        let lists = parallel::map(pieces.len() * kv_heads, |index| {
+            let (queries, head) = (&pieces[index / kv_heads], index % kv_heads);
+            let (mut ranges, mut octets) = (Vec::new(), Vec::new());
+            selection.set_ranges(queries.start, head, queries.end, store, &mut ranges);
+            set_octets(store, head, queries, &ranges, &mut octets);
+            octets.into_iter().flat_map(|octet| octet.on_device(store, head)).collect::<Vec<u32>>()
+        });
+        let longest = lists.iter().map(Vec::len).max().unwrap_or(0);
+        let counts: Vec<u32> = lists.iter().map(|list| list.len() as u32 / 2).collect();
+        let mut octets = vec![0u32; lists.len() * longest];
+        for (row, list) in octets.chunks_exact_mut(longest.max(1)).zip(&lists) {
+            row[..list.len()].copy_from_slice(list);
+        }
+        let device = store.k().values().device();
+        let firsts: Vec<u32> =
+            pieces.iter().map(|queries| queries.start - step.start).chain([step.len]).map(|query| query as u32).collect();
+        let of_pieces: Vec<u32> = (0..pieces.len() as u32).collect();
+        Ok(Self {
+            octets: Tensor::from_vec(octets, (pieces.len(), kv_heads, longest / 2, 2), device)?,
+            counts: Tensor::from_vec(counts, (pieces.len(), kv_heads), device)?,
+            firsts: Tensor::new(firsts, device)?,
+            of_pieces: Tensor::new(of_pieces, device)?,
+            pieces: pieces.len(),
+            most: longest / 2,
+        })
+    }
+
+    /// The lists of a step of one query.
+    pub(super) fn of_decode(&self) -> Result<DecodeLists> {
+        Ok(DecodeLists { octets: address(&self.octets)?, counts: address(&self.counts)?, most: self.most })
+    }
+}

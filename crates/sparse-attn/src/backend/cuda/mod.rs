@@ -1,0 +1,183 @@
+//! The CUDA backend: keys and values of 16 bits in device memory, kernels of kernels/cuda.
+
+mod decode;
+mod kernels;
+mod lists;
+mod params;
+mod rows;
+mod select;
+
+pub use decode::{DecodeCall, DecodeLists, DecodeScratch, decode};
+pub use kernels::{Kernels, Spread, address};
+pub(crate) use rows::{move_rows, scatter_rows, summarise};
+pub use select::{Budgeted, SelectCall, SelectScratch, kind_of, score_and_select};
+
+use super::write::write_rows;
+use super::{AttentionBackend, Routed, RoutedJob};
+use crate::cache::{KvDtype, LayerStore, Pool, Step, Summary};
+use crate::select::Selection;
+use candle_core::{DType, Device, Result, Tensor, bail};
+use lists::Lists;
+use params::PrefillParams;
+use std::sync::Arc;
+
+/// Rows (a query and a head of its group) of a thread block of prefill.
+const ROWS: usize = 128;
+
+/// Attention on an NVIDIA GPU.
+///
+/// One query: the keys are split over the device, and the parts merged in order. Many: tiles of queries on the tensor cores. Scores and
+/// selection of blocks are made on the device where the token router keeps everything; otherwise on the host.
+#[derive(Debug)]
+pub struct Cuda {
+    kernels: Arc<Kernels>,
+}
+
+impl Cuda {
+    /// The backend on `device`.
+    ///
+    /// # Errors
+    /// If it is no CUDA device, or one that none of the code in this build runs on.
+    pub fn new(device: &Device) -> Result<Self> {
+        Ok(Self { kernels: Kernels::of(device)? })
+    }
+
+    /// Attention over lists of octets that are on the device, or over everything.
+    fn attend_lists(&self, q: &Tensor, scale: f32, store: &LayerStore, step: Step, lists: Option<&Lists>) -> Result<Tensor> {
+        let shape = store.shape();
+        check(store)?;
+        let q = q.to_dtype(store.k().values().dtype())?.contiguous()?; // [tokens, q_heads, head_dim]
+        let out = uninitialised((step.len, shape.q_heads(), shape.head_dim()), DType::F32, q.device())?;
+        if step.len == 1 {
+            let position = Tensor::new(&[step.start as u32], q.device())?;
+            let scratch = DecodeScratch::new(&self.kernels, store, q.device())?;
+            let call = DecodeCall {
+                q: address(&q)?,
+                position: address(&position)?,
+                lists: lists.map(Lists::of_decode).transpose()?,
+                out: address(&out)?,
+                out_q8: 0,
+                scale,
+            };
+            // SAFETY: the tensors are of these shapes, and live until the stream frees them after the kernel.
+            unsafe { decode(&self.kernels, call, &scratch, store) }?;
+            return Ok(out);
+        }
+        let tile = queries_of_a_tile(shape.group_size());
+        let pages = store.device_pages()?;
+        let (firsts, tiles) = match lists {
+            Some(lists) => (Some(&lists.firsts), lists.pieces),
+            None => (None, step.len.div_ceil(tile)),
+        };
+        let params = PrefillParams {
+            q: address(&q)?,
+            k: address(store.k().values())?,
+            v: address(store.v().values())?,
+            pages: address(pages)?,
+            octets: lists.map_or(Ok(0), |lists| address(&lists.octets))?,
+            counts: lists.map_or(Ok(0), |lists| address(&lists.counts))?,
+            firsts: firsts.map_or(Ok(0), address)?,
+            lists: lists.map_or(Ok(0), |lists| address(&lists.of_pieces))?,
+            out: address(&out)?,
+            max_pages: pages.dim(1)? as i32,
+            max_octets: lists.map_or(0, |lists| lists.most) as i32,
+            start: step.start as i32,
+            tokens: step.len as i32,
+            tile: tile as i32,
+            kv_heads: shape.kv_heads() as i32,
+            group_size: shape.group_size() as i32,
+            sliding_window: store.sliding_window().unwrap_or(0) as i32,
+            local_window: store.local_window().unwrap_or(0) as i32,
+            scale,
+        };
+        let keys = if shape.head_dim() > 128 { 32 } else { 64 };
+        let spread =
+            Spread { grid: [tiles, shape.kv_heads(), 1], threads: 256, shared_bytes: 2 * 2 * keys * shape.head_dim() * size_of::<u16>() };
+        // SAFETY: the tensors are of these shapes, and live until the stream frees them after the kernel.
+        unsafe { self.kernels.launch(&kernel("attend_prefill", store.k(), shape.head_dim()), spread, &params) }?;
+        Ok(out)
+    }
+}
+
+impl AttentionBackend for Cuda {
+    fn name(&self) -> &'static str {
+        "cuda"
+    }
+
+    fn write(&self, k: &Tensor, v: &Tensor, step: Step, store: &mut LayerStore) -> Result<()> {
+        store.check_step(k, v, step)?;
+        check(store)?;
+        write_rows(k, v, step, store)
+    }
+
+    fn attend(&self, q: &Tensor, scale: f32, store: &LayerStore, step: Step, selection: &Selection) -> Result<Tensor> {
+        store.check_queries(q, step)?;
+        // Where everything is read, the kernels go by the page table.
+        let lists = match selection {
+            Selection::Every if store.local_window().is_none() => None,
+            _ => Some(Lists::of_selection(selection, store, step, queries_of_a_tile(store.shape().group_size()))?),
+        };
+        self.attend_lists(q, scale, store, step, lists.as_ref())
+    }
+
+    fn attend_routed(&self, job: &RoutedJob<'_>) -> Result<Option<Routed>> {
+        let RoutedJob { q, scale, store, step, limits, router, wants_selection } = *job;
+        let Some(call) = Budgeted::new(router, limits, store, step) else { return Ok(None) };
+        store.check_queries(q, step)?;
+        check(store)?;
+        let rounded = q.to_dtype(store.k().values().dtype())?.contiguous()?;
+        let selected = call.select_step(&self.kernels, &rounded, store, wants_selection)?;
+        let out = self.attend_lists(&rounded, scale, store, step, Some(&selected.lists))?;
+        let selection = if wants_selection { Some(call.read_back(&selected)?) } else { None };
+        Ok(Some(Routed { out, selection, count: call.count(store) }))
+    }
+
+    fn preferred_tile(&self, group_size: usize) -> usize {
+        queries_of_a_tile(group_size)
+    }
+
+    fn packs_summaries(&self) -> bool {
+        false
+    }
+}
+
+/// Most queries that a thread block of prefill takes: a power of two, so that tiles of selections and these are cut alike.
+fn queries_of_a_tile(group_size: usize) -> usize {
+    let most = (ROWS / group_size).max(1);
+    if most.is_power_of_two() { most } else { most.next_power_of_two() / 2 }
+}
+
+/// Memory that a kernel fills.
+pub fn uninitialised(shape: impl Into<candle_core::Shape>, dtype: DType, device: &Device) -> Result<Tensor> {
+    // SAFETY: the callers launch a kernel that writes every number before anything reads one.
+    unsafe { Tensor::empty(shape, dtype, device) }
+}
+
+/// A kernel's name for keys of this storage.
+fn kernel(stem: &str, pool: &Pool, head_dim: usize) -> String {
+    format!("{stem}_{}_{head_dim}", pool.dtype().name())
+}
+
+/// Whether there are kernels for this layer.
+fn check(store: &LayerStore) -> Result<()> {
+    let (k, v, head_dim) = (store.k().dtype(), store.v().dtype(), store.shape().head_dim());
+    if k != v || !matches!(k, KvDtype::F16 | KvDtype::Bf16) {
+        bail!("cuda: keys are {} and values {}, there are kernels where both are f16 or both bf16", k.name(), v.name());
+    }
+    if !matches!(head_dim, 64 | 128 | 256) {
+        bail!("cuda: head_dim is {head_dim}, there are kernels for 64, 128 and 256");
+    }
+    if store.shape().group_size() > ROWS {
+        bail!("cuda: {} query heads share a key/value head, there are kernels for up to {ROWS}", store.shape().group_size());
+    }
+    Ok(())
+}
+
+/// The kernels' number for a summary.
+pub(crate) fn summary_code(kind: Summary) -> i32 {
+    match kind {
+        Summary::None | Summary::Mean => 0,
+        Summary::MaxMin => 1,
+        Summary::MeanDeviation => 2,
+    }
+}

@@ -1,0 +1,55 @@
+//! What stands for the CUDA backend in a build without it: nothing gets here, since no tensor can be on a GPU.
+
+use super::AttentionBackend;
+use crate::cache::{LayerStore, Move, Pool, Step, Summaries, Summary};
+use crate::select::Selection;
+use candle_core::{Device, Result, Tensor, bail};
+use std::ops::Range;
+
+/// The backend that this build does not have.
+#[derive(Debug)]
+pub enum Cuda {}
+
+impl Cuda {
+    /// # Errors
+    /// Always.
+    pub fn new(_device: &Device) -> Result<Self> {
+        absent()
+    }
+}
+
+impl AttentionBackend for Cuda {
+    fn name(&self) -> &'static str {
+        match *self {}
+    }
+
+    fn write(&self, _k: &Tensor, _v: &Tensor, _step: Step, _store: &mut LayerStore) -> Result<()> {
+        match *self {}
+    }
+
+    fn attend(&self, _q: &Tensor, _scale: f32, _store: &LayerStore, _step: Step, _selection: &Selection) -> Result<Tensor> {
+        match *self {}
+    }
+}
+
+pub(crate) fn scatter_rows(_pool: &Pool, _rows: &Tensor, _slots: &[u32]) -> Result<()> {
+    absent()
+}
+
+pub(crate) fn move_rows(_pool: &Pool, _moves: &[Move]) -> Result<()> {
+    absent()
+}
+
+pub(crate) fn summarise(
+    _store: &LayerStore,
+    _summaries: &Summaries,
+    _kind: Summary,
+    _blocks: Range<usize>,
+    _block_size: usize,
+) -> Result<()> {
+    absent()
+}
+
+fn absent<T>() -> Result<T> {
+    bail!("this build has no CUDA: build with --features cuda")
+}

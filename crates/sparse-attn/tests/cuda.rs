@@ -1,0 +1,292 @@
+//! The CUDA backend equals the plain one, and keeps the laws. Without a GPU these tests say so and pass: `just test-cuda` runs them.
+#![cfg(feature = "cuda")]
+
+use candle_core::{DType, Device, Result, Tensor};
+use sparse_attn::backend::cuda::Cuda;
+use sparse_attn::backend::{AttentionBackend, Cpu, Reference};
+use sparse_attn::block_router::{Bound, Mean, Spread};
+use sparse_attn::select::{Budget, Limits, Selection};
+use sparse_attn::token_router::Random;
+use sparse_attn::{Attended, AttentionInput, HeadShape, KvCache, KvDtype, LayerSpec, Observer, RoutedAttention, Routing, Step};
+use std::sync::{Arc, Mutex};
+
+/// `q_heads, kv_heads, head_dim, sliding_window`: SmolLM2, Qwen 0.5B, Gemma 3, Mistral, Qwen 1.5B, and odd ones.
+const SHAPES: [(usize, usize, usize, Option<usize>); 8] = [
+    (9, 3, 64, None),
+    (14, 2, 64, None),
+    (4, 1, 256, Some(100)),
+    (8, 2, 128, None),
+    (12, 2, 128, Some(33)),
+    (3, 3, 64, Some(1)),
+    (16, 1, 64, None),
+    (4, 2, 256, None),
+];
+
+const TOKENS: usize = 700;
+
+fn gpu() -> Option<Device> {
+    match Device::new_cuda_with_stream(0) {
+        Ok(device) => Some(device),
+        Err(error) => {
+            eprintln!("skipped: no GPU ({error})");
+            None
+        }
+    }
+}
+
+fn tolerance(dtype: KvDtype) -> f32 {
+    if dtype == KvDtype::F16 { 4e-3 } else { 3e-2 }
+}
+
+/// About normal numbers, the same every time, that f16 and bf16 hold: both sides attend with the same ones.
+fn normal(seed: u64, shape: &[usize]) -> Result<Tensor> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let mut next = || {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        (state >> 40) as f32 / (1u64 << 24) as f32
+    };
+    let values: Vec<f32> = (0..shape.iter().product()).map(|_| (0..12).map(|_| next()).sum::<f32>() - 6.0).collect();
+    Tensor::from_vec(values, shape, &Device::Cpu)?.to_dtype(DType::BF16)?.to_dtype(DType::F32)
+}
+
+struct Case {
+    spec: LayerSpec,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+}
+
+impl Case {
+    fn new((q_heads, kv_heads, head_dim, sliding_window): (usize, usize, usize, Option<usize>), tokens: usize) -> Result<Self> {
+        let spec = LayerSpec { sliding_window, ..LayerSpec::full(HeadShape::new(q_heads, kv_heads, head_dim)?) };
+        let random = |seed, heads| normal(seed, &[tokens, heads, head_dim]);
+        Ok(Self { spec, q: random(1, q_heads)?, k: random(2, kv_heads)?, v: random(3, kv_heads)? })
+    }
+
+    /// What `attention` makes of the tokens in these chunks, one after the other, and the cache.
+    fn run(&self, attention: &RoutedAttention, dtype: KvDtype, device: &Device, chunks: &[usize]) -> Result<(Tensor, KvCache)> {
+        let tokens = self.q.dim(0)?;
+        let specs = attention.layer_specs(&[self.spec]);
+        let mut cache = KvCache::new(&specs, dtype.into(), device, 0)?;
+        let (mut parts, mut chunks) = (Vec::new(), chunks.iter().copied().cycle());
+        while cache.len() < tokens {
+            let step = cache.reserve(chunks.next().unwrap_or(1).min(tokens - cache.len()))?;
+            let part = |x: &Tensor| x.narrow(0, step.start, step.len)?.to_device(device);
+            let (q, k, v) = (part(&self.q)?, part(&self.k)?, part(&self.v)?);
+            let scale = 1.0 / (self.spec.shape.head_dim() as f32).sqrt();
+            let input = AttentionInput { hidden: &q, q: &q, k: &k, k_before_rope: &k, v: &v, scale };
+            parts.push(attention.forward(0, input, step, &mut cache)?.to_device(&Device::Cpu)?);
+            cache.commit(step)?;
+        }
+        Ok((Tensor::cat(&parts, 0)?, cache))
+    }
+}
+
+fn far(a: &Tensor, b: &Tensor) -> Result<f32> {
+    let difference = (a - b)?.abs()?.flatten_all()?;
+    // NaN is not far from anything, and must not pass.
+    let sum = difference.sum_all()?.to_scalar::<f32>()?;
+    Ok(if sum.is_nan() { f32::INFINITY } else { difference.max(0)?.to_scalar()? })
+}
+
+fn equal(a: &Tensor, b: &Tensor) -> Result<bool> {
+    Ok(a.flatten_all()?.to_vec1::<f32>()? == b.flatten_all()?.to_vec1::<f32>()?)
+}
+
+fn on_gpu(device: &Device, routing: Routing) -> Result<RoutedAttention> {
+    RoutedAttention::new(routing, Arc::new(Cuda::new(device)?))
+}
+
+/// What was selected in each step, and the steps.
+#[derive(Debug, Default)]
+struct Seen(Mutex<Vec<(Step, Selection)>>);
+
+impl Observer for Seen {
+    fn attended(&self, seen: Attended<'_>) -> Result<()> {
+        self.0.lock().unwrap().push((seen.step, seen.selection.clone()));
+        Ok(())
+    }
+}
+
+fn routed(block_size: usize, budget: usize, tile: usize) -> Routing {
+    let limits = Limits { window: 64, sinks: 4, block_size, budget: Budget::tokens(budget), dense_len: 100, tile };
+    Routing { block_router: Arc::new(Spread), limits, ..Routing::dense() }
+}
+
+#[test]
+fn dense_attention_is_that_of_the_host() -> Result<()> {
+    let Some(device) = gpu() else { return Ok(()) };
+    for shape in SHAPES {
+        let case = Case::new(shape, TOKENS)?;
+        for dtype in [KvDtype::F16, KvDtype::Bf16] {
+            let (want, _) = case.run(&RoutedAttention::dense(Arc::new(Cpu)), dtype, &Device::Cpu, &[TOKENS])?;
+            for chunks in [&[TOKENS][..], &[64], &[1], &[300, 7, 1, 1]] {
+                let (got, _) = case.run(&on_gpu(&device, Routing::dense())?, dtype, &device, chunks)?;
+                let error = far(&got, &want)?;
+                assert!(error < tolerance(dtype), "{shape:?} {dtype:?} in {chunks:?}: {error}");
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_selection_is_read_as_the_plain_backend_reads_it() -> Result<()> {
+    let Some(device) = gpu() else { return Ok(()) };
+    for (shape, block_size, tile, chunks) in [
+        ((8, 2, 128, None), 16, 32, &[TOKENS][..]),
+        ((14, 2, 64, None), 8, 4, &[64]),
+        ((9, 3, 64, None), 32, 64, &[256, 1, 1]),
+        ((4, 1, 256, None), 16, 1, &[TOKENS]),
+        ((8, 2, 128, None), 16, 32, &[1]),
+        ((8, 2, 128, None), 12, 8, &[64]), // blocks that are no octets: selected on the host
+    ] {
+        let case = Case::new(shape, TOKENS)?;
+        for dtype in [KvDtype::F16, KvDtype::Bf16] {
+            let seen = Arc::new(Seen::default());
+            let attention = on_gpu(&device, routed(block_size, 160, tile))?.observed(seen.clone());
+            let (got, _) = case.run(&attention, dtype, &device, chunks)?;
+            let (_, cache) = case.run(&RoutedAttention::dense(Arc::new(Cpu)), dtype, &Device::Cpu, &[TOKENS])?;
+            let scale = 1.0 / (shape.2 as f32).sqrt();
+            let mut some = false;
+            for (step, selection) in seen.0.lock().unwrap().iter() {
+                some |= matches!(selection, Selection::Blocks(_));
+                let q = case.q.narrow(0, step.start, step.len)?;
+                let want = Cpu.attend(&q, scale, cache.layer(0), *step, selection)?;
+                let error = far(&got.narrow(0, step.start, step.len)?, &want)?;
+                assert!(error < tolerance(dtype), "{shape:?} {dtype:?} blocks of {block_size} in tiles of {tile}, {step:?}: {error}");
+            }
+            assert!(some, "nothing was selected");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn the_device_selects_what_the_host_selects() -> Result<()> {
+    let Some(device) = gpu() else { return Ok(()) };
+    for (router, tile, chunks) in [
+        (Arc::new(Spread) as Arc<dyn sparse_attn::block_router::BlockRouter>, 32, &[64, 64, 1][..]),
+        (Arc::new(Spread), 4, &[TOKENS]),
+        (Arc::new(Bound), 1, &[TOKENS]),
+        (Arc::new(Mean), 1, &[32, 1, 1]),
+        (Arc::new(Bound), 32, &[TOKENS]),
+    ] {
+        let case = Case::new((8, 2, 128, None), TOKENS)?;
+        let run =
+            |backend: Arc<dyn AttentionBackend>, device: &Device| -> Result<(Vec<(Step, Selection)>, sparse_attn::cache::ReadCount)> {
+                let seen = Arc::new(Seen::default());
+                let routing = Routing { block_router: router.clone(), ..routed(16, 200, tile) };
+                let attention = RoutedAttention::new(routing, backend)?.observed(seen.clone());
+                let (_, cache) = case.run(&attention, KvDtype::F16, device, chunks)?;
+                let selections = seen.0.lock().unwrap().clone();
+                Ok((selections, cache.read_count()))
+            };
+        let (host, host_count) = run(Arc::new(Cpu), &Device::Cpu)?;
+        let (own, own_count) = run(Arc::new(Cuda::new(&device)?), &device)?;
+        assert_eq!((host_count.read, host_count.visible), (own_count.read, own_count.visible), "{router:?}");
+        let (mut same, mut all) = (0, 0);
+        for ((step, host), (_, own)) in host.iter().zip(&own) {
+            let (Selection::Blocks(host), Selection::Blocks(own)) = (host, own) else {
+                assert_eq!(host, own);
+                continue;
+            };
+            for (t, head) in (step.start..step.end()).flat_map(|t| [(t, 0), (t, 1)]) {
+                let (Some(host), Some(own)) = (host.blocks(t, head), own.blocks(t, head)) else { continue };
+                assert_eq!(host.len(), own.len(), "{router:?} at {t}");
+                all += host.len();
+                same += host.iter().filter(|block| own.contains(block)).count();
+            }
+        }
+        // Summaries and queries are rounded to 16 bits here, to 8 and not at all there: a few near ones change places.
+        assert!(all > 0 && same as f32 > 0.97 * all as f32, "{router:?} in tiles of {tile}: {same} of {all}");
+    }
+    Ok(())
+}
+
+#[test]
+fn all_blocks_selected_is_dense_bit_for_bit_and_runs_are_alike() -> Result<()> {
+    let Some(device) = gpu() else { return Ok(()) };
+    for shape in [(8, 2, 128, None), (14, 2, 64, None), (4, 1, 256, None)] {
+        let case = Case::new(shape, TOKENS)?;
+        for chunks in [&[TOKENS][..], &[64], &[1]] {
+            let all = Routing {
+                limits: Limits { budget: Budget { tokens: TOKENS - 100, part: 0.0 }, ..routed(16, 0, 32).limits },
+                ..routed(16, 0, 32)
+            };
+            let (dense, _) = case.run(&on_gpu(&device, Routing::dense())?, KvDtype::F16, &device, chunks)?;
+            let (full, _) = case.run(&on_gpu(&device, all.clone())?, KvDtype::F16, &device, chunks)?;
+            let (again, _) = case.run(&on_gpu(&device, all)?, KvDtype::F16, &device, chunks)?;
+            assert!(equal(&full, &again)?, "{shape:?} in {chunks:?}: two runs differ");
+            // Up to here every block fits the budget.
+            let fits = TOKENS - 100;
+            assert!(equal(&full.narrow(0, 0, fits)?, &dense.narrow(0, 0, fits)?)?, "{shape:?} in {chunks:?}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_token_router_is_followed() -> Result<()> {
+    let Some(device) = gpu() else { return Ok(()) };
+    for (shape, chunks) in [((8, 2, 128, None), &[TOKENS][..]), ((9, 3, 64, None), &[100, 1, 1]), ((14, 2, 64, None), &[1])] {
+        let case = Case::new(shape, TOKENS)?;
+        let routing = || Routing { token_router: Arc::new(Random { keep: 0.4 }), ..Routing::dense() };
+        let narrow = Routing { limits: Limits { window: 70, ..routing().limits }, ..routing() };
+        let (want, _) = case.run(&RoutedAttention::new(narrow.clone(), Arc::new(Reference))?, KvDtype::F16, &Device::Cpu, &[TOKENS])?;
+        let (got, cache) = case.run(&on_gpu(&device, narrow.clone())?, KvDtype::F16, &device, chunks)?;
+        let error = far(&got, &want)?;
+        assert!(error < tolerance(KvDtype::F16), "{shape:?} in {chunks:?}: {error}");
+        assert!(matches!(cache.layer(0).local_window(), Some(70)));
+        // With blocks on top: selected on the host, from what was admitted.
+        let both = Routing {
+            limits: Limits { window: 70, dense_len: 100, ..routed(16, 120, 8).limits },
+            token_router: Arc::new(Random { keep: 0.4 }),
+            ..routed(16, 120, 8)
+        };
+        let seen = Arc::new(Seen::default());
+        let (got, _) = case.run(&on_gpu(&device, both.clone())?.observed(seen.clone()), KvDtype::F16, &device, chunks)?;
+        let plain = RoutedAttention::new(Routing { block_router: Routing::dense().block_router, ..both }, Arc::new(Cpu))?;
+        let mut cache = KvCache::new(&plain.layer_specs(&[case.spec]), KvDtype::F16.into(), &Device::Cpu, 0)?;
+        for (step, selection) in seen.0.lock().unwrap().iter() {
+            cache.reserve(step.len)?;
+            let part = |x: &Tensor| x.narrow(0, step.start, step.len);
+            let (q, k, v) = (part(&case.q)?, part(&case.k)?, part(&case.v)?);
+            let scale = 1.0 / (shape.2 as f32).sqrt();
+            plain.forward(0, AttentionInput { hidden: &q, q: &q, k: &k, k_before_rope: &k, v: &v, scale }, *step, &mut cache)?;
+            let want = Cpu.attend(&q, scale, cache.layer(0), *step, selection)?;
+            cache.commit(*step)?;
+            let error = far(&part(&got)?, &want)?;
+            assert!(error < tolerance(KvDtype::F16), "{shape:?} both routers, {step:?}: {error}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn what_is_not_read_changes_nothing() -> Result<()> {
+    let Some(device) = gpu() else { return Ok(()) };
+    // A step of one: tiles of many queries see each other's newest keys, and hide them by weights of 0.
+    let mut case = Case::new((8, 2, 128, None), 300)?;
+    let attention = on_gpu(&device, Routing::dense())?;
+    let (want, _) = case.run(&attention, KvDtype::F16, &device, &[299, 1])?;
+    let broken = Tensor::full(f32::NAN, (1, 2, 128), &Device::Cpu)?;
+    case.k = Tensor::cat(&[case.k.narrow(0, 0, 299)?, broken.clone()], 0)?;
+    case.v = Tensor::cat(&[case.v.narrow(0, 0, 299)?, broken], 0)?;
+    let (got, _) = case.run(&attention, KvDtype::F16, &device, &[299, 1])?;
+    assert!(equal(&want.narrow(0, 0, 299)?, &got.narrow(0, 0, 299)?)?);
+    Ok(())
+}
+
+#[test]
+fn what_there_is_no_kernel_for_is_refused() -> Result<()> {
+    let Some(device) = gpu() else { return Ok(()) };
+    let case = Case::new((4, 2, 64, None), 10)?;
+    let attention = on_gpu(&device, Routing::dense())?;
+    let error = case.run(&attention, KvDtype::F32, &device, &[10]).unwrap_err().to_string();
+    assert!(error.contains("f32") && error.contains("f16"), "{error}");
+    let odd = Case::new((4, 2, 80, None), 10)?;
+    let error = odd.run(&attention, KvDtype::F16, &device, &[10]).unwrap_err().to_string();
+    assert!(error.contains("80") && error.contains("128"), "{error}");
+    Ok(())
+}

@@ -1,0 +1,7 @@
+// Every kernel, as one translation unit: the build makes one binary of it.
+
+#include "cache.cu"
+#include "decode.cu"
+#include "layer.cu"
+#include "prefill.cu"
+#include "products.cu"

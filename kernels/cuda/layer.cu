@@ -1,0 +1,186 @@
+// The steps of a decoder layer between products and attention, for one token.
+
+#include "weights.cuh"
+
+namespace layer {
+
+constexpr int NORM_THREADS = 1024, MOST = 4; // groups of four neighbours that a thread takes
+constexpr int WRITE_WARPS = 8;
+
+// The sum over a thread block of 1024, in every thread.
+__device__ __forceinline__ float sum_of_all(float x, float *shared) {
+    x = sum_of_warp(x);
+    __syncthreads(); // before it is written again
+    if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = x;
+    __syncthreads();
+    return sum_of_warp(threadIdx.x % 32 < blockDim.x / 32 ? shared[threadIdx.x % 32] : 0.f);
+}
+
+} // namespace layer
+
+namespace layer {
+
+__device__ __forceinline__ float squares(float4 x) { return x.x * x.x + x.y * x.y + x.z * x.z + x.w * x.w; }
+
+__device__ __forceinline__ float4 scaled(float4 x, float factor, float4 weight) {
+    return make_float4(x.x * factor * weight.x, x.y * factor * weight.y, x.z * factor * weight.z, x.w * factor * weight.w);
+}
+
+// Rounds four neighbours to 8 bits, where they are columns; eight threads hold a block of 32. For whole warps.
+__device__ __forceinline__ void quantize4(float4 x, void *buffer, int columns, int at) {
+    float largest = fmaxf(fmaxf(fabsf(x.x), fabsf(x.y)), fmaxf(fabsf(x.z), fabsf(x.w)));
+    if (x.x != x.x || x.y != x.y || x.z != x.z || x.w != x.w) largest = NAN;
+#pragma unroll
+    for (int step = 4; step; step /= 2) {
+        const float other = __shfl_xor_sync(~0u, largest, step);
+        largest = other > largest || other != other ? other : largest;
+    }
+    const float scale = largest / 127.f, inverse = largest > 0.f ? 127.f / largest : 0.f;
+    const int q[4] = {__float2int_rn(x.x * inverse), __float2int_rn(x.y * inverse), __float2int_rn(x.z * inverse), __float2int_rn(x.w * inverse)};
+    int whole = q[0] + q[1] + q[2] + q[3];
+    whole += __shfl_xor_sync(~0u, whole, 1);
+    whole += __shfl_xor_sync(~0u, whole, 2);
+    if (at >= columns) return;
+    int8_t *to = (int8_t *)buffer;
+    float *scales = (float *)(to + columns), *sums = scales + columns / 32;
+    *(int *)(to + at) = (q[0] & 0xff) | (q[1] & 0xff) << 8 | (q[2] & 0xff) << 16 | q[3] << 24;
+    if (at % 32 == 0) scales[at / 32] = scale;
+    if (at % 16 == 0) sums[at / 16] = scale * (float)whole;
+}
+
+// GROUPS groups of four neighbours for each thread.
+template <int GROUPS> __device__ __forceinline__ void add_norm(const NormParams &p, float *shared) {
+    float4 x[GROUPS], weight[GROUPS];
+    const float4 none = make_float4(0.f, 0.f, 0.f, 0.f);
+    auto place = [&](int i) { return 4 * (int)(threadIdx.x + i * NORM_THREADS); };
+    // Weights do not depend on the kernel before.
+#pragma unroll
+    for (int i = 0; i < GROUPS; ++i) weight[i] = place(i) < p.columns ? *(const float4 *)(p.weight + place(i)) : none;
+    follow();
+#pragma unroll
+    for (int i = 0; i < GROUPS; ++i) x[i] = place(i) < p.columns ? *(const float4 *)(p.x + place(i)) : none;
+    if (p.y) {
+        float4 y[GROUPS];
+        float sum = 0.f;
+#pragma unroll
+        for (int i = 0; i < GROUPS; ++i) {
+            y[i] = place(i) < p.columns ? *(const float4 *)(p.y + place(i)) : none;
+            sum += squares(y[i]);
+        }
+        if (p.y_weight) {
+            const float factor = 1.f / sqrtf(sum_of_all(sum, shared) / p.columns + p.eps);
+#pragma unroll
+            for (int i = 0; i < GROUPS; ++i)
+                if (place(i) < p.columns) y[i] = scaled(y[i], factor, *(const float4 *)(p.y_weight + place(i)));
+        }
+#pragma unroll
+        for (int i = 0; i < GROUPS; ++i) {
+            x[i] = make_float4(x[i].x + y[i].x, x[i].y + y[i].y, x[i].z + y[i].z, x[i].w + y[i].w);
+            if (place(i) < p.columns) *(float4 *)(p.x + place(i)) = x[i];
+        }
+    }
+    float sum = 0.f;
+#pragma unroll
+    for (int i = 0; i < GROUPS; ++i) sum += squares(x[i]);
+    const float factor = 1.f / sqrtf(sum_of_all(sum, shared) / p.columns + p.eps);
+#pragma unroll
+    for (int i = 0; i < GROUPS; ++i) {
+        const float4 out = scaled(x[i], factor, weight[i]);
+        if (place(i) < p.columns) *(float4 *)(p.out + place(i)) = out;
+        quantize4(out, p.out_q8, p.columns, place(i));
+    }
+}
+
+} // namespace layer
+
+// One thread block.
+extern "C" __global__ void __launch_bounds__(layer::NORM_THREADS) add_norm(const NormParams p) {
+    __shared__ float shared[32];
+    if (p.columns <= 4 * layer::NORM_THREADS) layer::add_norm<1>(p, shared);
+    else layer::add_norm<layer::MOST>(p, shared);
+}
+
+namespace layer {
+
+template <typename T> __device__ void write(const WriteParams &p) {
+    __shared__ float shared[2][256];
+    const int head = blockIdx.x, kv_heads = gridDim.x, warp = threadIdx.x / 32, lane = threadIdx.x % 32, D = p.head_dim, half_ = D / 2;
+    follow();
+    const int t = *p.position, q_heads = kv_heads * p.group_size;
+    for (int i = threadIdx.x; i < half_; i += WRITE_WARPS * 32) {
+        // Whole turns off in f64, or a far position would have no angle left in f32.
+        const double turns = t * p.frequencies[i] * 0.15915494309189535;
+        float sin, cos;
+        sincospif(2.f * (float)(turns - floor(turns)), &sin, &cos);
+        shared[0][i] = cos * p.magnitude, shared[1][i] = sin * p.magnitude;
+    }
+    __syncthreads();
+    const int64_t slot = (int64_t)p.pages[(int64_t)head * p.max_pages + t / PAGE] * PAGE + t % PAGE;
+    // A warp takes a head: the queries of the group, the key, the value.
+    for (int i = warp; i < p.group_size + 2; i += WRITE_WARPS) {
+        const bool is_q = i < p.group_size, is_k = i == p.group_size;
+        const int row = is_q ? head * p.group_size + i : is_k ? q_heads + head : q_heads + kv_heads + head;
+        const float *from = p.qkv + (int64_t)row * D;
+        if (i > p.group_size) {
+            for (int d = lane; d < D; d += 32) narrow(((T *)p.v)[slot * D + d], from[d]);
+            continue;
+        }
+        T *to = is_q ? (T *)p.q + (int64_t)row * D : (T *)p.k + slot * D;
+        const float *weight = is_q ? p.q_norm : p.k_norm;
+        float factor = 1.f;
+        if (weight) {
+            float squares = 0.f;
+            for (int d = lane; d < D; d += 32) squares += from[d] * from[d];
+            factor = 1.f / sqrtf(sum_of_warp(squares) / D + p.eps);
+        }
+        for (int d = lane; d < half_; d += 32) {
+            float a = from[d] * factor, b = from[d + half_] * factor;
+            if (weight) a *= weight[d], b *= weight[d + half_];
+            narrow(to[d], a * shared[0][d] - b * shared[1][d]);
+            narrow(to[d + half_], a * shared[1][d] + b * shared[0][d]);
+        }
+    }
+    if (!p.summaries || (t + 1) % p.block_size) return;
+    __syncthreads();
+    const int block = t / p.block_size, width = p.kind ? 2 * D : D;
+    T *to = (T *)p.summaries + cache::summary_row(block, head, kv_heads) * width;
+    for (int d = threadIdx.x; d < D; d += WRITE_WARPS * 32)
+        cache::summarise((const T *)p.k, p.pages + (int64_t)head * p.max_pages, block, p.block_size, d, D, p.kind, to);
+}
+
+} // namespace layer
+
+extern "C" __global__ void __launch_bounds__(layer::WRITE_WARPS * 32) write_kv_f16(const WriteParams p) { layer::write<half>(p); }
+extern "C" __global__ void __launch_bounds__(layer::WRITE_WARPS * 32) write_kv_bf16(const WriteParams p) { layer::write<__nv_bfloat16>(p); }
+
+// One thread block.
+extern "C" __global__ void __launch_bounds__(1024) likeliest(const LikeliestParams p) {
+    __shared__ float best_of[32];
+    __shared__ int at_of[32], broken_of[32];
+    follow();
+    float best = -INFINITY;
+    int at = 0x7fffffff, broken = 0;
+    for (int i = threadIdx.x; i < p.count; i += 1024) {
+        const float x = p.logits[i];
+        broken |= !(x < INFINITY);
+        if (x > best) best = x, at = i;
+    }
+    auto join = [&](float other, int other_at) {
+        if (other > best || other == best && other_at < at) best = other, at = other_at;
+    };
+#pragma unroll
+    for (int step = 16; step; step /= 2) {
+        join(__shfl_xor_sync(~0u, best, step), __shfl_xor_sync(~0u, at, step));
+        broken |= __shfl_xor_sync(~0u, broken, step);
+    }
+    if (threadIdx.x % 32 == 0) best_of[threadIdx.x / 32] = best, at_of[threadIdx.x / 32] = at, broken_of[threadIdx.x / 32] = broken;
+    __syncthreads();
+    if (threadIdx.x >= 32) return;
+    best = best_of[threadIdx.x], at = at_of[threadIdx.x], broken = broken_of[threadIdx.x];
+#pragma unroll
+    for (int step = 16; step; step /= 2) {
+        join(__shfl_xor_sync(~0u, best, step), __shfl_xor_sync(~0u, at, step));
+        broken |= __shfl_xor_sync(~0u, broken, step);
+    }
+    if (threadIdx.x == 0) p.id[0] = at, p.id[1] = broken;
+}

@@ -1,0 +1,200 @@
+// Products of weight matrices with few tokens, at the speed of memory; and matrices unpacked for products with many.
+
+#include "weights.cuh"
+
+namespace products {
+
+constexpr int WARPS = 4, ROWS = 2, GATED_WARPS = 8, UNPACK_THREADS = 64;
+
+// The products of R rows with the activations, in every lane.
+template <int FORMAT, int R>
+__device__ __forceinline__ void packed_rows(float (&sums)[R], const Matrix *const (&m)[R], const int (&rows)[R], int columns, const Activations &x) {
+    const int lane = threadIdx.x % 32, units = columns / 32;
+#pragma unroll 2
+    for (int u = lane; u < units; u += 32) {
+        const Thirty2 own = activations_at(x, u);
+#pragma unroll
+        for (int r = 0; r < R; ++r) sums[r] += dot<FORMAT>(unit_of<FORMAT>(*m[r], (int64_t)rows[r] * units + u), own);
+    }
+}
+
+template <int FORMAT, int R>
+__device__ __forceinline__ void plain_rows(float (&sums)[R], const Matrix *const (&m)[R], const int (&rows)[R], int columns, const float *x) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll 4
+    for (int i = 8 * lane; i < columns; i += 256) {
+        const float4 a = __ldg((const float4 *)(x + i)), b = __ldg((const float4 *)(x + i) + 1);
+#pragma unroll
+        for (int r = 0; r < R; ++r) {
+            float w[8];
+            plain8<FORMAT>(w, m[r]->planes[0], (int64_t)rows[r] * columns + i);
+            sums[r] += w[0] * a.x + w[1] * a.y + w[2] * a.z + w[3] * a.w + w[4] * b.x + w[5] * b.y + w[6] * b.z + w[7] * b.w;
+        }
+    }
+}
+
+// Rows of matrices of one format.
+template <int R>
+__device__ __forceinline__ void multiply_rows(float (&sums)[R], const Matrix *const (&m)[R], const int (&rows)[R], int columns, const float *x, const void *x_q8) {
+    const Activations a(x_q8, columns);
+#pragma unroll
+    for (int r = 0; r < R; ++r) sums[r] = 0.f;
+    switch (m[0]->format) {
+    case F32: plain_rows<F32>(sums, m, rows, columns, x); break;
+    case F16: plain_rows<F16>(sums, m, rows, columns, x); break;
+    case BF16: plain_rows<BF16>(sums, m, rows, columns, x); break;
+    case AFFINE4: packed_rows<AFFINE4>(sums, m, rows, columns, a); break;
+    case AFFINE5: packed_rows<AFFINE5>(sums, m, rows, columns, a); break;
+    case Q8_0: packed_rows<Q8_0>(sums, m, rows, columns, a); break;
+    case Q4_K: packed_rows<Q4_K>(sums, m, rows, columns, a); break;
+    case Q5_K: packed_rows<Q5_K>(sums, m, rows, columns, a); break;
+    default: packed_rows<Q6_K>(sums, m, rows, columns, a);
+    }
+#pragma unroll
+    for (int r = 0; r < R; ++r) sums[r] = sum_of_warp(sums[r]);
+}
+
+// Brings the largest plane of a row to the L2 cache: weights do not depend on the kernel before, so they may come while it runs.
+__device__ __forceinline__ void prefetch_row(const Matrix &m, int row, int columns) {
+    const int bytes = m.format == F32 ? 4 * columns : m.format <= BF16 ? 2 * columns : m.format == Q8_0 ? columns : columns / 2;
+    const uint8_t *from = m.planes[0] + (int64_t)row * bytes;
+    for (int at = threadIdx.x % 32 * 128; at < bytes; at += 32 * 128) asm volatile("prefetch.global.L2 [%0];" ::"l"(from + at));
+}
+
+// Bytes of a token's activations in 8 bits.
+__device__ __forceinline__ int64_t activation_bytes(int columns) { return columns + columns / 32 * 12; }
+
+__device__ __forceinline__ float sigmoid(float x) { return 1.f / (1.f + __expf(-x)); }
+
+__device__ __forceinline__ float activated(float x, int activation) {
+    if (activation == 0) return x * sigmoid(x);
+    const float u = 0.7978845608028654f * x * (1.f + 0.044715f * x * x);
+    return x * sigmoid(2.f * u);
+}
+
+} // namespace products
+
+// A warp takes neighbouring rows of a matrix.
+extern "C" __global__ void __launch_bounds__(products::WARPS * 32) product(const ProductParams p) {
+    using namespace products;
+    const int token = blockIdx.y;
+    int row = (blockIdx.x * WARPS + threadIdx.x / 32) * ROWS, index = 0;
+    // Matrices have a whole number of rows for each warp, but the last rows of an odd one.
+    while (index < p.count && row >= (p.matrices[index].rows + ROWS - 1) / ROWS * ROWS) row -= (p.matrices[index].rows + ROWS - 1) / ROWS * ROWS, ++index;
+    if (index >= p.count) return;
+    const Matrix *m = &p.matrices[0];
+#pragma unroll
+    for (int i = 1; i < 3; ++i)
+        if (i == index) m = &p.matrices[i];
+    const int last = m->rows - 1;
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) prefetch_row(*m, min(row + r, last), p.columns);
+    follow();
+    const float *x = p.x + (int64_t)token * p.columns;
+    const void *x_q8 = (const uint8_t *)p.x_q8 + token * activation_bytes(p.columns);
+    float sums[ROWS];
+    const Matrix *const matrices[ROWS] = {m, m};
+    const int rows[ROWS] = {row, min(row + 1, last)};
+    multiply_rows(sums, matrices, rows, p.columns, x, x_q8);
+    const int lane = threadIdx.x % 32;
+    if (lane >= ROWS || row + lane > last) return;
+    m->out[(int64_t)token * m->rows + row + lane] = (lane ? sums[1] : sums[0]) + (m->bias ? m->bias[row + lane] : 0.f);
+}
+
+// A thread block makes 32 rows, which it rounds to 8 bits together. grid rows / 32.
+extern "C" __global__ void __launch_bounds__(products::GATED_WARPS * 32) gated_product(const GatedParams p) {
+    using namespace products;
+    __shared__ float made[32];
+    const int warp = threadIdx.x / 32, first = 32 * blockIdx.x + warp * (32 / GATED_WARPS);
+    for (int i = 0; i < 32 / GATED_WARPS; ++i) prefetch_row(p.gate, first + i, p.columns), prefetch_row(p.up, first + i, p.columns);
+    follow();
+#pragma unroll 1
+    for (int i = 0; i < 32 / GATED_WARPS; i += 2) {
+        const int row = first + i;
+        float sums[4];
+        if (p.gate.format == p.up.format) {
+            const Matrix *const matrices[4] = {&p.gate, &p.up, &p.gate, &p.up};
+            const int rows[4] = {row, row, row + 1, row + 1};
+            multiply_rows(sums, matrices, rows, p.columns, p.x, p.x_q8);
+        } else {
+            float of_gate[2], of_up[2];
+            const Matrix *const gates[2] = {&p.gate, &p.gate}, *const ups[2] = {&p.up, &p.up};
+            const int rows[2] = {row, row + 1};
+            multiply_rows(of_gate, gates, rows, p.columns, p.x, p.x_q8);
+            multiply_rows(of_up, ups, rows, p.columns, p.x, p.x_q8);
+            sums[0] = of_gate[0], sums[1] = of_up[0], sums[2] = of_gate[1], sums[3] = of_up[1];
+        }
+        if (threadIdx.x % 32 == 0) {
+            made[row % 32] = activated(sums[0], p.activation) * sums[1];
+            made[row % 32 + 1] = activated(sums[2], p.activation) * sums[3];
+        }
+    }
+    __syncthreads();
+    if (warp) return;
+    const float x = made[threadIdx.x];
+    p.out[32 * blockIdx.x + threadIdx.x] = x;
+    quantize32(x, p.out_q8, p.gate.rows, blockIdx.x);
+}
+
+namespace products {
+
+// The 32 weights of a unit: `put(number, weight)`.
+template <typename F> __device__ __forceinline__ void each_weight(const Matrix &m, int64_t row, int columns, int u, F put) {
+    if (m.format <= BF16) {
+#pragma unroll
+        for (int i = 0; i < 32; ++i) put(i, of_format(m.planes[0], m.format, row * columns + 32 * u + i));
+        return;
+    }
+    const int64_t at = row * (columns / 32) + u;
+    Unit unit;
+    switch (m.format) {
+    case AFFINE4: unit = unit_of<AFFINE4>(m, at); break;
+    case AFFINE5: unit = unit_of<AFFINE5>(m, at); break;
+    case Q8_0: unit = unit_of<Q8_0>(m, at); break;
+    case Q4_K: unit = unit_of<Q4_K>(m, at); break;
+    case Q5_K: unit = unit_of<Q5_K>(m, at); break;
+    default: unit = unit_of<Q6_K>(m, at);
+    }
+    const int zero = m.format == Q6_K ? 32 : 0;
+#pragma unroll
+    for (int i = 0; i < 32; ++i) put(i, unit.scale[i / 16] * (float)((int8_t)(unit.q[i / 4] >> 8 * (i % 4)) - zero) + unit.shift);
+}
+
+} // namespace products
+
+// grid (rows of out, columns / 32 / 64 rounded up), 64 threads.
+extern "C" __global__ void matrix_rows(const RowsParams p) {
+    follow();
+    const int u = blockIdx.y * products::UNPACK_THREADS + threadIdx.x;
+    if (u >= p.columns / 32) return;
+    float *to = p.out + (int64_t)blockIdx.x * p.columns + 32 * u;
+    products::each_weight(p.matrix, p.ids[blockIdx.x], p.columns, u, [&](int i, float weight) { to[i] = weight * p.factor; });
+}
+
+// grid (rows, columns / 32 / 64 rounded up), 64 threads.
+extern "C" __global__ void unpack_matrix(const UnpackParams p) {
+    const int u = blockIdx.y * products::UNPACK_THREADS + threadIdx.x;
+    if (u >= p.columns / 32) return;
+    alignas(16) __nv_bfloat16 made[32];
+    products::each_weight(p.matrix, blockIdx.x, p.columns, u, [&](int i, float weight) { made[i] = __float2bfloat16_rn(weight); });
+    int4 *to = (int4 *)((__nv_bfloat16 *)p.out + (int64_t)blockIdx.x * p.columns + 32 * u);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) to[i] = ((const int4 *)made)[i];
+}
+
+// grid (columns / 32 / 8 rounded up, tokens), 256 threads.
+extern "C" __global__ void quantize_activations(const QuantizeParams p) {
+    follow();
+    const int block = blockIdx.x * 8 + threadIdx.x / 32;
+    if (block >= p.columns / 32) return;
+    const float x = p.x[(int64_t)blockIdx.y * p.columns + 32 * block + threadIdx.x % 32];
+    quantize32(x, (uint8_t *)p.out + blockIdx.y * products::activation_bytes(p.columns), p.columns, block);
+}
+
+// grid count / 1024, 256 threads; count is a multiple of 4.
+extern "C" __global__ void round_to_bf16(const RoundParams p) {
+    const int64_t i = ((int64_t)blockIdx.x * 256 + threadIdx.x) * 4;
+    if (i >= p.count) return;
+    const float4 x = *(const float4 *)(p.x + i);
+    *(uint2 *)((__nv_bfloat16 *)p.out + i) = make_uint2(pack<__nv_bfloat16>(x.x, x.y), pack<__nv_bfloat16>(x.z, x.w));
+}

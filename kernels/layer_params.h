@@ -1,0 +1,107 @@
+// Arguments of the kernels around attention, mirrored by crates/model/src/gpu/params.rs. See params.h.
+
+#pragma once
+
+#include <stdint.h>
+
+// A matrix as the GPU keeps it, and where its product goes; see weights.cuh.
+struct Matrix {
+    const uint8_t *planes[4];
+    float *out;            // [tokens, rows]
+    const float *bias;     // [rows]; may be null
+    int rows;
+    int format;
+};
+
+// `out = W x + bias` for up to three matrices of one width, for few tokens. grid (warps of all matrices / 4, tokens).
+struct ProductParams {
+    Matrix matrices[3];
+    const float *x;        // [tokens, columns]
+    const void *x_q8;      // the same in 8 bits, see weights.cuh
+    int count;
+    int columns;
+};
+
+// `out = activation(W0 x) * W1 x`, in 8 bits and as it is.
+struct GatedParams {
+    Matrix gate;
+    Matrix up;
+    const float *x;
+    const void *x_q8;
+    float *out;            // [rows]
+    void *out_q8;
+    int columns;
+    int activation;        // 0: SiLU; 1: GELU by tanh
+};
+
+// `x += y`, or `x += norm(y)`; then `out = norm(x)`, as it is and in 8 bits. Norms are by root mean square.
+struct NormParams {
+    float *x;              // [columns]
+    const float *y;        // null: none
+    const float *y_weight; // null: no norm of y
+    const float *weight;
+    float *out;
+    void *out_q8;
+    int columns;
+    float eps;
+};
+
+// What becomes of one token's query, key and value: norms, rotation, rounding; key and value go into the cache, and the block that
+// the key completes is summarised. grid kv_heads.
+struct WriteParams {
+    const float *qkv;      // [q_heads + 2 kv_heads, head_dim]
+    const float *q_norm;   // [head_dim]; may be null
+    const float *k_norm;
+    const double *frequencies; // [head_dim / 2]
+    const int *position;
+    const int *pages;      // [kv_heads, max_pages]
+    void *q;               // [q_heads, head_dim] T
+    void *k;
+    void *v;
+    void *summaries;       // null: none
+    int kind;
+    int block_size;
+    int max_pages;
+    int group_size;
+    int head_dim;
+    float eps;
+    float magnitude;       // of the rotation
+};
+
+// Rows of a matrix as f32, times a factor.
+struct RowsParams {
+    Matrix matrix;
+    const int *ids;        // [rows of out]
+    float *out;            // [.., columns]
+    int columns;
+    float factor;
+};
+
+// A whole matrix as bf16. grid (columns / 32 / 64, rows)
+struct UnpackParams {
+    Matrix matrix;
+    void *out;             // [rows, columns] bf16
+    int columns;
+};
+
+// Numbers in 8 bits. grid columns * tokens / 32 / 8
+struct QuantizeParams {
+    const float *x;        // [tokens, columns]
+    void *out;             // [tokens] of activations
+    int columns;
+    int tokens;
+};
+
+// f32 to bf16.
+struct RoundParams {
+    const float *x;
+    void *out;
+    int64_t count;
+};
+
+// The likeliest token: of equal ones the first. One thread block.
+struct LikeliestParams {
+    const float *logits;   // [count]
+    int *id;               // one more: whether a logit is NaN or infinite
+    int count;
+};

@@ -1,0 +1,140 @@
+// Arguments of the attention kernels, one text for every GPU dialect. Mirrored by crates/sparse-attn/src/backend/cuda/params.rs,
+// whose test reads this file. Pointers, int and float only.
+//
+// T: half or bf16. Rows of keys, values and summaries lie one after the other; a slot of a head is row
+// `pages[head][slot / 64] * 64 + slot % 64` of the pool.
+
+#pragma once
+
+// Eight neighbouring slots of a head, and who sees them. Sees(t, lane), where a kept octet is one of tokens before every window:
+//     position < 0:  bit `lane` of mask
+//     else:          p = position + lane: p <= t, and p > t - sliding_window where there is one, and bit `lane` of mask or
+//                    p > t - local_window
+struct Octet {
+    int row;      // of the first slot / 8, shifted left by 8, with the mask in the low byte
+    int position; // of the first slot; -1: kept
+};
+
+// `out[t][head] = softmax(scale q . K') V` over a list of octets: of one query.
+struct DecodeParams {
+    const void *q;        // [q_heads, head_dim] T
+    const void *k;        // [pages * 64, head_dim] T
+    const void *v;        // [pages * 64, head_dim] T
+    const int *pages;     // [kv_heads, max_pages]
+    const Octet *octets;  // [kv_heads, max_octets], ascending; null: all that is visible, by `pages`
+    const int *counts;    // [kv_heads] octets of the list
+    const int *position;  // of the query
+    float *partial;       // [kv_heads * parts, splits, 8, head_dim] sums, then [.., splits, 8, 2] maxima and weights
+    int *tickets;         // [kv_heads * parts] zeros, left as zeros
+    float *out;           // [q_heads, head_dim]
+    void *out_q8;         // the same as activations in 8 bits, see weights.cuh; may be null
+    int max_pages;
+    int max_octets;
+    int group_size;       // query heads of a key/value head
+    int sliding_window;   // 0: none
+    int local_window;     // 0: none
+    float scale;
+};
+
+// The same of many queries, in tiles that share a list.
+struct PrefillParams {
+    const void *q;        // [tokens, q_heads, head_dim] T
+    const void *k;
+    const void *v;
+    const int *pages;
+    const Octet *octets;  // [lists, kv_heads, max_octets], ascending; null: all that is visible, by `pages`
+    const int *counts;    // [lists, kv_heads] octets of the lists
+    const int *firsts;    // [tiles + 1] first query of each tile; null: tiles of `tile` queries from the first one
+    const int *lists;     // [tiles] number of each tile's list; null: its own
+    float *out;           // [tokens, q_heads, head_dim]
+    int max_pages;
+    int max_octets;
+    int start;            // position of the first query
+    int tokens;
+    int tile;             // most queries of a tile; tile * group_size <= 128
+    int kv_heads;
+    int group_size;
+    int sliding_window;
+    int local_window;
+    float scale;
+};
+
+// `scores[row][head][block] = max over the group of x . summary`; a summary is [first, second], mean and deviation or largest and
+// smallest, or first alone. Row r scores the queries of a tile together, by their mean, or one query.
+struct ScoreParams {
+    const void *q;         // [rows, q_heads, 2 head_dim] T, expanded; or with rows = 1 [q_heads, head_dim], to be expanded
+    const void *summaries; // [ceil(blocks / 64), kv_heads, 64, width] T
+    const int *position;   // of the first query of the step
+    float *scores;         // [rows, kv_heads, max_scores]
+    int kind;              // 0: mean; 1: largest and smallest; 2: mean and deviation
+    int expanded;
+    int group_size;
+    int max_scores;        // a multiple of 4
+    int window;
+    int block_size;
+    int tile;              // queries of a row, aligned to absolute positions
+    int first_row;         // rows before these in the step
+};
+
+// The octets that the queries of a tile read: block 0, the `take` best of blocks 1 to edge - 1 (of equal scores the later), and
+// everything from the edge on, where the edge is the block of the newest position outside the window of the tile's first query.
+struct SelectParams {
+    const float *scores;   // [tiles * rows, kv_heads, max_scores]
+    const int *pages;      // [kv_heads, max_pages]
+    const int *position;   // of the first query of the step
+    const int *takes;      // [tiles] blocks that fit the budget beside the forced ones
+    Octet *octets;         // [tiles, kv_heads, max_octets]
+    int *counts;           // [tiles, kv_heads]
+    int *blocks;           // [tiles, kv_heads, max_scores]: the chosen blocks before the edge, then -1; may be null
+    int max_scores;
+    int max_pages;
+    int max_octets;
+    int rows;              // rows of scores of a tile: the best counts
+    int tokens;            // of the step
+    int window;
+    int block_size;        // a multiple of 8
+    int tile;              // queries of a tile, aligned to absolute positions
+    int first_tile;        // tiles before these in the step
+};
+
+// Rows that are written into a pool, rounded.
+struct ScatterParams {
+    const float *rows;     // [count, width]
+    const int *slots;      // [count]
+    void *pool;            // [.., width] T
+    int count;
+    int width;
+};
+
+// Rows of a pool that move to other slots, one after the other.
+struct MoveParams {
+    void *pool;            // [.., width] T
+    const int *moves;      // [count, 2] from, to
+    int count;
+    int width;
+};
+
+// Summaries of complete blocks of a layer that keeps every token.
+struct SummaryParams {
+    const void *k;         // [pages * 64, head_dim] T
+    const int *pages;      // [kv_heads, max_pages]
+    void *summaries;       // as in ScoreParams
+    int kind;              // as in ScoreParams
+    int max_pages;
+    int block_size;        // divides 64, or 64 divides it
+    int first;             // block; grid (blocks, kv_heads)
+    int head_dim;
+};
+
+// Queries that score together, as [mean] and what the second half of a summary is multiplied with.
+struct ExpandParams {
+    const void *q;         // [tokens, q_heads, head_dim] T
+    void *out;             // [rows, q_heads, 2 head_dim] T
+    int kind;              // as in ScoreParams
+    int start;             // position of the first query
+    int tokens;
+    int tile;
+    int first_row;
+    int q_heads;
+    int head_dim;
+};
