@@ -20,6 +20,16 @@ run *ARGS:
 golden:
     scripts/make_golden.sh
 
-# the CUDA kernels against float64, and their times beside cuDNN's: needs nvcc, a GPU and PyTorch
+# target/release/foveate with CUDA, which starts anywhere
+build-cuda:
+    scripts/cuda_build.sh
+
+# that all code of the CUDA feature compiles and is clean: no GPU needed
+check-cuda:
+    eval "$(scripts/cuda_toolkit.sh)" && cargo clippy --workspace --all-targets --features cuda -- -D warnings
+
+# the CUDA backend against the plain one and the model against the host; then the kernels against float64 and beside cuDNN: needs nvcc, a
+# GPU and PyTorch. Without a GPU the first two say that they were skipped.
 test-cuda:
+    cargo test --release --workspace --features cuda --test cuda
     python3 scripts/test_cuda_kernels.py --time

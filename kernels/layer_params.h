@@ -13,7 +13,7 @@ struct Matrix {
     int format;
 };
 
-// `out = W x + bias` for up to three matrices of one width, for few tokens. grid (warps of all matrices / 4, tokens).
+// `out = W x + bias` for up to three matrices of one width, for few tokens. grid (rows of all matrices / 4, tokens).
 struct ProductParams {
     Matrix matrices[3];
     const float *x;        // [tokens, columns]
@@ -77,7 +77,7 @@ struct RowsParams {
     float factor;
 };
 
-// A whole matrix as bf16. grid (columns / 32 / 64, rows)
+// A whole matrix as bf16.
 struct UnpackParams {
     Matrix matrix;
     void *out;             // [rows, columns] bf16

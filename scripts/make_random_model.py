@@ -24,7 +24,7 @@ SHAPES = {
     "smollm2-135m": (576, 1536, 30, 9, 3, 64, 49152, 8192, 1e5, "llama", True),
 }
 DEVIATION = 0.02
-NAMES = {"f32": Type.F32, "f16": Type.F16, "q8_0": Type.Q8_0, "q4_0": Type.Q4_0, "q4_k": Type.Q4_K, "q6_k": Type.Q6_K}
+NAMES = {"f32": Type.F32, "f16": Type.F16, "bf16": Type.BF16, "q8_0": Type.Q8_0, "q4_0": Type.Q4_0, "q4_k": Type.Q4_K, "q6_k": Type.Q6_K}
 
 
 def half(value: float) -> np.ndarray:
@@ -35,6 +35,9 @@ def blocks(rng: np.random.Generator, kind: Type, rows: int, columns: int) -> np.
     """Random numbers of this type: the bytes of each row, or the numbers themselves where they are plain."""
     if kind in (Type.F32, Type.F16):
         return (rng.standard_normal((rows, columns), np.float32) * DEVIATION).astype(np.float32 if kind == Type.F32 else np.float16)
+    if kind == Type.BF16:  # random signs and fractions, exponents of 2^-9 to 2^-6
+        bits = rng.integers(0, 1 << 16, (rows, columns), np.uint16)
+        return ((bits & 0x807F) | (((bits >> 8 & 3) + 118) << 7).astype(np.uint16)).view(np.uint8)
     per_block, size = gguf.GGML_QUANT_SIZES[kind]
     if columns % per_block:
         raise SystemExit(f"{kind.name}: rows of {columns} do not divide into blocks of {per_block}; try --type q8_0")

@@ -155,7 +155,7 @@ class Layer:
         p = STRUCTS["SelectParams"](scores=self.scores.data_ptr(), pages=self.pages.data_ptr(), position=self.position.data_ptr(), takes=self.takes.data_ptr(),
             octets=self.octets.data_ptr(), counts=self.counts.data_ptr(), max_scores=most, max_pages=self.pages.shape[1],
             max_octets=self.octets.shape[1], rows=1, tokens=1, window=self.window, block_size=self.block, tile=1)
-        each = next(each for each in (1, 4, 8, 16, 32) if each * 1024 >= most)
+        each = next(each for each in (1, 4, 8, 16, 32) if each * 1024 >= most - self.window // self.block)
         lib.launch(f"select_blocks_{each}", (self.shape[1], 1, 1), 1024, (most + 1) * 4, p, stream)
 
     def reference(self, slots_of):

@@ -16,6 +16,8 @@ fn main() {
     let commit = Command::new("git").args(["-C", &root.display().to_string(), "rev-parse", "--short=10", "HEAD"]).output();
     let commit = commit.ok().filter(|output| output.status.success()).and_then(|output| String::from_utf8(output.stdout).ok());
     println!("cargo::rustc-env=FOVEATE_COMMIT={}", commit.as_deref().map_or("unknown", str::trim));
+    let cuda = std::env::var_os("CARGO_FEATURE_CUDA").is_some();
+    println!("cargo::rustc-env=FOVEATE_BACKENDS={}", if cuda { "cpu, cuda" } else { "cpu" });
     println!("cargo::rustc-env=FOVEATE_TARGET={}", std::env::var("TARGET").expect("cargo sets it"));
 }
 

@@ -4,7 +4,7 @@
 
 namespace products {
 
-constexpr int WARPS = 4, ROWS = 2, GATED_WARPS = 8, UNPACK_THREADS = 64;
+constexpr int WARPS = 4, GATED_WARPS = 8, ROWS_THREADS = 64, UNPACK_THREADS = 256, PREFETCHED = 1024;
 
 // The products of R rows with the activations, in every lane.
 template <int FORMAT, int R>
@@ -54,11 +54,12 @@ __device__ __forceinline__ void multiply_rows(float (&sums)[R], const Matrix *co
     for (int r = 0; r < R; ++r) sums[r] = sum_of_warp(sums[r]);
 }
 
-// Brings the largest plane of a row to the L2 cache: weights do not depend on the kernel before, so they may come while it runs.
+// Brings the beginning of a row to the L2 cache: weights do not depend on the kernel before, so they may come while it runs. No more
+// than the beginning: with all rows at once the cache would lose the first ones again.
 __device__ __forceinline__ void prefetch_row(const Matrix &m, int row, int columns) {
     const int bytes = m.format == F32 ? 4 * columns : m.format <= BF16 ? 2 * columns : m.format == Q8_0 ? columns : columns / 2;
     const uint8_t *from = m.planes[0] + (int64_t)row * bytes;
-    for (int at = threadIdx.x % 32 * 128; at < bytes; at += 32 * 128) asm volatile("prefetch.global.L2 [%0];" ::"l"(from + at));
+    for (int at = threadIdx.x % 32 * 128; at < min(bytes, PREFETCHED); at += 32 * 128) asm volatile("prefetch.global.L2 [%0];" ::"l"(from + at));
 }
 
 // Bytes of a token's activations in 8 bits.
@@ -74,31 +75,25 @@ __device__ __forceinline__ float activated(float x, int activation) {
 
 } // namespace products
 
-// A warp takes neighbouring rows of a matrix.
-extern "C" __global__ void __launch_bounds__(products::WARPS * 32) product(const ProductParams p) {
+// A warp takes a row.
+extern "C" __global__ void __launch_bounds__(products::WARPS * 32, 9) product(const ProductParams p) {
     using namespace products;
     const int token = blockIdx.y;
-    int row = (blockIdx.x * WARPS + threadIdx.x / 32) * ROWS, index = 0;
-    // Matrices have a whole number of rows for each warp, but the last rows of an odd one.
-    while (index < p.count && row >= (p.matrices[index].rows + ROWS - 1) / ROWS * ROWS) row -= (p.matrices[index].rows + ROWS - 1) / ROWS * ROWS, ++index;
-    if (index >= p.count) return;
-    const Matrix *m = &p.matrices[0];
+    int row = blockIdx.x * WARPS + threadIdx.x / 32;
+    // Selected, not indexed: a parameter that is indexed is copied to memory.
+    Matrix m = p.matrices[0];
+    int index = 0;
 #pragma unroll
     for (int i = 1; i < 3; ++i)
-        if (i == index) m = &p.matrices[i];
-    const int last = m->rows - 1;
-#pragma unroll
-    for (int r = 0; r < ROWS; ++r) prefetch_row(*m, min(row + r, last), p.columns);
+        if (index == i - 1 && row >= m.rows && i < p.count) row -= m.rows, m = p.matrices[i], index = i;
+    if (row >= m.rows) return;
+    prefetch_row(m, row, p.columns);
     follow();
-    const float *x = p.x + (int64_t)token * p.columns;
-    const void *x_q8 = (const uint8_t *)p.x_q8 + token * activation_bytes(p.columns);
-    float sums[ROWS];
-    const Matrix *const matrices[ROWS] = {m, m};
-    const int rows[ROWS] = {row, min(row + 1, last)};
-    multiply_rows(sums, matrices, rows, p.columns, x, x_q8);
-    const int lane = threadIdx.x % 32;
-    if (lane >= ROWS || row + lane > last) return;
-    m->out[(int64_t)token * m->rows + row + lane] = (lane ? sums[1] : sums[0]) + (m->bias ? m->bias[row + lane] : 0.f);
+    float sums[1];
+    const Matrix *const matrices[1] = {&m};
+    const int rows[1] = {row};
+    multiply_rows(sums, matrices, rows, p.columns, p.x + (int64_t)token * p.columns, (const uint8_t *)p.x_q8 + token * activation_bytes(p.columns));
+    if (threadIdx.x % 32 == 0) m.out[(int64_t)token * m.rows + row] = sums[0] + (m.bias ? m.bias[row] : 0.f);
 }
 
 // A thread block makes 32 rows, which it rounds to 8 bits together. grid rows / 32.
@@ -106,28 +101,24 @@ extern "C" __global__ void __launch_bounds__(products::GATED_WARPS * 32) gated_p
     using namespace products;
     __shared__ float made[32];
     const int warp = threadIdx.x / 32, first = 32 * blockIdx.x + warp * (32 / GATED_WARPS);
-    for (int i = 0; i < 32 / GATED_WARPS; ++i) prefetch_row(p.gate, first + i, p.columns), prefetch_row(p.up, first + i, p.columns);
+    prefetch_row(p.gate, first, p.columns), prefetch_row(p.up, first, p.columns);
     follow();
 #pragma unroll 1
-    for (int i = 0; i < 32 / GATED_WARPS; i += 2) {
-        const int row = first + i;
-        float sums[4];
+    for (int row = first; row < first + 32 / GATED_WARPS; ++row) {
+        float sums[2];
         if (p.gate.format == p.up.format) {
-            const Matrix *const matrices[4] = {&p.gate, &p.up, &p.gate, &p.up};
-            const int rows[4] = {row, row, row + 1, row + 1};
+            const Matrix *const matrices[2] = {&p.gate, &p.up};
+            const int rows[2] = {row, row};
             multiply_rows(sums, matrices, rows, p.columns, p.x, p.x_q8);
         } else {
-            float of_gate[2], of_up[2];
-            const Matrix *const gates[2] = {&p.gate, &p.gate}, *const ups[2] = {&p.up, &p.up};
-            const int rows[2] = {row, row + 1};
-            multiply_rows(of_gate, gates, rows, p.columns, p.x, p.x_q8);
-            multiply_rows(of_up, ups, rows, p.columns, p.x, p.x_q8);
-            sums[0] = of_gate[0], sums[1] = of_up[0], sums[2] = of_gate[1], sums[3] = of_up[1];
+            float of_gate[1], of_up[1];
+            const Matrix *const gate[1] = {&p.gate}, *const up[1] = {&p.up};
+            const int rows[1] = {row};
+            multiply_rows(of_gate, gate, rows, p.columns, p.x, p.x_q8);
+            multiply_rows(of_up, up, rows, p.columns, p.x, p.x_q8);
+            sums[0] = of_gate[0], sums[1] = of_up[0];
         }
-        if (threadIdx.x % 32 == 0) {
-            made[row % 32] = activated(sums[0], p.activation) * sums[1];
-            made[row % 32 + 1] = activated(sums[2], p.activation) * sums[3];
-        }
+        if (threadIdx.x % 32 == 0) made[row % 32] = activated(sums[0], p.activation) * sums[1];
     }
     __syncthreads();
     if (warp) return;
@@ -138,12 +129,12 @@ extern "C" __global__ void __launch_bounds__(products::GATED_WARPS * 32) gated_p
 
 namespace products {
 
-// The 32 weights of a unit: `put(number, weight)`.
-template <typename F> __device__ __forceinline__ void each_weight(const Matrix &m, int64_t row, int columns, int u, F put) {
-    if (m.format <= BF16) {
-#pragma unroll
-        for (int i = 0; i < 32; ++i) put(i, of_format(m.planes[0], m.format, row * columns + 32 * u + i));
-        return;
+// Eight neighbouring weights: quarter `quarter` of a unit.
+__device__ __forceinline__ void eight_weights(float (&w)[8], const Matrix &m, int64_t row, int columns, int u, int quarter) {
+    switch (m.format) {
+    case F32: return plain8<F32>(w, m.planes[0], row * columns + 32 * u + 8 * quarter);
+    case F16: return plain8<F16>(w, m.planes[0], row * columns + 32 * u + 8 * quarter);
+    case BF16: return plain8<BF16>(w, m.planes[0], row * columns + 32 * u + 8 * quarter);
     }
     const int64_t at = row * (columns / 32) + u;
     Unit unit;
@@ -156,30 +147,38 @@ template <typename F> __device__ __forceinline__ void each_weight(const Matrix &
     default: unit = unit_of<Q6_K>(m, at);
     }
     const int zero = m.format == Q6_K ? 32 : 0;
+    const float scale = quarter < 2 ? unit.scale[0] : unit.scale[1];
+    int q[2] = {unit.q[0], unit.q[1]};
 #pragma unroll
-    for (int i = 0; i < 32; ++i) put(i, unit.scale[i / 16] * (float)((int8_t)(unit.q[i / 4] >> 8 * (i % 4)) - zero) + unit.shift);
+    for (int i = 1; i < 4; ++i)
+        if (i == quarter) q[0] = unit.q[2 * i], q[1] = unit.q[2 * i + 1];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) w[i] = scale * (float)((int8_t)(q[i / 4] >> 8 * (i % 4)) - zero) + unit.shift;
 }
 
 } // namespace products
 
-// grid (rows of out, columns / 32 / 64 rounded up), 64 threads.
+// grid (rows of out, columns / 8 / 64 rounded up), 64 threads.
 extern "C" __global__ void matrix_rows(const RowsParams p) {
     follow();
-    const int u = blockIdx.y * products::UNPACK_THREADS + threadIdx.x;
-    if (u >= p.columns / 32) return;
-    float *to = p.out + (int64_t)blockIdx.x * p.columns + 32 * u;
-    products::each_weight(p.matrix, p.ids[blockIdx.x], p.columns, u, [&](int i, float weight) { to[i] = weight * p.factor; });
+    const int place = blockIdx.y * products::ROWS_THREADS + threadIdx.x;
+    if (place >= p.columns / 8) return;
+    float w[8];
+    products::eight_weights(w, p.matrix, p.ids[blockIdx.x], p.columns, place / 4, place % 4);
+    float4 *to = (float4 *)(p.out + (int64_t)blockIdx.x * p.columns + 8 * place);
+    to[0] = make_float4(w[0] * p.factor, w[1] * p.factor, w[2] * p.factor, w[3] * p.factor);
+    to[1] = make_float4(w[4] * p.factor, w[5] * p.factor, w[6] * p.factor, w[7] * p.factor);
 }
 
-// grid (rows, columns / 32 / 64 rounded up), 64 threads.
-extern "C" __global__ void unpack_matrix(const UnpackParams p) {
-    const int u = blockIdx.y * products::UNPACK_THREADS + threadIdx.x;
-    if (u >= p.columns / 32) return;
-    alignas(16) __nv_bfloat16 made[32];
-    products::each_weight(p.matrix, blockIdx.x, p.columns, u, [&](int i, float weight) { made[i] = __float2bfloat16_rn(weight); });
-    int4 *to = (int4 *)((__nv_bfloat16 *)p.out + (int64_t)blockIdx.x * p.columns + 32 * u);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) to[i] = ((const int4 *)made)[i];
+// grid (rows, columns / 8 / 256 rounded up), 256 threads.
+extern "C" __global__ void __launch_bounds__(products::UNPACK_THREADS) unpack_matrix(const UnpackParams p) {
+    const int place = blockIdx.y * products::UNPACK_THREADS + threadIdx.x;
+    if (place >= p.columns / 8) return;
+    float w[8];
+    products::eight_weights(w, p.matrix, blockIdx.x, p.columns, place / 4, place % 4);
+    using T = __nv_bfloat16;
+    const uint4 out = make_uint4(pack<T>(w[0], w[1]), pack<T>(w[2], w[3]), pack<T>(w[4], w[5]), pack<T>(w[6], w[7]));
+    *(uint4 *)((T *)p.out + (int64_t)blockIdx.x * p.columns + 8 * place) = out;
 }
 
 // grid (columns / 32 / 8 rounded up, tokens), 256 threads.

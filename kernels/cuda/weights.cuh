@@ -108,11 +108,6 @@ template <int FORMAT> __device__ __forceinline__ float dot(const Unit &unit, con
     return unit.scale[0] * x.scale * (float)(low + high) + unit.shift * (x.sums.x + x.sums.y);
 }
 
-__device__ __forceinline__ float of_format(const uint8_t *from, int format, int64_t i) {
-    if (format == F32) return ((const float *)from)[i];
-    return format == F16 ? __half2float(((const half *)from)[i]) : __bfloat162float(((const __nv_bfloat16 *)from)[i]);
-}
-
 // Eight neighbouring weights of a plain matrix.
 template <int FORMAT> __device__ __forceinline__ void plain8(float (&w)[8], const uint8_t *from, int64_t i) {
     if constexpr (FORMAT == F32) {

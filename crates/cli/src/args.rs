@@ -8,8 +8,16 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 
 /// Version, commit, target and features of this build.
-pub(crate) const VERSION: &str =
-    concat!(env!("CARGO_PKG_VERSION"), " (", env!("FOVEATE_COMMIT"), ", ", env!("FOVEATE_TARGET"), ", backends: cpu)");
+pub(crate) const VERSION: &str = concat!(
+    env!("CARGO_PKG_VERSION"),
+    " (",
+    env!("FOVEATE_COMMIT"),
+    ", ",
+    env!("FOVEATE_TARGET"),
+    ", backends: ",
+    env!("FOVEATE_BACKENDS"),
+    ")"
+);
 
 /// The model of a first run.
 pub(crate) const DEFAULT_MODEL: &str = "smollm2-135m-instruct";

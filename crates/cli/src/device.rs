@@ -27,7 +27,7 @@ pub(crate) fn open(choice: DeviceChoice, ui: Ui) -> Result<Device> {
 }
 
 fn absent(name: &str) -> anyhow::Error {
-    let backends = if cfg!(feature = "cuda") { "backends: cpu, cuda" } else { "backends: cpu" };
+    let backends = concat!("backends: ", env!("FOVEATE_BACKENDS"));
     Failure::new(Kind::Device, format!("this build has no {name} backend")).why(backends).hint("--device cpu, or foveate doctor").into()
 }
 
@@ -76,18 +76,21 @@ pub(crate) fn short(device: &Device, backend: &str) -> String {
     }
 }
 
+pub(crate) use gpu::GpuMeter;
+
 #[cfg(feature = "cuda")]
 mod gpu {
     use super::{Gpu, Missing};
     use candle_core::Device;
-    use candle_core::cuda_backend::cudarc::driver::{CudaContext, sys};
+    use candle_core::cuda_backend::cudarc::driver::{CudaContext, DriverError, sys};
+    use nvml_wrapper::Nvml;
 
     pub(super) fn open(ordinal: usize) -> Result<Device, Missing> {
         let failed = |error: &dyn std::fmt::Display| Missing::Failed(error.to_string());
         match CudaContext::device_count() {
             Ok(count) if (count as usize) > ordinal => {}
             Ok(count) => return Err(Missing::Failed(format!("there are {count} GPUs"))),
-            Err(error) => return Err(failed(&error)),
+            Err(error) => return Err(Missing::Failed(reason(error))),
         }
         // A stream of its own: what runs in the stream of each thread cannot be shared, nor recorded.
         let device = Device::new_cuda_with_stream(ordinal).map_err(|error| failed(&model::message(&error)))?;
@@ -99,6 +102,13 @@ mod gpu {
         Ok(device)
     }
 
+    fn reason(error: DriverError) -> String {
+        match error.0 {
+            sys::CUresult::CUDA_ERROR_NO_DEVICE => "there is no NVIDIA GPU, or no driver for it".to_string(),
+            other => format!("{other:?}"),
+        }
+    }
+
     /// Lets the driver keep what tensors free for those that follow; otherwise it goes back to the system at each synchronisation.
     fn keep_freed_memory(ordinal: usize) {
         let mut pool = std::ptr::null_mut();
@@ -108,6 +118,37 @@ mod gpu {
             if sys::cuDeviceGetDefaultMemPool(&raw mut pool, ordinal as i32) == sys::CUresult::CUDA_SUCCESS {
                 sys::cuMemPoolSetAttribute(pool, sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD, (&raw mut most).cast());
             }
+        }
+    }
+
+    /// The energy counter of a GPU.
+    #[derive(Debug)]
+    pub(crate) struct GpuMeter {
+        nvml: Nvml,
+        uuid: String,
+    }
+
+    impl GpuMeter {
+        /// Of the GPU behind `device`, or why it cannot be read; `None`: it is the CPU.
+        pub(crate) fn of(device: &Device) -> Option<Result<Self, String>> {
+            let Device::Cuda(cuda) = device else { return None };
+            let open = || -> Result<Self, String> {
+                let bytes = cuda.cuda_stream().context().uuid().map_err(|error| error.to_string())?.bytes;
+                let hex: String = bytes.iter().map(|byte| format!("{:02x}", *byte as u8)).collect();
+                let uuid = format!("GPU-{}-{}-{}-{}-{}", &hex[..8], &hex[8..12], &hex[12..16], &hex[16..20], &hex[20..]);
+                let meter = Self { nvml: Nvml::init().map_err(|error| error.to_string())?, uuid };
+                meter.read().map(|_| meter).map_err(|error| error.to_string())
+            };
+            Some(open().map_err(|error| format!("the GPU's energy cannot be read: {error}")))
+        }
+
+        fn read(&self) -> Result<u64, nvml_wrapper::error::NvmlError> {
+            self.nvml.device_by_uuid(self.uuid.as_str())?.total_energy_consumption()
+        }
+
+        /// Since the driver was loaded.
+        pub(crate) fn millijoules(&self) -> u64 {
+            self.read().unwrap_or(0)
         }
     }
 
@@ -131,5 +172,19 @@ mod gpu {
 
     pub(super) fn describe(_device: &Device) -> Option<Gpu> {
         None
+    }
+
+    /// No GPU, no counter.
+    #[derive(Debug)]
+    pub(crate) enum GpuMeter {}
+
+    impl GpuMeter {
+        pub(crate) fn of(_device: &Device) -> Option<Result<Self, String>> {
+            None
+        }
+
+        pub(crate) fn millijoules(&self) -> u64 {
+            match *self {}
+        }
     }
 }

@@ -160,6 +160,8 @@ impl Checkpoint {
             config: self.config(),
             defaults: self.located.manifest.and_then(|manifest| manifest.body.routing.as_ref()),
             crossover: crossover::recall(self),
+            selection_tokens: self.attention.selection_bytes()
+                / (routing::dtypes(args).bytes(self.config().heads.head_dim()) * self.config().heads.kv_heads()),
             tile: self.attention.preferred_tile(self.config().heads.group_size()),
             fingerprint: &|| self.weights.fingerprint(),
         };

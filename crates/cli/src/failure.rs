@@ -58,6 +58,11 @@ impl Failure {
         Self::new(Kind::Malformed, what)
     }
 
+    /// Why it failed, in numbers, where that is known.
+    pub(crate) fn reason(&self) -> Option<&str> {
+        self.why.as_deref()
+    }
+
     pub(crate) fn why(mut self, why: impl Into<String>) -> Self {
         self.why = Some(why.into());
         self

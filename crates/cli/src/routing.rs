@@ -92,6 +92,8 @@ pub(crate) struct Known<'a> {
     pub(crate) defaults: Option<&'a RoutingDefaults>,
     /// The length from which routed attention was measured to be faster on this machine.
     pub(crate) crossover: Option<usize>,
+    /// Tokens of a layer that could be read in the time that a selection takes.
+    pub(crate) selection_tokens: usize,
     /// Queries that share a selection, where no flag says otherwise.
     pub(crate) tile: usize,
     /// Names the weights, so that a router trained on others is refused.
@@ -133,7 +135,9 @@ pub(crate) fn resolve(args: &AttentionArgs, known: &Known<'_>) -> Result<Routing
         Some(BudgetChoice::Tokens(tokens)) => Budget::tokens(tokens),
         Some(BudgetChoice::Part(part)) => Budget { tokens: 0, part },
     };
-    let expected = if budget.tokens == 0 { MIN_CTX } else { LEAST_GAIN.saturating_mul(budget.tokens.saturating_add(window)) };
+    let read = budget.tokens.saturating_add(window);
+    let expected = if budget.tokens == 0 { MIN_CTX } else { LEAST_GAIN.saturating_mul(read) };
+    let expected = expected.max(read.saturating_add(known.selection_tokens));
     let dense_len = match name {
         "all" => usize::MAX,
         _ => args.min_ctx.map(|tokens| tokens as usize).or(known.crossover).unwrap_or(expected),

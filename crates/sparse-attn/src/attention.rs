@@ -154,6 +154,12 @@ impl RoutedAttention {
         KvCache::planned_bytes(&specs, dtypes, capacity) + summaries.sum::<usize>()
     }
 
+    /// Bytes of keys and values of a layer that are read in the time that selecting takes: where no more would be spared, routing is
+    /// slower than dense.
+    pub fn selection_bytes(&self) -> usize {
+        self.backend.selection_bytes()
+    }
+
     /// Queries that best share a selection in steps of several, where `group_size` query heads share keys.
     pub fn preferred_tile(&self, group_size: usize) -> usize {
         self.backend.preferred_tile(group_size)

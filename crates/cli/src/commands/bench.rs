@@ -1,5 +1,6 @@
 //! `foveate bench`: prefill and decode rates at depths, in llama-bench's words.
 
+use super::energy::Meter;
 use super::rates;
 use super::statistics::mean_and_deviation;
 use crate::args::{Bench, OutputFormat};
@@ -24,6 +25,8 @@ struct Row {
     generated: usize,
     depth: usize,
     rates: Vec<f64>,
+    /// Joules that a token took, where the machine tells.
+    joules: Option<f64>,
     kv_resident: u64,
     kv_read: u64,
 }
@@ -97,10 +100,16 @@ fn measure(
     };
     let (mut prefill, mut decode) = (Vec::new(), Vec::new());
     let mut kv_read = [0, 0];
+    let meter = Meter::open(&engine.checkpoint.device).ok();
+    let mut joules = [0.0; 2];
+    let before = || meter.as_ref().map(Meter::read);
+    let since = |before: Option<Vec<u64>>| meter.as_ref().zip(before).map_or(0.0, |(meter, before)| meter.since(&before));
     for _ in 0..args.repeat {
         if prompt > 0 {
             back(&mut session)?;
+            let counters = before();
             let time = feed(&mut session, &ids[depth..depth + prompt])?;
+            joules[0] += since(counters);
             prefill.push(prompt as f64 / time.as_secs_f64());
             // Of the last chunk, per token.
             kv_read[0] = session.read_count().bytes / ((prompt - 1) % engine.checkpoint.chunk + 1) as u64;
@@ -109,7 +118,9 @@ fn measure(
             back(&mut session)?;
             // One token more than the depth, so that there is something to continue.
             feed(&mut session, &ids[depth..=depth])?;
+            let counters = before();
             let time = rates::decode(&mut session, generated, interrupt)?;
+            joules[1] += since(counters);
             decode.push(generated as f64 / time.as_secs_f64());
             kv_read[1] = session.read_count().bytes;
             bar.inc(generated as u64);
@@ -117,8 +128,12 @@ fn measure(
     }
     bar.finish_and_clear();
     let kv_resident = session.kv_bytes() as u64;
-    let row = |prompt, generated, rates, kv_read| Row { attn, prompt, generated, depth, rates, kv_resident, kv_read };
-    let rows = [row(prompt, 0, prefill, kv_read[0]), row(0, generated, decode, kv_read[1])];
+    let row = |prompt: usize, generated: usize, rates: Vec<f64>, kv_read, joules: f64| {
+        let tokens = (prompt + generated) * rates.len();
+        let joules = meter.as_ref().map(|_| joules / tokens as f64);
+        Row { attn, prompt, generated, depth, rates, joules, kv_resident, kv_read }
+    };
+    let rows = [row(prompt, 0, prefill, kv_read[0], joules[0]), row(0, generated, decode, kv_read[1], joules[1])];
     Ok(rows.into_iter().filter(|row| !row.rates.is_empty()).collect())
 }
 
@@ -138,6 +153,7 @@ fn print(args: &Bench, engine: &Engine, rows: &[Row], ui: Ui) -> Result<()> {
                 "t/s",
                 "KV res",
                 "KV read/tok",
+                "J/tok",
             ]);
             for row in rows {
                 table.add_row([
@@ -149,16 +165,18 @@ fn print(args: &Bench, engine: &Engine, rows: &[Row], ui: Ui) -> Result<()> {
                     format!("{:.2} ± {:.2}", row.rate().0, row.rate().1),
                     bytes(row.kv_resident),
                     bytes(row.kv_read),
+                    row.joules.map_or_else(|| "-".to_string(), |joules| format!("{joules:.3}")),
                 ]);
             }
             stdout(&format!("{table}\n"))
         }
         OutputFormat::Csv => {
-            let mut text =
-                String::from("model,device,attn,n_prompt,n_gen,n_depth,avg_ts,stddev_ts,kv_resident_bytes,kv_read_bytes_per_token\n");
+            let mut text = String::from(
+                "model,device,attn,n_prompt,n_gen,n_depth,avg_ts,stddev_ts,kv_resident_bytes,kv_read_bytes_per_token,joules_per_token\n",
+            );
             for row in rows {
                 text.push_str(&format!(
-                    "\"{model}\",\"{device}\",{},{},{},{},{:.4},{:.4},{},{}\n",
+                    "\"{model}\",\"{device}\",{},{},{},{},{:.4},{:.4},{},{},{}\n",
                     row.attn,
                     row.prompt,
                     row.generated,
@@ -166,7 +184,8 @@ fn print(args: &Bench, engine: &Engine, rows: &[Row], ui: Ui) -> Result<()> {
                     row.rate().0,
                     row.rate().1,
                     row.kv_resident,
-                    row.kv_read
+                    row.kv_read,
+                    row.joules.map_or_else(String::new, |joules| format!("{joules:.4}"))
                 ));
             }
             stdout(&text)
@@ -188,6 +207,7 @@ fn print(args: &Bench, engine: &Engine, rows: &[Row], ui: Ui) -> Result<()> {
                         "samples_ts": row.rates,
                         "kv_resident_bytes": row.kv_resident,
                         "kv_read_bytes_per_token": row.kv_read,
+                        "joules_per_token": row.joules,
                     })
                 })
                 .collect();

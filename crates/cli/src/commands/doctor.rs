@@ -2,7 +2,7 @@
 
 use crate::args::{DeviceChoice, VERSION};
 use crate::device;
-use crate::failure::Kind;
+use crate::failure::{Failure, Kind};
 use crate::plan;
 use crate::source::Hub;
 use crate::ui::{Ui, bytes, stdout};
@@ -86,7 +86,10 @@ fn gpu(ui: Ui) -> Check {
         }
         Ok((Err(error), _)) => ("gpu", Verdict::Error, message(&error)),
         // Nothing is wrong with a machine that has none.
-        Err(error) => ("gpu", Verdict::Ok, format!("none: {error:#}")),
+        Err(error) => {
+            let why = error.downcast_ref::<Failure>().and_then(Failure::reason).map_or_else(String::new, |why| format!(" ({why})"));
+            ("gpu", Verdict::Ok, format!("none: {error:#}{why}"))
+        }
     }
 }
 

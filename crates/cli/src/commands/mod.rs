@@ -6,6 +6,7 @@ pub(crate) mod compare;
 pub(crate) mod completions;
 mod crossover;
 pub(crate) mod doctor;
+mod energy;
 pub(crate) mod eval;
 pub(crate) mod generate;
 mod input;

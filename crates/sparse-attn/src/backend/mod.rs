@@ -52,6 +52,12 @@ pub trait AttentionBackend: std::fmt::Debug + Send + Sync {
         TILE
     }
 
+    /// Bytes of keys and values that one query could read in the time that scoring and selecting takes at the least: shorter sequences
+    /// are faster read whole.
+    fn selection_bytes(&self) -> usize {
+        0
+    }
+
     /// Whether summaries that are estimates are kept in 8 bits.
     fn packs_summaries(&self) -> bool {
         true

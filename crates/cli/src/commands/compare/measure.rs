@@ -1,12 +1,12 @@
 //! A process of its own measures one thing and prints what came of it, a line each: its memory is its own, and what it printed
 //! is kept however it ends.
 
+use super::super::energy::Meter;
 use super::super::eval::Summary;
 use super::super::input::read_file;
 use super::super::needle::{self, Grid, mean, task_name};
 use super::super::rates;
 use super::super::reply::reply;
-use super::energy::Meter;
 use super::job::{Divergence, Job, Likelihood, Measured, Side, Speed};
 use super::{NEEDLE_DEPTHS, NEEDLE_TASKS, choices, prompts, text_context};
 use crate::args::{Compare, TemplateArgs};
@@ -70,13 +70,14 @@ impl Context<'_> {
     fn speed(&self, side: Side, round: u32, depths: &[usize]) -> Result<()> {
         let (prompt, generated) = (self.args.prompt as usize, self.args.generate as usize);
         let longest = super::longest(self.args);
-        let meter = Meter::open().ok();
+        let checkpoint = self.open(side)?;
+        let meter = Meter::open(&checkpoint.device).ok();
         let idle_watts = meter.as_ref().map(|meter| {
             let before = meter.read();
             std::thread::sleep(IDLE);
             meter.since(&before) / IDLE.as_secs_f64()
         });
-        let engine = self.load(self.open(side)?, side, longest)?;
+        let engine = self.load(checkpoint, side, longest)?;
         emit(&Measured::Load { side, round, seconds: engine.load_time.as_secs_f64() })?;
         let mut warm = engine.session(2 * WARM_UP)?;
         rates::read(&engine, &mut warm, &rates::fixed_ids(0..WARM_UP, &engine), self.interrupt, || ())?;

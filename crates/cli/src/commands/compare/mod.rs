@@ -5,7 +5,6 @@
 
 mod choices;
 mod cost;
-mod energy;
 mod job;
 mod journal;
 mod measure;
@@ -14,10 +13,12 @@ mod plot;
 mod report;
 mod results;
 
+use super::energy::Meter;
 use super::input::read_file;
 use super::needle;
 use super::rates;
 use crate::args::{AttentionArgs, AttentionChoice, Compare, ModelArgs, NeedleTask, TemplateArgs};
+use crate::device;
 use crate::engine::Checkpoint;
 use crate::failure::{Failure, Kind, Reported};
 use crate::interrupt::Interrupt;
@@ -177,6 +178,8 @@ fn facts(args: &Compare, which: Side, hub: &Hub, ui: Ui) -> Result<Facts> {
         routing: routing::document(&checkpoint.attention),
         kv_dtypes: [checkpoint.dtypes.k.name(), checkpoint.dtypes.v.name()],
         backend: checkpoint.attention.backend_name(),
+        processor: device::machine(&checkpoint.device),
+        no_energy: Meter::open(&checkpoint.device).err(),
     })
 }
 

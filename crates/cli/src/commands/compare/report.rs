@@ -1,7 +1,6 @@
 //! What was measured, as rows: for a terminal, Markdown, JSON and the page.
 
 use super::cost::{Request, request};
-use super::energy::Meter;
 use super::job::{Divergence, Likelihood, Measured, Side};
 use super::results::{Accuracy, Facts, Repeated, SideResults};
 use super::{NEEDLE_DEPTHS, prompts, text_context};
@@ -70,13 +69,12 @@ impl<'a> Comparison<'a> {
             _ => None,
         });
         let memory = plan::machine().map_or_else(String::new, |(total, _)| format!(", {} of memory", bytes(total)));
-        let threads = candle_core::utils::get_num_threads();
         let command: Vec<String> = std::env::args().skip(1).map(|arg| if arg.contains(' ') { format!("{arg:?}") } else { arg }).collect();
         let mut comparison = Self {
             prompts: prompts(args),
-            machine: format!("{} {}, {threads} threads{memory}, {}", facts[0].backend, plan::processor(), std::env::consts::OS),
+            machine: format!("{} {}{memory}, {}", facts[0].backend, facts[0].processor, std::env::consts::OS),
             command: format!("foveate {}", command.join(" ")),
-            no_energy: Meter::open().err(),
+            no_energy: facts[0].no_energy.clone(),
             args,
             facts,
             results,

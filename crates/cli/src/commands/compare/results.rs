@@ -27,6 +27,12 @@ pub(super) struct Facts {
     pub(super) routing: Value,
     pub(super) kv_dtypes: [&'static str; 2],
     pub(super) backend: &'static str,
+    /// What computes, and with how many threads.
+    #[serde(skip)]
+    pub(super) processor: String,
+    /// Why its energy cannot be measured, if so.
+    #[serde(skip)]
+    pub(super) no_energy: Option<String>,
 }
 
 impl Facts {

@@ -16,10 +16,13 @@ const FEW_TOKENS: usize = 8;
 /// Weights of a unit: what a lane of the kernels takes at a time.
 const UNIT: usize = 32;
 
-/// Warps of a thread block of `product`, rows of a warp, and units of a thread block of `matrix_rows` and `unpack_matrix`.
+/// Rows (warps) of a thread block of `product`.
 const WARPS: usize = 4;
-const ROWS: usize = 2;
-const UNPACKED_AT_ONCE: usize = 64;
+
+/// Threads of `matrix_rows` and of `unpack_matrix`, and weights of each.
+const ROWS_THREADS: usize = 64;
+const UNPACK_THREADS: usize = 256;
+const OF_A_THREAD: usize = 8;
 
 /// A weight matrix `[rows, columns]`.
 #[derive(Debug)]
@@ -189,7 +192,7 @@ impl DeviceMatrix {
     fn unpacked(&self, device: &Device) -> Result<Tensor> {
         let out = uninitialised((self.rows, self.columns), DType::BF16, device)?;
         let params = UnpackParams { matrix: self.params(0, 0)?, out: address(&out)?, columns: self.columns as i32 };
-        let spread = Spread::new([self.rows, (self.columns / UNIT).div_ceil(UNPACKED_AT_ONCE), 1], UNPACKED_AT_ONCE);
+        let spread = Spread::new([self.rows, (self.columns / OF_A_THREAD).div_ceil(UNPACK_THREADS), 1], UNPACK_THREADS);
         // SAFETY: the tensor has this shape.
         unsafe { self.kernels.launch("unpack_matrix", spread, &params) }?;
         Ok(out)
@@ -210,7 +213,7 @@ impl DeviceMatrix {
     /// `count` ids inside the rows, and room for as many rows.
     pub(super) unsafe fn put_rows(&self, ids: u64, count: usize, out: u64, factor: f32) -> Result<()> {
         let params = RowsParams { matrix: self.params(0, 0)?, ids, out, columns: self.columns as i32, factor };
-        let spread = Spread::new([count, (self.columns / UNIT).div_ceil(UNPACKED_AT_ONCE), 1], UNPACKED_AT_ONCE);
+        let spread = Spread::new([count, (self.columns / OF_A_THREAD).div_ceil(ROWS_THREADS), 1], ROWS_THREADS);
         // SAFETY: the caller's.
         unsafe { self.kernels.launch_following("matrix_rows", spread, &params) }
     }
@@ -234,10 +237,10 @@ pub(super) unsafe fn product(
     columns: usize,
     tokens: usize,
 ) -> Result<()> {
-    let warps: usize = matrices[..count].iter().map(|matrix| (matrix.rows as usize).div_ceil(ROWS)).sum();
+    let rows: usize = matrices[..count].iter().map(|matrix| matrix.rows as usize).sum();
     let params = ProductParams { matrices, x, x_q8, count: count as i32, columns: columns as i32 };
     // SAFETY: the caller's.
-    unsafe { kernels.launch_following("product", Spread::new([warps.div_ceil(WARPS), tokens, 1], WARPS * 32), &params) }
+    unsafe { kernels.launch_following("product", Spread::new([rows.div_ceil(WARPS), tokens, 1], WARPS * 32), &params) }
 }
 
 /// `x` as bf16.

@@ -277,7 +277,9 @@ pub unsafe fn score_and_select(kernels: &Kernels, call: &SelectCall, limits: &Li
         tile: call.tile as i32,
         first_tile: first as i32,
     };
-    let Some(each) = BLOCKS_OF_A_THREAD.iter().find(|each| **each * SELECT_THREADS >= call.max_scores) else {
+    // Blocks that the window has are no candidates.
+    let candidates = call.max_scores.saturating_sub(limits.window / limits.block_size);
+    let Some(each) = BLOCKS_OF_A_THREAD.iter().find(|each| **each * SELECT_THREADS >= candidates) else {
         bail!("cuda: {} blocks are more than can be selected from: {}", call.max_scores, MOST_BLOCKS_OF_A_THREAD * SELECT_THREADS);
     };
     let spread = Spread { grid: [kv_heads, call.tiles.len(), 1], threads: SELECT_THREADS, shared_bytes: (call.max_scores + 1) * 4 };

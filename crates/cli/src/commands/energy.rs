@@ -1,5 +1,7 @@
 //! Joules, where the machine tells them.
 
+use crate::device::GpuMeter;
+use candle_core::Device;
 use std::path::{Path, PathBuf};
 
 /// Where Linux shows the counters of Intel's and AMD's packages.
@@ -7,24 +9,31 @@ const POWERCAP: &str = "/sys/class/powercap";
 
 /// Counters of energy.
 #[derive(Debug)]
-pub(super) struct Meter {
-    zones: Vec<Zone>,
+pub(super) enum Meter {
+    /// Of the processor's packages.
+    Packages(Vec<Zone>),
+    /// Of the GPU that computes.
+    Gpu(GpuMeter),
 }
 
+/// A processor package.
 #[derive(Debug)]
-struct Zone {
+pub(super) struct Zone {
     energy: PathBuf,
     /// The counter starts again from 0 here, in microjoules.
     range: u64,
 }
 
 impl Meter {
-    /// The processor packages of this machine.
+    /// What counts the energy of `device`: the GPU, or the processor packages of this machine.
     ///
     /// # Errors
     /// Why there is nothing to read.
-    pub(super) fn open() -> Result<Self, String> {
-        Self::of(Path::new(POWERCAP))
+    pub(super) fn open(device: &Device) -> Result<Self, String> {
+        match GpuMeter::of(device) {
+            Some(meter) => meter.map(Self::Gpu),
+            None => Self::of(Path::new(POWERCAP)),
+        }
     }
 
     fn of(directory: &Path) -> Result<Self, String> {
@@ -43,20 +52,27 @@ impl Meter {
             };
             zones.push(Zone { energy, range });
         }
-        if zones.is_empty() { Err(format!("no RAPL counters in {}", directory.display())) } else { Ok(Self { zones }) }
+        if zones.is_empty() { Err(format!("no RAPL counters in {}", directory.display())) } else { Ok(Self::Packages(zones)) }
     }
 
     /// The counters now.
     pub(super) fn read(&self) -> Vec<u64> {
-        self.zones.iter().map(|zone| number(&zone.energy).unwrap_or(0)).collect()
+        match self {
+            Self::Packages(zones) => zones.iter().map(|zone| number(&zone.energy).unwrap_or(0)).collect(),
+            Self::Gpu(meter) => vec![1000 * meter.millijoules()],
+        }
     }
 
     /// Joules since `before`.
     pub(super) fn since(&self, before: &[u64]) -> f64 {
-        let microjoules = |(zone, (before, after)): (&Zone, (&u64, u64))| {
-            if after >= *before { after - before } else { zone.range.saturating_sub(*before) + after }
+        let range = |counter: usize| match self {
+            Self::Packages(zones) => zones[counter].range,
+            Self::Gpu(_) => u64::MAX,
         };
-        let total: u64 = self.zones.iter().zip(before.iter().zip(self.read())).map(microjoules).sum();
+        let microjoules = |(counter, (before, after)): (usize, (&u64, u64))| {
+            if after >= *before { after - before } else { range(counter).saturating_sub(*before) + after }
+        };
+        let total: u64 = before.iter().zip(self.read()).enumerate().map(microjoules).sum();
         total as f64 / 1e6
     }
 }
