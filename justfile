@@ -26,10 +26,10 @@ build-cuda:
 
 # that all code of the CUDA feature compiles and is clean: no GPU needed
 check-cuda:
-    eval "$(scripts/cuda_toolkit.sh)" && cargo clippy --workspace --all-targets --features cuda -- -D warnings
+    eval "$(scripts/cuda_toolkit.sh)" && cargo clippy --release --workspace --all-targets --features cuda -- -D warnings
 
 # the CUDA backend against the plain one and the model against the host; then the kernels against float64 and beside cuDNN: needs nvcc, a
 # GPU and PyTorch. Without a GPU the first two say that they were skipped.
 test-cuda:
-    cargo test --release --workspace --features cuda --test cuda
+    cargo test --release --workspace --features cuda --test cuda -- --nocapture
     python3 scripts/test_cuda_kernels.py --time

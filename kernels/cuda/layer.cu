@@ -41,11 +41,10 @@ __device__ __forceinline__ void quantize4(float4 x, void *buffer, int columns, i
     whole += __shfl_xor_sync(~0u, whole, 1);
     whole += __shfl_xor_sync(~0u, whole, 2);
     if (at >= columns) return;
-    int8_t *to = (int8_t *)buffer;
-    float *scales = (float *)(to + columns), *sums = scales + columns / 32;
-    *(int *)(to + at) = (q[0] & 0xff) | (q[1] & 0xff) << 8 | (q[2] & 0xff) << 16 | q[3] << 24;
-    if (at % 32 == 0) scales[at / 32] = scale;
-    if (at % 16 == 0) sums[at / 16] = scale * (float)whole;
+    const Activations to(buffer, columns);
+    *(int *)(to.q + at) = (q[0] & 0xff) | (q[1] & 0xff) << 8 | (q[2] & 0xff) << 16 | q[3] << 24;
+    if (at % 32 == 0) to.scales[at / 32] = scale;
+    if (at % 16 == 0) to.sums[at / 16] = scale * (float)whole;
 }
 
 // GROUPS groups of four neighbours for each thread.

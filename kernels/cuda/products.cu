@@ -62,8 +62,8 @@ __device__ __forceinline__ void prefetch_row(const Matrix &m, int row, int colum
     for (int at = threadIdx.x % 32 * 128; at < min(bytes, PREFETCHED); at += 32 * 128) asm volatile("prefetch.global.L2 [%0];" ::"l"(from + at));
 }
 
-// Bytes of a token's activations in 8 bits.
-__device__ __forceinline__ int64_t activation_bytes(int columns) { return columns + columns / 32 * 12; }
+// Bytes from one token's activations in 8 bits to the next one's.
+__device__ __forceinline__ int64_t activation_bytes(int columns) { return (columns + columns / 32 * 12 + 15) / 16 * 16; }
 
 __device__ __forceinline__ float sigmoid(float x) { return 1.f / (1.f + __expf(-x)); }
 

@@ -29,12 +29,11 @@ struct Unit {
     float shift;    // Q6_K has none: its weights are scale * (q - 32)
 };
 
-// Activations in 8 bits: integers [K], a scale for each 32, and the sum of each 16.
+// Activations in 8 bits: integers [K], the sum of each 16, and a scale for each 32: in this order all are aligned.
 struct Activations {
-    const int8_t *q;
-    const float *scales, *sums;
-    __device__ Activations(const void *buffer, int columns)
-        : q((const int8_t *)buffer), scales((const float *)((const int8_t *)buffer + columns)), sums(scales + columns / 32) {}
+    int8_t *q;
+    float *sums, *scales;
+    __device__ Activations(const void *buffer, int columns) : q((int8_t *)buffer), sums((float *)(q + columns)), scales(sums + columns / 16) {}
 };
 
 __device__ __forceinline__ int4 load16(const void *from) { return __ldg((const int4 *)from); }
@@ -138,12 +137,11 @@ __device__ __forceinline__ void quantize32(float x, void *buffer, int columns, i
 #pragma unroll
     for (int step = 8; step; step /= 2) whole += __shfl_xor_sync(~0u, whole, step);
     sum = scale * (float)whole;
-    int8_t *to = (int8_t *)buffer;
-    float *scales = (float *)(to + columns), *sums = scales + columns / 32;
-    to[32 * block + lane] = (int8_t)q;
+    const Activations to(buffer, columns);
+    to.q[32 * block + lane] = (int8_t)q;
     const bool broken = __any_sync(~0u, x != x);
-    if (lane == 0) scales[block] = broken ? NAN : scale;
-    if (lane % 16 == 0) sums[2 * block + lane / 16] = sum;
+    if (lane == 0) to.scales[block] = broken ? NAN : scale;
+    if (lane % 16 == 0) to.sums[2 * block + lane / 16] = sum;
 }
 
 } // namespace

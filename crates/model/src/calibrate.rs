@@ -2,7 +2,7 @@
 
 use crate::CausalLm;
 use crate::train::calibrated;
-use candle_core::{Device, Result, bail};
+use candle_core::{Result, bail};
 use sparse_attn::token_router::{Admission, GateLayer, RouterInput, TokenRouter};
 use sparse_attn::{KvCache, KvDtype, RoutedAttention, Routing};
 use std::ops::ControlFlow;
@@ -76,7 +76,7 @@ pub fn calibrate(
         if progress(done).is_break() {
             return Ok(None);
         }
-        let mut cache = KvCache::new(&model.config().layer_specs(), KvDtype::F16.into(), &Device::Cpu, text.len())?;
+        let mut cache = KvCache::new(&model.config().layer_specs(), KvDtype::F16.into(), model.device(), text.len())?;
         for part in text.chunks(options.chunk.max(1)) {
             model.forward(part, &attention, &mut cache)?;
         }

@@ -2,7 +2,7 @@
 //! position.
 
 use crate::CausalLm;
-use candle_core::{Device, Result, Tensor, bail};
+use candle_core::{Result, Tensor, bail};
 use rayon::prelude::*;
 use sparse_attn::cache::ReadCount;
 use sparse_attn::{KvCache, KvDtypes, RoutedAttention};
@@ -64,7 +64,7 @@ pub struct Setting {
 impl Setting {
     /// An empty cache for `capacity` tokens of `model`.
     fn cache(&self, model: &dyn CausalLm, capacity: usize) -> Result<KvCache> {
-        KvCache::new(&self.attention.layer_specs(&model.config().layer_specs()), self.dtypes, &Device::Cpu, capacity)
+        KvCache::new(&self.attention.layer_specs(&model.config().layer_specs()), self.dtypes, model.device(), capacity)
     }
 }
 

@@ -3,7 +3,7 @@
 use crate::CausalLm;
 use crate::generate::{GenerateOptions, Session};
 use crate::sampler::{Sampler, SamplerOptions};
-use candle_core::{DType, Device, Result};
+use candle_core::{DType, Result};
 use sparse_attn::{Attended, KvDtypes, Observer, RoutedAttention};
 use std::ops::ControlFlow;
 use std::sync::{Arc, Mutex};
@@ -126,7 +126,7 @@ pub fn trace(
     let reads = Arc::new(Reads::default());
     let recall = Arc::new(Recall { reads: reads.clone(), layers: Mutex::default() });
     let capacity = prompt.len() + steps;
-    let session = |attention| Session::new(model.clone(), attention, dtypes, &Device::Cpu, capacity);
+    let session = |attention| Session::new(model.clone(), attention, dtypes, model.device(), capacity);
     let mut routed = session(attention.observed(reads.clone()))?;
     let mut dense = session(attention.to_dense().observed(recall.clone()))?;
     for (session, before) in [(&mut routed, 0), (&mut dense, prompt.len())] {

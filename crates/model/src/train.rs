@@ -119,7 +119,7 @@ impl Observer for Labels {
         }
         let shape = seen.store.shape();
         let (head_dim, group_size, step) = (shape.head_dim(), shape.group_size(), seen.step);
-        let labels = (0..shape.kv_heads()).into_par_iter().map(|head| -> Result<Vec<f32>> {
+        let on_host = |head: usize| -> Result<Vec<f32>> {
             let (positions, keys) = seen.store.admitted_keys(head, 0..step.end())?;
             let keys = Tensor::from_vec(keys, (positions.len(), head_dim), &Device::Cpu)?;
             let q = seen.q.narrow(1, head * group_size, group_size)?.to_dtype(DType::F32)?.contiguous()?;
@@ -133,8 +133,12 @@ impl Observer for Labels {
                 raise_labels(&mut labels[..far], &mut scores[..=t]);
             }
             Ok(labels)
-        });
-        let labels = labels.collect::<Result<Vec<_>>>()?;
+        };
+        let labels = if seen.q.device().is_cpu() {
+            (0..shape.kv_heads()).into_par_iter().map(on_host).collect::<Result<Vec<_>>>()?
+        } else {
+            on_device(&seen, self.window)?
+        };
         let hidden = seen.hidden.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
         if let Ok(mut layer) = self.layers[seen.layer].lock() {
             layer.hidden.extend(hidden);
@@ -146,6 +150,25 @@ impl Observer for Labels {
         }
         Ok(())
     }
+}
+
+/// The labels that the queries of a step give to the keys of each head, where those are: plain tensor code.
+fn on_device(seen: &Attended<'_>, window: usize) -> Result<Vec<Vec<f32>>> {
+    let (shape, step, device) = (seen.store.shape(), seen.step, seen.q.device());
+    let (group_size, rows) = (shape.group_size(), step.len * shape.group_size());
+    let queries: Vec<f32> = (0..rows).map(|row| (step.start + row / group_size) as f32).collect();
+    let keys = Tensor::arange(0f32, step.end() as f32, device)?.unsqueeze(0)?;
+    let distance = Tensor::from_vec(queries, (rows, 1), device)?.broadcast_sub(&keys)?; // [rows, end]
+    let (seen_keys, far) = (distance.ge(0f64)?, distance.ge(window as f64)?.to_dtype(DType::F32)?);
+    let hidden = Tensor::full(f32::NEG_INFINITY, distance.shape(), device)?;
+    let of_head = |head: usize| -> Result<Vec<f32>> {
+        let (_, keys, _) = seen.store.rows(head, step.end())?;
+        let q = seen.q.narrow(1, head * group_size, group_size)?.to_dtype(DType::F32)?.contiguous()?.reshape((rows, shape.head_dim()))?;
+        let scores = (q.matmul(&keys.t()?)? * f64::from(seen.scale))?;
+        let weights = candle_nn::ops::softmax_last_dim(&seen_keys.where_cond(&scores, &hidden)?)?;
+        (weights * &far)?.max(0)?.to_vec1()
+    };
+    (0..shape.kv_heads()).map(of_head).collect()
 }
 
 /// Trains a gate on `texts` and sets its threshold on `held_out`, each a sequence of token ids longer than two windows.
@@ -258,7 +281,9 @@ fn read(model: &dyn CausalLm, dense: &RoutedAttention, text: &[u32], options: &T
     if !options.repeat.is_empty() {
         ids.extend(options.repeat.iter().chain(text));
     }
-    let mut cache = KvCache::new(&model.config().layer_specs(), KvDtype::F32.into(), &Device::Cpu, ids.len())?;
+    // GPUs attend to 16-bit keys only.
+    let dtype = if model.device().is_cpu() { KvDtype::F32 } else { KvDtype::F16 };
+    let mut cache = KvCache::new(&model.config().layer_specs(), dtype.into(), model.device(), ids.len())?;
     for part in ids.chunks(options.chunk.max(1)) {
         model.forward(part, &attention, &mut cache)?;
     }

@@ -13,7 +13,7 @@ pub(super) enum Meter {
     /// Of the processor's packages.
     Packages(Vec<Zone>),
     /// Of the GPU that computes.
-    Gpu(GpuMeter),
+    Gpu(Box<GpuMeter>),
 }
 
 /// A processor package.
@@ -31,7 +31,7 @@ impl Meter {
     /// Why there is nothing to read.
     pub(super) fn open(device: &Device) -> Result<Self, String> {
         match GpuMeter::of(device) {
-            Some(meter) => meter.map(Self::Gpu),
+            Some(meter) => meter.map(|meter| Self::Gpu(Box::new(meter))),
             None => Self::of(Path::new(POWERCAP)),
         }
     }

@@ -7,7 +7,7 @@ use crate::layers::fused::add;
 use crate::layers::{AttentionParts, Embedding, GatedMlp, OutputHead, RmsNorm, Rope, RopeTables, SelfAttention, name};
 use crate::weights::{Scope, Weights};
 use crate::{Config, config::RopeConfig};
-use candle_core::{Result, Tensor};
+use candle_core::{Device, Result, Tensor};
 use sparse_attn::{KvCache, RoutedAttention, Step};
 
 /// `x + norm(attention(norm(x)))`, then `x + norm(mlp(norm(x)))`.
@@ -75,6 +75,10 @@ impl SandwichLayer {
 impl CausalLm for Gemma3Text {
     fn config(&self) -> &Config {
         &self.config
+    }
+
+    fn device(&self) -> &Device {
+        self.norm.weight().device()
     }
 
     fn hidden(&self, tokens: &Tensor, attention: &RoutedAttention, step: Step, cache: &mut KvCache) -> Result<Tensor> {

@@ -7,7 +7,7 @@ mod qwen2;
 mod qwen3;
 
 use crate::{Config, Weights};
-use candle_core::{Result, Tensor, bail};
+use candle_core::{Device, Result, Tensor, bail};
 use sparse_attn::{KvCache, RoutedAttention, Step};
 use std::sync::Arc;
 
@@ -18,6 +18,9 @@ pub const NAMES: [&str; 5] = ["gemma3_text", "llama", "mistral", "qwen2", "qwen3
 pub trait CausalLm: std::fmt::Debug + Send + Sync {
     /// The checkpoint's shape.
     fn config(&self) -> &Config;
+
+    /// Where its weights are.
+    fn device(&self) -> &Device;
 
     /// The residual stream after the last norm: tokens `[step.len]` u32 -> `[step.len, hidden_size]` f32.
     ///

@@ -4,7 +4,7 @@ use crate::arch::{CausalLm, TokenStep};
 use crate::config::Config;
 use crate::gpu::{self, DecoderParts, LayerParts};
 use crate::weights::{Scope, Weights};
-use candle_core::{Result, Tensor};
+use candle_core::{Device, Result, Tensor};
 use sparse_attn::{KvCache, RoutedAttention, Step};
 
 /// `x + attention(norm(x))`, then `x + mlp(norm(x))`.
@@ -74,6 +74,10 @@ impl PreNormDecoder {
 impl CausalLm for PreNormDecoder {
     fn config(&self) -> &Config {
         &self.config
+    }
+
+    fn device(&self) -> &Device {
+        self.norm.weight().device()
     }
 
     fn hidden(&self, tokens: &Tensor, attention: &RoutedAttention, step: Step, cache: &mut KvCache) -> Result<Tensor> {

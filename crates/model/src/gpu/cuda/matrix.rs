@@ -219,9 +219,9 @@ impl DeviceMatrix {
     }
 }
 
-/// Bytes of one token's activations in 8 bits.
+/// Bytes from one token's activations in 8 bits to the next one's.
 pub(super) fn activation_bytes(columns: usize) -> usize {
-    columns + columns / UNIT * 12
+    (columns + columns / UNIT * 12).next_multiple_of(16)
 }
 
 /// Products of the first `count` matrices with few tokens.

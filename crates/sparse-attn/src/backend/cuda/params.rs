@@ -1,8 +1,11 @@
 //! What kernels/params.h says, in Rust. Addresses are of the device; see there for shapes.
 
-/// Declares mirrors of the structs of params.h, and what the test compares.
+/// Declares mirrors of the structs of a header in kernels/, and a test that compares them with what it says: plain C of pointers, `int`,
+/// `float`, `int64_t`, structs of the same header, and arrays.
+#[macro_export]
+#[doc(hidden)]
 macro_rules! mirrors {
-    ($($(#[$doc:meta])* $name:ident { $($field:ident: $type:ty),* $(,)? })*) => {
+    ($header:literal: $($(#[$doc:meta])* $name:ident { $($field:ident: $type:ty),* $(,)? })*) => {
         $(
             $(#[$doc])*
             #[derive(Debug, Clone, Copy)]
@@ -11,12 +14,50 @@ macro_rules! mirrors {
         )*
 
         #[cfg(test)]
-        const MIRRORS: &[(&str, usize, &[(&str, usize)])] =
-            &[$((stringify!($name), size_of::<$name>(), &[$((stringify!($field), std::mem::offset_of!($name, $field))),*])),*];
+        mod tests {
+            use super::*;
+
+            /// The size of a struct of `text`, what it is aligned to, and names and offsets of its fields.
+            fn layout(text: &str, name: &str) -> (usize, usize, Vec<(String, usize)>) {
+                let body = text.split_once(&format!("struct {name} {{")).unwrap().1.split_once("};").unwrap().0;
+                let (mut at, mut largest, mut fields) = (0usize, 1, Vec::new());
+                for line in body.lines().filter_map(|line| line.split("//").next()?.trim().strip_suffix(';')) {
+                    let (kind, field) = line.rsplit_once(' ').unwrap();
+                    let (field, count) = match field.split_once('[') {
+                        Some((field, count)) => (field, count.trim_end_matches(']').parse().unwrap()),
+                        None => (field, 1),
+                    };
+                    let (size, align) = match kind {
+                        _ if field.starts_with('*') => (8, 8),
+                        "int" | "float" => (4, 4),
+                        "int64_t" => (8, 8),
+                        other => {
+                            let (size, align, _) = layout(text, other);
+                            (size, align)
+                        }
+                    };
+                    at = at.next_multiple_of(align);
+                    largest = largest.max(align);
+                    fields.push((field.trim_start_matches('*').to_string(), at));
+                    at += size * count;
+                }
+                (at.next_multiple_of(largest), largest, fields)
+            }
+
+            #[test]
+            fn structs_lie_as_the_header_says() {
+                let text = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../../kernels/", $header)).unwrap();
+                $({
+                    let fields = vec![$((stringify!($field).to_string(), std::mem::offset_of!($name, $field))),*];
+                    let (size, _, want) = layout(&text, stringify!($name));
+                    assert_eq!((size_of::<$name>(), fields), (size, want), stringify!($name));
+                })*
+            }
+        }
     };
 }
 
-mirrors! {
+crate::mirrors! { "params.h":
     /// Attention of one query.
     DecodeParams {
         q: u64, k: u64, v: u64, pages: u64, octets: u64, counts: u64, position: u64, partial: u64, tickets: u64, out: u64, out_q8: u64,
@@ -46,39 +87,4 @@ mirrors! {
     SummaryParams { k: u64, pages: u64, summaries: u64, kind: i32, max_pages: i32, block_size: i32, first: i32, head_dim: i32 }
     /// Queries made ready to score.
     ExpandParams { q: u64, out: u64, kind: i32, start: i32, tokens: i32, tile: i32, first_row: i32, q_heads: i32, head_dim: i32 }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::MIRRORS;
-
-    /// Names and offsets of the fields of a struct of plain C, and its size.
-    fn layout(text: &str, name: &str) -> (usize, Vec<(String, usize)>) {
-        let body = text.split_once(&format!("struct {name} {{")).unwrap().1.split_once("};").unwrap().0;
-        let (mut at, mut largest, mut fields) = (0usize, 1, Vec::new());
-        for line in body.lines().filter_map(|line| line.split("//").next()?.trim().strip_suffix(';')) {
-            let (kind, field) = line.rsplit_once(' ').unwrap();
-            let size = if field.starts_with('*') {
-                8
-            } else {
-                assert!(matches!(kind, "int" | "float"), "{line}");
-                4
-            };
-            at = at.next_multiple_of(size);
-            largest = largest.max(size);
-            fields.push((field.trim_start_matches('*').to_string(), at));
-            at += size;
-        }
-        (at.next_multiple_of(largest), fields)
-    }
-
-    #[test]
-    fn structs_lie_as_params_h_says() {
-        let text = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../../kernels/params.h")).unwrap();
-        for (name, size, fields) in MIRRORS {
-            let (want_size, want) = layout(&text, name);
-            let fields: Vec<(String, usize)> = fields.iter().map(|(field, at)| (field.to_string(), *at)).collect();
-            assert_eq!((*size, fields), (want_size, want), "{name}");
-        }
-    }
 }

@@ -1,7 +1,7 @@
 use super::rows::{dot, numbers, rms_norm};
 use crate::parallel;
 use crate::simd::with_f32;
-use candle_core::{Result, Tensor, bail};
+use candle_core::{Device, Result, Tensor, bail};
 
 /// The gate of WG-KV (arXiv:2512.17452), as published: two layers of each head's own on its key before and after rope.
 ///
@@ -45,7 +45,7 @@ impl KeyGate {
             1.0 / (1.0 + (-dot(&outer[head * width..][..width], &hidden) - outer_bias[head]).exp())
         };
         let scores = with_f32(&self.conv1.0, |inner| Ok(parallel::map(tokens * kv_heads, |index| score(index, inner))))?;
-        Tensor::from_vec(scores, (tokens, kv_heads), after_rope.device())
+        Tensor::from_vec(scores, (tokens, kv_heads), &Device::Cpu)
     }
 
     /// `[kv_heads, head_dim]`

@@ -2,12 +2,12 @@
 
 use crate::simd::with_f32;
 use crate::{parallel, vectorised};
-use candle_core::{DType, Result, Tensor, bail};
+use candle_core::{DType, Device, Result, Tensor, bail};
 
 /// Tokens that a thread takes at a time.
 const TOKENS_AT_ONCE: usize = 16;
 
-/// `x . weight'`, `[tokens, width] . [rows, width]'`, one token at a time: a product of many may add in another order than that
+/// `x . weight'`, `[tokens, width] . [rows, width]'`, on the host, one token at a time: a product of many may add in another order than that
 /// of one, and a score at the threshold would then depend on how a prompt was cut.
 pub(super) fn times(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
     let width = x.dim(1)?;
@@ -25,7 +25,7 @@ pub(super) fn times(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
             }))
         })
     })?;
-    Tensor::from_vec(out, (x.dim(0)?, count), x.device())
+    Tensor::from_vec(out, (x.dim(0)?, count), &Device::Cpu)
 }
 
 /// All numbers, as f32.

@@ -1,6 +1,6 @@
 use super::rows::{dot, numbers, rms_norm, times};
 use crate::parallel;
-use candle_core::{Result, Tensor, bail};
+use candle_core::{Device, Result, Tensor, bail};
 
 /// The gate of Fast KVzip (arXiv:2601.17668), as published: a small query and key of the attention input, which compete with
 /// learnt keys, the sinks.
@@ -51,7 +51,7 @@ impl SinkGate {
             };
             (0..group_size).map(of_member).sum::<f32>() / group_size as f32
         });
-        Tensor::from_vec(scores, (x.dim(0)?, kv_heads), x.device())
+        Tensor::from_vec(scores, (x.dim(0)?, kv_heads), &Device::Cpu)
     }
 
     /// `[kv_heads, hidden_size]`
