@@ -1,6 +1,6 @@
 //! A checkpoint opened, checked against the machine, and loaded.
 
-use crate::args::{AttentionArgs, ModelArgs, SamplingArgs, TemplateArgs};
+use crate::args::{AttentionArgs, DeviceChoice, ModelArgs, SamplingArgs, TemplateArgs};
 use crate::crossover;
 use crate::device;
 use crate::failure::{Failure, Kind, damaged};
@@ -119,26 +119,10 @@ impl Checkpoint {
         let template = chat_template(&located, &weights, &tokenizer, template)?;
         let defaults = GenerationDefaults::read(&located, &weights)?;
         let dtypes = routing::dtypes(attention);
-        if device.is_cuda() && (dtypes.k != dtypes.v || !matches!(dtypes.k, KvDtype::F16 | KvDtype::Bf16)) {
-            let what = format!("keys in {} and values in {} are not on the GPU yet", dtypes.k.name(), dtypes.v.name());
-            return Err(Failure::new(Kind::Device, what)
-                .why("both are f16 there, or both bf16")
-                .hint("-ctk and -ctv f16, or --device cpu")
-                .into());
-        }
-        let backend = for_device(&device).map_err(|error| Failure::new(Kind::Device, message(&error)))?;
-        let mut checkpoint = Self {
-            located,
-            weights,
-            tokenizer,
-            template,
-            defaults,
-            device,
-            attention: RoutedAttention::dense(backend),
-            dtypes,
-            chunk: 0,
-            protected: 0,
-        };
+        let (device, attend) = backend(args.machine.device, device, weights.config(), dtypes, hub.ui)?;
+        let weights = weights.on(&device);
+        let mut checkpoint =
+            Self { located, weights, tokenizer, template, defaults, device, attention: attend, dtypes, chunk: 0, protected: 0 };
         if let Some(system) = system {
             let messages = [Message::new("system", system)];
             // Some templates want a question too: then the message alone, which is a little shorter.
@@ -179,7 +163,12 @@ impl Checkpoint {
     /// The settings to measure: those of `with`, or that of the other flags where there is none.
     pub(crate) fn settings(&self, own: &AttentionArgs, with: &[AttentionArgs]) -> Result<Vec<Setting>> {
         let flags = if with.is_empty() { std::slice::from_ref(own) } else { with };
-        flags.iter().map(|flags| Ok(Setting { attention: self.attention_of(flags)?, dtypes: routing::dtypes(flags) })).collect()
+        let setting = |flags: &AttentionArgs| -> Result<Setting> {
+            let dtypes = routing::dtypes(flags);
+            self.attention.supports(self.config().heads, dtypes).map_err(unsupported)?;
+            Ok(Setting { attention: self.attention_of(flags)?, dtypes })
+        };
+        flags.iter().map(setting).collect()
     }
 
     /// What settings are measured against: dense, f16.
@@ -361,6 +350,27 @@ fn as_damage(error: anyhow::Error) -> anyhow::Error {
         Ok(error) => damaged(error).into(),
         Err(error) => Failure::malformed(format!("{error:#}")).into(),
     }
+}
+
+/// The device to use of `device`, and what attends there: the CPU where nothing was asked for and the GPU has no kernels for the model.
+fn backend(asked: DeviceChoice, device: Device, config: &Config, dtypes: KvDtypes, ui: Ui) -> Result<(Device, RoutedAttention)> {
+    let on = |device: &Device| -> Result<RoutedAttention> {
+        Ok(RoutedAttention::dense(for_device(device).map_err(|error| Failure::new(Kind::Device, message(&error)))?))
+    };
+    let attention = on(&device)?;
+    match attention.supports(config.heads, dtypes) {
+        Ok(()) => Ok((device, attention)),
+        Err(error) if asked == DeviceChoice::Auto => {
+            ui.warn(format!("this runs on the CPU: {}", message(&error)));
+            Ok((Device::Cpu, on(&Device::Cpu)?))
+        }
+        Err(error) => Err(unsupported(error).into()),
+    }
+}
+
+/// What the device that was asked for cannot do.
+fn unsupported(error: candle_core::Error) -> Failure {
+    Failure::new(Kind::Device, message(&error)).hint("--cache-type f16 where that is the reason, or --device cpu")
 }
 
 fn random_seed() -> u64 {

@@ -97,12 +97,21 @@ impl std::error::Error for Reported {}
 
 /// Makes a candle error, met while reading a model's files, a [`Kind::Malformed`] one.
 pub(crate) fn damaged(error: candle_core::Error) -> Failure {
-    Failure::malformed(message(&error))
+    computed(Kind::Malformed, &error)
 }
 
 /// Makes a candle error, met while computing, a [`Kind::Unexpected`] one.
 pub(crate) fn unexpected(error: candle_core::Error) -> Failure {
-    Failure::new(Kind::Unexpected, message(&error))
+    computed(Kind::Unexpected, &error)
+}
+
+/// `kind`, unless the GPU is full: what else runs there is not planned for.
+fn computed(kind: Kind, error: &candle_core::Error) -> Failure {
+    let what = message(error);
+    match what.contains("CUDA_ERROR_OUT_OF_MEMORY") {
+        true => Failure::new(Kind::OutOfMemory, "the GPU's memory is full").why(what).hint("a smaller -c or -b, or --device cpu"),
+        false => Failure::new(kind, what),
+    }
 }
 
 /// Runs `work` with panic messages off: for code of others whose panics are caught.

@@ -140,6 +140,7 @@ impl Session {
             bail!("the prompt is empty: nothing to continue");
         }
         if let [token] = waiting[..]
+            && !matches!(self.token_step, OneToken::Forward)
             && progress(0, 1).is_continue()
             && self.feed(token)?
         {

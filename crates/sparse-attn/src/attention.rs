@@ -3,9 +3,9 @@
 use crate::backend::{AttentionBackend, Routed, RoutedJob};
 use crate::block_router::{self, BlockRouter, Queries};
 use crate::cache::{KvCache, KvDtypes, LayerSpec, LayerStore, Local, Pool, ReadCount, Step};
-use crate::parallel;
 use crate::select::{Budget, Limits, Selection, TILE, select};
 use crate::token_router::{self, RouterInput, TokenRouter};
+use crate::{HeadShape, parallel};
 use candle_core::{Result, Tensor, bail};
 use std::sync::Arc;
 
@@ -163,6 +163,14 @@ impl RoutedAttention {
     /// Queries that best share a selection in steps of several, where `group_size` query heads share keys.
     pub fn preferred_tile(&self, group_size: usize) -> usize {
         self.backend.preferred_tile(group_size)
+    }
+
+    /// Whether the backend can attend with heads of this shape to keys and values stored like this.
+    ///
+    /// # Errors
+    /// What it cannot, and what it can instead.
+    pub fn supports(&self, shape: HeadShape, dtypes: KvDtypes) -> Result<()> {
+        self.backend.supports(shape, dtypes)
     }
 
     /// The backend's name.

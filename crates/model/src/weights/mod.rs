@@ -84,6 +84,11 @@ impl Weights {
         Self { precision, ..self }
     }
 
+    /// The same weights, to be loaded to `device`.
+    pub fn on(self, device: &Device) -> Self {
+        Self { device: device.clone(), ..self }
+    }
+
     /// The checkpoint's shape.
     pub fn config(&self) -> &Config {
         &self.config

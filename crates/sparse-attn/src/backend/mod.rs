@@ -13,8 +13,9 @@ mod write;
 pub use cpu::Cpu;
 pub use reference::Reference;
 
+use crate::HeadShape;
 use crate::block_router::BlockRouter;
-use crate::cache::{LayerStore, ReadCount, Step};
+use crate::cache::{KvDtypes, LayerStore, ReadCount, Step};
 use crate::select::{Limits, Selection, TILE};
 use candle_core::{Device, Result, Tensor, bail};
 use std::sync::Arc;
@@ -37,6 +38,14 @@ pub trait AttentionBackend: std::fmt::Debug + Send + Sync {
     /// # Errors
     /// If a shape does not fit the store.
     fn attend(&self, q: &Tensor, scale: f32, store: &LayerStore, step: Step, selection: &Selection) -> Result<Tensor>;
+
+    /// Whether it can attend with heads of this shape to keys and values stored like this.
+    ///
+    /// # Errors
+    /// What it cannot, and what it can instead.
+    fn supports(&self, _shape: HeadShape, _dtypes: KvDtypes) -> Result<()> {
+        Ok(())
+    }
 
     /// Scores, selects and attends where the keys are, in one go; `None`: this backend cannot do that here, and each is done by
     /// itself, on the host. What is selected is the same, as far as rounding goes.

@@ -14,7 +14,8 @@ pub use select::{Budgeted, SelectCall, SelectScratch, kind_of, score_and_select}
 
 use super::write::write_rows;
 use super::{AttentionBackend, Routed, RoutedJob};
-use crate::cache::{KvDtype, LayerStore, Pool, Step, Summary};
+use crate::HeadShape;
+use crate::cache::{KvDtype, KvDtypes, LayerStore, Pool, Step, Summary};
 use crate::select::Selection;
 use candle_core::{DType, Device, Result, Tensor, bail};
 use lists::Lists;
@@ -49,7 +50,7 @@ impl Cuda {
     /// Attention over lists of octets that are on the device, or over everything.
     fn attend_lists(&self, q: &Tensor, scale: f32, store: &LayerStore, step: Step, lists: Option<&Lists>) -> Result<Tensor> {
         let shape = store.shape();
-        check(store)?;
+        check_store(store)?;
         let q = q.to_dtype(store.k().values().dtype())?.contiguous()?; // [tokens, q_heads, head_dim]
         let out = uninitialised((step.len, shape.q_heads(), shape.head_dim()), DType::F32, q.device())?;
         if step.len == 1 {
@@ -110,7 +111,7 @@ impl AttentionBackend for Cuda {
 
     fn write(&self, k: &Tensor, v: &Tensor, step: Step, store: &mut LayerStore) -> Result<()> {
         store.check_step(k, v, step)?;
-        check(store)?;
+        check_store(store)?;
         write_rows(k, v, step, store)
     }
 
@@ -124,11 +125,15 @@ impl AttentionBackend for Cuda {
         self.attend_lists(q, scale, store, step, lists.as_ref())
     }
 
+    fn supports(&self, shape: HeadShape, dtypes: KvDtypes) -> Result<()> {
+        check(shape, dtypes)
+    }
+
     fn attend_routed(&self, job: &RoutedJob<'_>) -> Result<Option<Routed>> {
         let RoutedJob { q, scale, store, step, limits, router, wants_selection } = *job;
         let Some(call) = Budgeted::new(router, limits, store, step) else { return Ok(None) };
         store.check_queries(q, step)?;
-        check(store)?;
+        check_store(store)?;
         let rounded = q.to_dtype(store.k().values().dtype())?.contiguous()?;
         let selected = call.select_step(&self.kernels, &rounded, store, wants_selection)?;
         let out = self.attend_lists(&rounded, scale, store, step, Some(&selected.lists))?;
@@ -167,19 +172,23 @@ fn kernel(stem: &str, pool: &Pool, head_dim: usize) -> String {
     format!("{stem}_{}_{head_dim}", pool.dtype().name())
 }
 
-/// Whether there are kernels for this layer.
-fn check(store: &LayerStore) -> Result<()> {
-    let (k, v, head_dim) = (store.k().dtype(), store.v().dtype(), store.shape().head_dim());
+/// Whether there are kernels for these keys, values and heads.
+fn check(shape: HeadShape, KvDtypes { k, v }: KvDtypes) -> Result<()> {
     if k != v || !matches!(k, KvDtype::F16 | KvDtype::Bf16) {
         bail!("cuda: keys are {} and values {}, there are kernels where both are f16 or both bf16", k.name(), v.name());
     }
-    if !matches!(head_dim, 64 | 128 | 256) {
-        bail!("cuda: head_dim is {head_dim}, there are kernels for 64, 128 and 256");
+    if !matches!(shape.head_dim(), 64 | 128 | 256) {
+        bail!("cuda: head_dim is {}, there are kernels for 64, 128 and 256", shape.head_dim());
     }
-    if store.shape().group_size() > ROWS {
-        bail!("cuda: {} query heads share a key/value head, there are kernels for up to {ROWS}", store.shape().group_size());
+    if shape.group_size() > ROWS {
+        bail!("cuda: {} query heads share a key/value head, there are kernels for up to {ROWS}", shape.group_size());
     }
     Ok(())
+}
+
+/// [`check`] of a layer.
+fn check_store(store: &LayerStore) -> Result<()> {
+    check(store.shape(), KvDtypes { k: store.k().dtype(), v: store.v().dtype() })
 }
 
 /// The kernels' number for a summary.
