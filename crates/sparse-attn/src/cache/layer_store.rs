@@ -170,7 +170,7 @@ impl LayerStore {
         // What a failed step left behind is written again.
         self.forget(step.start);
         if self.admitted.is_none() && self.table.holds(step) {
-            return Ok(());
+            return self.reflect(); // nothing to do, unless it failed before
         }
         // On copies: if growing the pools fails, all is as it was.
         let mut table = self.table.clone();
