@@ -62,6 +62,13 @@ pub(crate) fn run(args: &Bench, hub: &Hub, ui: Ui, interrupt: &Interrupt) -> Res
     if routing::is_routed(attention) {
         attentions.push(("routed", attention.clone()));
     }
+    if engine.checkpoint.device.is_cuda() {
+        // A GPU loads its kernels as they are first launched.
+        let ids = rates::fixed_ids(0..(args.prompt as usize).max(1), &engine);
+        let mut session = engine.session(ids.len() + 4)?;
+        rates::read(&engine, &mut session, &ids, interrupt, || ())?;
+        rates::decode(&mut session, 2, interrupt)?;
+    }
     let mut rows = Vec::new();
     for depth in &args.depth {
         for (attn, attention) in &attentions {
