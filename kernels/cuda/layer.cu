@@ -16,10 +16,6 @@ __device__ __forceinline__ float sum_of_all(float x, float *shared) {
     return sum_of_warp(threadIdx.x % 32 < blockDim.x / 32 ? shared[threadIdx.x % 32] : 0.f);
 }
 
-} // namespace layer
-
-namespace layer {
-
 __device__ __forceinline__ float squares(float4 x) { return x.x * x.x + x.y * x.y + x.z * x.z + x.w * x.w; }
 
 __device__ __forceinline__ float4 scaled(float4 x, float factor, float4 weight) {

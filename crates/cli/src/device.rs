@@ -86,14 +86,13 @@ mod gpu {
     use nvml_wrapper::Nvml;
 
     pub(super) fn open(ordinal: usize) -> Result<Device, Missing> {
-        let failed = |error: &dyn std::fmt::Display| Missing::Failed(error.to_string());
         match CudaContext::device_count() {
             Ok(count) if (count as usize) > ordinal => {}
             Ok(count) => return Err(Missing::Failed(format!("there are {count} GPUs"))),
             Err(error) => return Err(Missing::Failed(reason(error))),
         }
         // A stream of its own: what runs in the stream of each thread cannot be shared, nor recorded.
-        let device = Device::new_cuda_with_stream(ordinal).map_err(|error| failed(&model::message(&error)))?;
+        let device = Device::new_cuda_with_stream(ordinal).map_err(|error| Missing::Failed(model::message(&error)))?;
         if let Device::Cuda(cuda) = &device {
             // SAFETY: everything runs in one stream, so nothing needs events to wait for.
             unsafe { cuda.disable_event_tracking() };

@@ -197,19 +197,16 @@ impl Session {
             return Ok(None);
         }
         let Some(token) = self.tokens.pop() else { return Ok(None) };
-        match self.feed(token) {
-            Ok(true) => match &mut self.token_step {
-                OneToken::Step(step) => step.likeliest().map(Some),
-                _ => Ok(None),
-            },
-            Ok(false) => {
-                self.tokens.push(token);
-                Ok(None)
-            }
-            Err(error) => {
-                self.tokens.push(token);
-                Err(error)
-            }
+        let fed = self.feed(token);
+        if !matches!(fed, Ok(true)) {
+            self.tokens.push(token);
+        }
+        if !fed? {
+            return Ok(None);
+        }
+        match &mut self.token_step {
+            OneToken::Step(step) => step.likeliest().map(Some),
+            _ => Ok(None),
         }
     }
 

@@ -122,12 +122,9 @@ impl DeviceMatrix {
         let spread = Spread::new([(columns / UNIT).div_ceil(8), tokens, 1], 256);
         // SAFETY: the tensors have these shapes, and live until the stream frees them.
         unsafe { first.kernels.launch("quantize_activations", spread, &quantize) }?;
-        let mut params = [Matrix { planes: [0; 4], out: 0, bias: 0, rows: 0, format: 0 }; 3];
-        for ((to, matrix), out) in params.iter_mut().zip(matrices).zip(&outs) {
-            *to = matrix.params(address(out)?, 0)?;
-        }
+        let params = matrices.iter().zip(&outs).map(|(matrix, out)| matrix.params(address(out)?, 0)).collect::<Result<Vec<_>>>()?;
         // SAFETY: as above.
-        unsafe { product(&first.kernels, params, matrices.len(), address(x)?, address(&x_q8)?, columns, tokens) }?;
+        unsafe { product(&first.kernels, &params, address(x)?, address(&x_q8)?, columns, tokens) }?;
         Ok(outs)
     }
 
@@ -224,21 +221,14 @@ pub(super) fn activation_bytes(columns: usize) -> usize {
     (columns + columns / UNIT * 12).next_multiple_of(16)
 }
 
-/// Products of the first `count` matrices with few tokens.
+/// Products of up to three matrices with few tokens.
 ///
 /// # Safety
 /// The addresses must be of what layer_params.h says, and live until the kernel has run.
-pub(super) unsafe fn product(
-    kernels: &Kernels,
-    matrices: [Matrix; 3],
-    count: usize,
-    x: u64,
-    x_q8: u64,
-    columns: usize,
-    tokens: usize,
-) -> Result<()> {
-    let rows: usize = matrices[..count].iter().map(|matrix| matrix.rows as usize).sum();
-    let params = ProductParams { matrices, x, x_q8, count: count as i32, columns: columns as i32 };
+pub(super) unsafe fn product(kernels: &Kernels, matrices: &[Matrix], x: u64, x_q8: u64, columns: usize, tokens: usize) -> Result<()> {
+    let rows: usize = matrices.iter().map(|matrix| matrix.rows as usize).sum();
+    let mut params = ProductParams { x, x_q8, count: matrices.len() as i32, columns: columns as i32, ..ProductParams::default() };
+    params.matrices[..matrices.len()].copy_from_slice(matrices);
     // SAFETY: the caller's.
     unsafe { kernels.launch_following("product", Spread::new([rows.div_ceil(WARPS), tokens, 1], WARPS * 32), &params) }
 }

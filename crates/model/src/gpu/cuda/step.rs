@@ -202,14 +202,16 @@ impl TokenStep for CudaStep {
     fn run(&mut self, token: u32, cache: &mut KvCache) -> Result<bool> {
         let step = cache.reserve(1)?;
         let routing = self.attention.routing().clone();
-        let selects: Vec<bool> = (0..self.layers.len())
-            .map(|layer| self.attention.is_routed(layer, cache.layer(layer)) && self.attention.reads_by_score(layer, step))
-            .collect();
-        let calls: Vec<Option<Budgeted>> = (0..self.layers.len())
-            .map(|layer| Budgeted::new(&*routing.block_router, routing.limits_of(layer), cache.layer(layer), step))
-            .collect();
-        if selects.iter().zip(&calls).any(|(selects, call)| *selects && call.is_none()) {
-            return Ok(false);
+        // What each layer selects from; `None`: it reads everything.
+        let mut calls = Vec::with_capacity(self.layers.len());
+        for layer in 0..self.layers.len() {
+            let store = cache.layer(layer);
+            if !(self.attention.is_routed(layer, store) && self.attention.reads_by_score(layer, step)) {
+                calls.push(None);
+                continue;
+            }
+            let Some(call) = Budgeted::new(&*routing.block_router, routing.limits_of(layer), store, step) else { return Ok(false) };
+            calls.push(Some(call));
         }
         for layer in 0..self.layers.len() {
             let routed = self.attention.is_routed(layer, cache.layer(layer));
@@ -224,7 +226,7 @@ impl TokenStep for CudaStep {
             state.push(take as u32);
         }
         self.buffers.state.slice_set(&Tensor::new(state, &self.device)?, 0, 0)?;
-        let key = self.key(cache, selects, step);
+        let key = self.key(cache, calls.iter().map(Option::is_some).collect(), step);
         if self.recorded.as_ref().is_none_or(|recorded| recorded.key != key) {
             self.recorded = None;
             self.recorded = Some(self.record(key, cache)?);
@@ -233,8 +235,8 @@ impl TokenStep for CudaStep {
         recorded.graph.launch().w()?;
         for (layer, call) in calls.iter().enumerate() {
             let count = match call {
-                Some(call) if recorded.key.selects[layer] => call.count(cache.layer(layer)),
-                _ => cache.layer(layer).count_visible(step),
+                Some(call) => call.count(cache.layer(layer)),
+                None => cache.layer(layer).count_visible(step),
             };
             cache.count_read(count);
         }
@@ -329,7 +331,7 @@ impl CudaStep {
             pending = Some(layer.post_mlp_norm.as_ref());
         }
         self.add_norm(pending, &self.norm)?;
-        self.multiply([self.head.params(address(logits)?, 0)?], normed, self.head.columns())?;
+        self.multiply(&[self.head.params(address(logits)?, 0)?], normed, self.head.columns())?;
         let params = LikeliestParams { logits: address(logits)?, id: address(likeliest)?, count: logits.elem_count() as i32 };
         // SAFETY: as above.
         unsafe { self.kernels.launch_following("likeliest", Spread::new([1, 1, 1], 1024), &params) }
@@ -354,24 +356,22 @@ impl CudaStep {
 
     fn project_qkv(&self, layer: &Layer) -> Result<()> {
         let mut out = address(&self.buffers.qkv)?;
-        let mut matrices = [MatrixParams { planes: [0; 4], out: 0, bias: 0, rows: 0, format: 0 }; 3];
+        let mut matrices = [MatrixParams::default(); 3];
         for (matrix, projection) in matrices.iter_mut().zip(&layer.qkv) {
             *matrix = projection.weight.params(out, projection.bias.as_ref().map_or(Ok(0), address)?)?;
             out += (projection.weight.height() * size_of::<f32>()) as u64;
         }
-        self.multiply(matrices, &self.buffers.normed, layer.qkv[0].weight.columns())
+        self.multiply(&matrices, &self.buffers.normed, layer.qkv[0].weight.columns())
     }
 
     fn project(&self, projection: &Projection, x: &[Tensor; 2], out: &Tensor) -> Result<()> {
         let bias = projection.bias.as_ref().map_or(Ok(0), address)?;
-        self.multiply([projection.weight.params(address(out)?, bias)?], x, projection.weight.columns())
+        self.multiply(&[projection.weight.params(address(out)?, bias)?], x, projection.weight.columns())
     }
 
-    fn multiply<const N: usize>(&self, matrices: [MatrixParams; N], x: &[Tensor; 2], columns: usize) -> Result<()> {
-        let mut all = [MatrixParams { planes: [0; 4], out: 0, bias: 0, rows: 0, format: 0 }; 3];
-        all[..N].copy_from_slice(&matrices);
+    fn multiply(&self, matrices: &[MatrixParams], x: &[Tensor; 2], columns: usize) -> Result<()> {
         // SAFETY: as in `launch_all`.
-        unsafe { product(&self.kernels, all, N, address(&x[0])?, address(&x[1])?, columns, 1) }
+        unsafe { product(&self.kernels, matrices, address(&x[0])?, address(&x[1])?, columns, 1) }
     }
 
     /// Norms, rotates and stores the token's query, key and value.

@@ -8,7 +8,7 @@ macro_rules! mirrors {
     ($header:literal: $($(#[$doc:meta])* $name:ident { $($field:ident: $type:ty),* $(,)? })*) => {
         $(
             $(#[$doc])*
-            #[derive(Debug, Clone, Copy)]
+            #[derive(Debug, Clone, Copy, Default)]
             #[repr(C)]
             pub(super) struct $name { $(pub(super) $field: $type),* }
         )*

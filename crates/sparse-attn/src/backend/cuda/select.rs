@@ -11,7 +11,7 @@ use std::ops::Range;
 
 /// Blocks of a thread of the selecting kernel, and threads of its thread block.
 const BLOCKS_OF_A_THREAD: [usize; 5] = [1, 4, 8, 16, 32];
-const MOST_BLOCKS_OF_A_THREAD: usize = 32;
+const MOST_BLOCKS_OF_A_THREAD: usize = BLOCKS_OF_A_THREAD[BLOCKS_OF_A_THREAD.len() - 1];
 const SELECT_THREADS: usize = 1024;
 
 /// Blocks that a thread block scores.
