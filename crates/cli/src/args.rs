@@ -242,7 +242,7 @@ pub(crate) struct AttentionArgs {
     /// Below this many tokens all blocks are read [default: what bench measured, else twice what a query reads]
     #[arg(long, value_name = "N")]
     pub(crate) min_ctx: Option<u32>,
-    /// Queries of a prompt that share a selection, 1 to 64
+    /// Queries of a prompt that share a selection, 1 to 64; with 1, chunks of any size (-b) select the same
     #[arg(long, value_name = "N", hide_short_help = true, value_parser = clap::value_parser!(u32).range(1..=64))]
     pub(crate) tile: Option<u32>,
     /// First layers that read every block

@@ -15,7 +15,7 @@ use minijinja::Value;
 use minijinja::value::Serde;
 use model::message;
 use model::score::Setting;
-use model::weights::Precision;
+use model::weights::{Precision, SumOrder};
 use model::{CausalLm, Config, SamplerOptions, Session, Weights};
 use serde::Deserialize;
 use sparse_attn::backend::for_device;
@@ -130,6 +130,10 @@ impl Checkpoint {
             checkpoint.protected = checkpoint.tokenizer.encode(rendered.as_deref().unwrap_or(system), true)?.len();
         }
         checkpoint.attention = checkpoint.attention_of(attention)?;
+        if checkpoint.attention.routing().limits.tile == 1 {
+            // Each query for itself: then chunks of any size select the same, as far as they also add the same.
+            checkpoint.weights = checkpoint.weights.with_order(SumOrder::Fixed);
+        }
         checkpoint.chunk = match args.machine.batch_size {
             Some(tokens) => tokens as usize,
             None => chunk(checkpoint.config(), &checkpoint.attention, &checkpoint.device),

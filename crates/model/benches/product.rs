@@ -12,7 +12,7 @@ use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::utils::{barrier_pool, get_num_threads};
 use candle_core::{Device, Result, Tensor};
 use machine::{bandwidth, median};
-use model::weights::{Matrix, Precision};
+use model::weights::{Arithmetic, Matrix};
 use std::hint::black_box;
 use std::sync::Arc;
 
@@ -46,7 +46,7 @@ fn main() -> Result<()> {
     for format in FORMATS {
         let bytes = rows * columns / format.block_size() * format.type_size();
         let copies = (0..BEYOND_CACHES.div_ceil(bytes))
-            .map(|_| Ok(Matrix::Quantized(Arc::new(QTensor::quantize(&dense, format)?), Precision::Int8)))
+            .map(|_| Ok(Matrix::Quantized(Arc::new(QTensor::quantize(&dense, format)?), Arithmetic::default())))
             .collect::<Result<Vec<_>>>()?;
         let mut failed = Ok(());
         let mut time = |x: &Tensor, count: usize| {

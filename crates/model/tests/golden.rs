@@ -1,9 +1,12 @@
 //! Tiny checkpoints of every architecture against logits and greedy continuations made with PyTorch (f32).
 
 use candle_core::{DType, Device, Result, Tensor};
+use model::weights::SumOrder;
 use model::{CausalLm, GenerateOptions, Sampler, SamplerOptions, Session, Weights};
 use sparse_attn::backend::{AttentionBackend, Cpu, Reference};
-use sparse_attn::{KvCache, KvDtype, RoutedAttention};
+use sparse_attn::block_router::Spread;
+use sparse_attn::select::{Budget, Limits};
+use sparse_attn::{KvCache, KvDtype, RoutedAttention, Routing};
 use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -145,5 +148,28 @@ fn a_quantised_checkpoint_stays_close() -> Result<()> {
     let worst: f32 = (logits - &golden.logits)?.abs()?.flatten_all()?.max(0)?.to_scalar()?;
     let scale: f32 = golden.logits.abs()?.flatten_all()?.max(0)?.to_scalar()?;
     assert!(worst < 0.05 * scale, "off by {worst}, logits reach {scale}");
+    Ok(())
+}
+
+#[test]
+fn in_a_fixed_order_queries_that_select_for_themselves_are_the_same_in_chunks_of_any_size() -> Result<()> {
+    for (name, quantize) in [("llama", "q8_0"), ("qwen2", "q4_0"), ("gemma3_text", "q8_0")] {
+        let quantize = Some(model::weights::quantize_dtype(quantize)?);
+        let model = model::load(&Weights::open(&fixture(name), &Device::Cpu, quantize)?.with_order(SumOrder::Fixed))?;
+        let limits = Limits { window: 16, sinks: 2, block_size: 8, budget: Budget::tokens(32), dense_len: 0, tile: 1 };
+        let routing = Routing { block_router: Arc::new(Spread), limits, ..Routing::dense() };
+        let attention = RoutedAttention::new(routing, Arc::new(Cpu))?;
+        let ids: Vec<u32> = (0..150).map(|i| (i * 37 + 11) % model.config().vocab_size as u32).collect();
+        let logits = |chunk: usize| -> Result<Vec<f32>> {
+            let mut session = Session::new(model.clone(), attention.clone(), KvDtype::F16.into(), &Device::Cpu, 0)?;
+            session.prefill(&ids, chunk, |_, _| ControlFlow::Continue(()))?;
+            assert!(session.read_count().read < session.read_count().visible, "{name}: nothing was left out");
+            Ok(session.logits()?.to_vec())
+        };
+        let whole = logits(ids.len())?;
+        for chunk in [1, 3, 7, 64] {
+            assert_eq!(logits(chunk)?, whole, "{name} in chunks of {chunk}");
+        }
+    }
     Ok(())
 }

@@ -1,4 +1,4 @@
-use super::{Precision, Tiles, product};
+use super::{Arithmetic, Tiles, product};
 use crate::gpu::DeviceMatrix;
 use candle_core::quantized::{GgmlDType, QMatMul, QTensor};
 use candle_core::{DType, Device, Module, Result, Tensor};
@@ -22,21 +22,21 @@ pub enum Matrix {
     /// 16-bit floats on the host.
     Tiles(Arc<Tiles>),
     /// Blocks, multiplied without unpacking.
-    Quantized(Arc<QTensor>, Precision),
+    Quantized(Arc<QTensor>, Arithmetic),
     /// Of any type, on a GPU.
     Device(Arc<DeviceMatrix>),
 }
 
 impl Matrix {
     /// f32, f16 and bf16 "blocks" become dense matrices and tiles.
-    pub(super) fn from_qtensor(tensor: QTensor, precision: Precision) -> Result<Self> {
+    pub(super) fn from_qtensor(tensor: QTensor, arithmetic: Arithmetic) -> Result<Self> {
         let dense = || tensor.dequantize(&tensor.device());
         match tensor.dtype() {
             GgmlDType::F32 => Ok(Self::Dense(dense()?)),
             // Back to what they were, which f32 holds exactly.
             GgmlDType::F16 => Self::from_dense(dense()?.to_dtype(DType::F16)?),
             GgmlDType::BF16 => Self::from_dense(dense()?.to_dtype(DType::BF16)?),
-            _ => Ok(Self::Quantized(Arc::new(tensor), precision)),
+            _ => Ok(Self::Quantized(Arc::new(tensor), arithmetic)),
         }
     }
 
@@ -63,8 +63,8 @@ impl Matrix {
             Self::Dense(weight) => x.matmul(&weight.t()?),
             Self::Tiles(weight) => weight.multiply(x),
             Self::Device(weight) => Ok(DeviceMatrix::multiply_each(&[weight.as_ref()], x)?.remove(0)),
-            Self::Quantized(weight, precision) if product::supports(weight, x.dim(0)?) => {
-                Ok(product::multiply(x, &[weight.as_ref()], *precision)?.remove(0))
+            Self::Quantized(weight, arithmetic) if product::supports(weight, x.dim(0)?, arithmetic.order) => {
+                Ok(product::multiply(x, &[weight.as_ref()], *arithmetic)?.remove(0))
             }
             Self::Quantized(weight, _) if x.dim(0)? >= UNPACK_ROWS && unpacks(weight) => {
                 x.matmul(&weight.dequantize(&weight.device())?.t()?)
@@ -84,12 +84,12 @@ impl Matrix {
             return DeviceMatrix::multiply_each(&matrices, x);
         }
         let quantized = matrices.iter().map(|matrix| match matrix {
-            Self::Quantized(weight, _) if product::supports(weight, tokens) => Some(weight.as_ref()),
+            Self::Quantized(weight, arithmetic) if product::supports(weight, tokens, arithmetic.order) => Some(weight.as_ref()),
             _ => None,
         });
-        // The matrices of a checkpoint are all multiplied in one precision.
+        // The matrices of a checkpoint are all multiplied alike.
         match (quantized.collect::<Option<Vec<&QTensor>>>(), matrices.first()) {
-            (Some(weights), Some(Self::Quantized(_, precision))) => product::multiply(x, &weights, *precision),
+            (Some(weights), Some(Self::Quantized(_, arithmetic))) => product::multiply(x, &weights, *arithmetic),
             _ => matrices.iter().map(|matrix| matrix.multiply(x)).collect(),
         }
     }

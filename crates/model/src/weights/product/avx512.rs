@@ -1,7 +1,8 @@
-//! The same with AVX-512 VNNI: 64 products in an instruction.
+//! One weight row and one token with AVX-512 VNNI: 64 products in an instruction.
 
 use super::activations::{Activations, GROUP, QUAD};
 use super::blocks::{Format, STEP, scales_and_minima};
+use super::sixteen::{Layout, Q4_0, Q4_1, Q5_0, Q5_1, Q6K, Q8_0};
 use std::arch::x86_64::*;
 
 /// Whether the processor has what [`dot`] needs.
@@ -14,9 +15,6 @@ pub(super) fn is_here() -> bool {
         && is_x86_feature_detected!("f16c")
 }
 
-/// Lanes (of four numbers) of 64 numbers: integers, and for each lane scale and minimum.
-type Step = (__m512i, __m512, __m512);
-
 /// `row . x`
 ///
 /// # Safety
@@ -26,11 +24,11 @@ pub(super) unsafe fn dot(format: Format, row: &[u8], x: &Activations) -> f32 {
     // SAFETY: the lengths agree: each block's numbers have their activations.
     unsafe {
         match format {
-            Format::Q4_0 => pairs::<8, false, 4, 18>(row.as_ptr(), x),
-            Format::Q4_1 => pairs::<0, true, 4, 20>(row.as_ptr(), x),
-            Format::Q5_0 => pairs::<16, false, 5, 22>(row.as_ptr(), x),
-            Format::Q5_1 => pairs::<0, true, 5, 24>(row.as_ptr(), x),
-            Format::Q8_0 => pairs::<128, false, 8, 34>(row.as_ptr(), x),
+            Format::Q4_0 => pairs::<Q4_0>(row.as_ptr(), x),
+            Format::Q4_1 => pairs::<Q4_1>(row.as_ptr(), x),
+            Format::Q5_0 => pairs::<Q5_0>(row.as_ptr(), x),
+            Format::Q5_1 => pairs::<Q5_1>(row.as_ptr(), x),
+            Format::Q8_0 => pairs::<Q8_0>(row.as_ptr(), x),
             Format::Q4K => k_4_or_5::<false>(row, x),
             Format::Q5K => k_4_or_5::<true>(row, x),
             Format::Q6K => k_6(row, x),
@@ -38,51 +36,45 @@ pub(super) unsafe fn dot(format: Format, row: &[u8], x: &Activations) -> f32 {
     }
 }
 
-/// Adds 64 products to `sum`.
+/// Formats with blocks of 32 numbers: two at a time.
 #[inline(always)]
-unsafe fn add<const OFFSET: i32, const MINIMUM: bool>(sum: __m512, (integers, scale, minimum): Step, x: &Activations, at: usize) -> __m512 {
-    // SAFETY: the caller's: `at + 64` activations are there, and the instructions.
+unsafe fn pairs<L: Layout>(row: *const u8, x: &Activations) -> f32 {
+    // SAFETY: the caller's: as many blocks as activations.
     unsafe {
+        let (mut even, mut odd) = (_mm512_setzero_ps(), _mm512_setzero_ps());
+        for step in 0..x.integers.len() / STEP {
+            let pair = row.add(step * L::BYTES);
+            if step % 2 == 0 {
+                even = add::<L>(even, pair, x, step * STEP);
+            } else {
+                odd = add::<L>(odd, pair, x, step * STEP);
+            }
+        }
+        _mm512_reduce_add_ps(_mm512_add_ps(even, odd))
+    }
+}
+
+/// Adds the 64 products of two blocks with the activations from `at` on to `sum`.
+#[inline(always)]
+unsafe fn add<L: Layout>(sum: __m512, pair: *const u8, x: &Activations, at: usize) -> __m512 {
+    // SAFETY: the caller's: `at + 64` activations are there, two blocks, and the instructions.
+    unsafe {
+        let (scale, minimum) = scales(pair, L::BYTES / 2);
         let quads = at / QUAD;
         let values = _mm512_loadu_si512(x.integers.as_ptr().add(at).cast());
         let x_scale = _mm512_loadu_ps(x.scales.as_ptr().add(quads));
-        let mut products = _mm512_dpbusd_epi32(_mm512_setzero_si512(), integers, values);
+        let mut products = _mm512_dpbusd_epi32(_mm512_setzero_si512(), L::numbers(pair, 0), values);
         let mut scaled;
-        if OFFSET != 0 {
+        if L::OFFSET != 0 {
             let sums = _mm512_loadu_si512(x.sums.as_ptr().add(quads).cast());
-            products = _mm512_sub_epi32(products, _mm512_mullo_epi32(sums, _mm512_set1_epi32(OFFSET)));
+            products = _mm512_sub_epi32(products, _mm512_mullo_epi32(sums, _mm512_set1_epi32(L::OFFSET)));
         }
         scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(products), scale);
-        if MINIMUM {
+        if L::MINIMUM {
             let sums = _mm512_loadu_si512(x.sums.as_ptr().add(quads).cast());
             scaled = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums), minimum, scaled);
         }
         _mm512_fmadd_ps(scaled, x_scale, sum)
-    }
-}
-
-/// Formats with blocks of 32 numbers of `BITS` and of `BYTES`: two at a time.
-#[inline(always)]
-unsafe fn pairs<const OFFSET: i32, const MINIMUM: bool, const BITS: usize, const BYTES: usize>(row: *const u8, x: &Activations) -> f32 {
-    // SAFETY: the caller's: as many blocks as activations.
-    unsafe {
-        let steps = x.integers.len() / STEP;
-        let body = if MINIMUM { 4 } else { 2 };
-        let (mut even, mut odd) = (_mm512_setzero_ps(), _mm512_setzero_ps());
-        for step in 0..steps {
-            let pair = row.add(step * 2 * BYTES);
-            let unpacked = match BITS {
-                4 => q4(pair, body, BYTES),
-                5 => q5(pair, body, BYTES),
-                _ => q8(pair),
-            };
-            if step % 2 == 0 {
-                even = add::<OFFSET, MINIMUM>(even, unpacked, x, step * STEP);
-            } else {
-                odd = add::<OFFSET, MINIMUM>(odd, unpacked, x, step * STEP);
-            }
-        }
-        _mm512_reduce_add_ps(_mm512_add_ps(even, odd))
     }
 }
 
@@ -99,59 +91,15 @@ unsafe fn scales(block: *const u8, block_bytes: usize) -> (__m512, __m512) {
     }
 }
 
-/// The 4-bit numbers of two blocks, low halves of the bytes first.
 #[inline(always)]
-unsafe fn nibbles(a: *const u8, b: *const u8) -> __m512i {
-    // SAFETY: the caller's: 16 bytes at each.
-    unsafe {
-        let (a, b) = (_mm_loadu_si128(a.cast()), _mm_loadu_si128(b.cast()));
-        let a = _mm256_inserti128_si256::<1>(_mm256_castsi128_si256(a), _mm_srli_epi16::<4>(a));
-        let b = _mm256_inserti128_si256::<1>(_mm256_castsi128_si256(b), _mm_srli_epi16::<4>(b));
-        _mm512_and_si512(_mm512_inserti64x4::<1>(_mm512_castsi256_si512(a), b), _mm512_set1_epi8(15))
-    }
-}
-
-#[inline(always)]
-unsafe fn q4(pair: *const u8, body: usize, block_bytes: usize) -> Step {
-    // SAFETY: the caller's: two blocks.
-    unsafe {
-        let (scale, minimum) = scales(pair, block_bytes);
-        (nibbles(pair.add(body), pair.add(block_bytes + body)), scale, minimum)
-    }
-}
-
-#[inline(always)]
-unsafe fn q5(pair: *const u8, body: usize, block_bytes: usize) -> Step {
-    // SAFETY: the caller's: two blocks.
-    unsafe {
-        let (scale, minimum) = scales(pair, block_bytes);
-        let low = nibbles(pair.add(body + 4), pair.add(block_bytes + body + 4));
-        let (a, b) = (pair.add(body).cast::<u32>().read_unaligned(), pair.add(block_bytes + body).cast::<u32>().read_unaligned());
-        let high = _mm512_maskz_set1_epi8(u64::from(a) | u64::from(b) << 32, 16);
-        (_mm512_or_si512(low, high), scale, minimum)
-    }
-}
-
-#[inline(always)]
-unsafe fn q8(pair: *const u8) -> Step {
-    // SAFETY: the caller's: two blocks of 34 bytes.
-    unsafe {
-        let (scale, minimum) = scales(pair, 34);
-        let (a, b) = (_mm256_loadu_si256(pair.add(2).cast()), _mm256_loadu_si256(pair.add(36).cast()));
-        let both = _mm512_inserti64x4::<1>(_mm512_castsi256_si512(a), b);
-        (_mm512_xor_si512(both, _mm512_set1_epi8(-128)), scale, minimum)
-    }
-}
-
-#[inline(always)]
-unsafe fn half(at: *const u8) -> f32 {
+pub(super) unsafe fn half(at: *const u8) -> f32 {
     // SAFETY: the caller's: two bytes.
     unsafe { _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(i32::from(at.cast::<u16>().read_unaligned())))) }
 }
 
 /// Eight bytes as numbers.
 #[inline(always)]
-unsafe fn eight(bytes: [u8; 8]) -> __m256 {
+pub(super) unsafe fn eight(bytes: [u8; 8]) -> __m256 {
     // SAFETY: the caller's: the instructions.
     unsafe { _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(i64::from_le_bytes(bytes)))) }
 }
@@ -223,16 +171,7 @@ unsafe fn k_6(row: &[u8], x: &Activations) -> f32 {
             let x_scales = _mm512_castps256_ps512(_mm256_loadu_ps(x.group_scales.as_ptr().add(8 * index)));
             let scales = _mm512_mul_ps(scales, _mm512_permutexvar_ps(twice, x_scales));
             for step in 0..4 {
-                let low = _mm512_loadu_si512(p.add(64 * (step / 2)).cast());
-                let high = _mm256_loadu_si256(p.add(128 + 32 * (step / 2)).cast());
-                // Of each high byte, two bits for either half.
-                let (low, high) = if step % 2 == 0 {
-                    (low, _mm512_inserti64x4::<1>(_mm512_castsi256_si512(_mm256_slli_epi16::<4>(high)), _mm256_slli_epi16::<2>(high)))
-                } else {
-                    (_mm512_srli_epi16::<4>(low), _mm512_inserti64x4::<1>(_mm512_castsi256_si512(high), _mm256_srli_epi16::<2>(high)))
-                };
-                let low = _mm512_and_si512(low, _mm512_set1_epi8(15));
-                let integers = _mm512_or_si512(low, _mm512_and_si512(high, _mm512_set1_epi8(0x30)));
+                let integers = Q6K::numbers(p, step);
                 let values = _mm512_loadu_si512(x.integers.as_ptr().add((index * 4 + step) * STEP).cast());
                 let products = _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(_mm512_setzero_si512(), integers, values));
                 let s = 4 * step as i32;

@@ -5,23 +5,21 @@
 
 use super::activations::{GROUP, QUAD, round_row};
 use super::blocks::{Format, RUN, STEP};
+use super::sixteen::*;
 use sparse_attn::parallel;
 use std::arch::x86_64::*;
 
-/// Weight rows side by side.
-pub(super) const LANES: usize = 16;
-
 /// Activations of all tokens, each token's row after the other.
 pub(super) struct Batch {
-    tokens: usize,
-    columns: usize,
-    integers: Vec<i8>,
+    pub(super) tokens: usize,
+    pub(super) columns: usize,
+    pub(super) integers: Vec<i8>,
     /// One for each [`RUN`].
-    scales: Vec<f32>,
+    pub(super) scales: Vec<f32>,
     /// The sum of the integers of each [`RUN`].
-    sums: Vec<i32>,
+    pub(super) sums: Vec<i32>,
     /// The sum of what the integers of each [`GROUP`] stand for.
-    totals: Vec<f32>,
+    pub(super) totals: Vec<f32>,
 }
 
 impl Batch {
@@ -54,36 +52,65 @@ impl Batch {
     }
 }
 
-/// Up to [`LANES`] unpacked rows.
+/// [`LANES`] unpacked rows.
 #[derive(Default)]
 pub(super) struct Panel {
     integers: Vec<u8>, // [columns / QUAD, LANES, QUAD]
-    scales: Vec<f32>,  // [columns / RUN, LANES]
-    minima: Vec<f32>,  // [columns / RUN, LANES]
+    scales: Vec<f32>,  // [columns / RUN, LANES]; where a scale lasts for two runs, the first has it
+    minima: Vec<f32>,  // as scales; as it was where the format has none
 }
 
 impl Panel {
-    /// Unpacks `rows`, at most [`LANES`] of them.
+    /// Unpacks `columns` numbers of each row.
     ///
     /// # Safety
-    /// The processor must have AVX-512.
+    /// The processor must have what [`super::avx512::is_here`] asks for; sixteen rows must be there, as long as that.
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vnni,avx2,f16c")]
-    pub(super) unsafe fn fill<'a>(&mut self, format: Format, rows: impl Iterator<Item = &'a [u8]>, columns: usize) {
-        // Lanes beyond the rows keep what they held: nobody stores their products.
+    pub(super) unsafe fn fill(&mut self, format: Format, rows: Rows, columns: usize) {
         self.integers.resize(columns * LANES, 0);
         self.scales.resize(columns / RUN * LANES, 0.0);
         self.minima.resize(columns / RUN * LANES, 0.0);
-        for (lane, row) in rows.enumerate() {
-            format.each_step(row, |step, unpacked| {
-                let quads = &mut self.integers[step * STEP * LANES..][..STEP * LANES];
-                for (to, from) in quads.chunks_exact_mut(LANES * QUAD).zip(unpacked.integers.chunks_exact(QUAD)) {
-                    to[lane * QUAD..(lane + 1) * QUAD].copy_from_slice(from);
+        // SAFETY: the caller's; there is room now.
+        unsafe {
+            match format {
+                Format::Q4_0 => self.fill_as::<Q4_0>(rows, columns),
+                Format::Q4_1 => self.fill_as::<Q4_1>(rows, columns),
+                Format::Q5_0 => self.fill_as::<Q5_0>(rows, columns),
+                Format::Q5_1 => self.fill_as::<Q5_1>(rows, columns),
+                Format::Q8_0 => self.fill_as::<Q8_0>(rows, columns),
+                Format::Q4K => self.fill_as::<Q4K>(rows, columns),
+                Format::Q5K => self.fill_as::<Q5K>(rows, columns),
+                Format::Q6K => self.fill_as::<Q6K>(rows, columns),
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn fill_as<L: Layout>(&mut self, rows: Rows, columns: usize) {
+        // SAFETY: the caller's: whole blocks, and room for what is in them.
+        unsafe {
+            let mut of_rows = Scales::zero();
+            for block in 0..columns / L::NUMBERS {
+                let rows = rows.from(block * L::BYTES);
+                L::scales(rows, &mut of_rows);
+                for of_run in 0..L::NUMBERS / RUN / L::RUNS {
+                    let at = (block * L::NUMBERS / RUN + of_run * L::RUNS) * LANES;
+                    _mm512_storeu_ps(self.scales.as_mut_ptr().add(at), of_rows.scales[of_run]);
+                    if L::MINIMUM {
+                        _mm512_storeu_ps(self.minima.as_mut_ptr().add(at), of_rows.minima[of_run]);
+                    }
                 }
-                for run in 0..STEP / RUN {
-                    let at = (step * (STEP / RUN) + run) * LANES + lane;
-                    (self.scales[at], self.minima[at]) = (unpacked.scales[run], unpacked.minima[run]);
+                for step in 0..L::NUMBERS / STEP {
+                    let mut numbers = [_mm512_setzero_si512(); LANES];
+                    for (lane, numbers) in numbers.iter_mut().enumerate() {
+                        *numbers = L::numbers(rows.at(lane), step);
+                    }
+                    let to = self.integers.as_mut_ptr().add((block * L::NUMBERS + step * STEP) * LANES);
+                    for (quad, lanes) in transpose(numbers).into_iter().enumerate() {
+                        _mm512_storeu_si512(to.add(quad * LANES * QUAD).cast(), lanes);
+                    }
                 }
-            });
+            }
         }
     }
 }

@@ -8,13 +8,19 @@ mod activations;
 mod avx512;
 mod blocks;
 #[cfg(target_arch = "x86_64")]
+mod few;
+#[cfg(target_arch = "x86_64")]
 mod many;
+#[cfg(target_arch = "x86_64")]
+mod sixteen;
 
-use super::Precision;
+use super::{Arithmetic, Precision, SumOrder};
 use activations::Activations;
 use blocks::Format;
 use candle_core::quantized::QTensor;
 use candle_core::{Device, Result, Tensor};
+#[cfg(target_arch = "x86_64")]
+use sixteen::{LANES, Rows};
 use sparse_attn::parallel::{Places, Unset};
 use sparse_attn::simd::with_f32;
 use std::ops::Range;
@@ -22,14 +28,14 @@ use std::ops::Range;
 /// Weight rows that a thread takes at a time, at least.
 const ROWS_AT_ONCE: usize = 16;
 
-/// From this many tokens on, weights are unpacked once for all.
+/// From this many tokens on, weights are unpacked once for all, where that takes vector code; fewer are multiplied here on every processor.
 pub(crate) const MANY_TOKENS: usize = 16;
 
-/// Whether [`multiply`] is the fast way for this matrix and that many tokens.
-pub(super) fn supports(weight: &QTensor, tokens: usize) -> bool {
+/// Whether [`multiply`] is the way for this matrix and that many tokens.
+pub(super) fn supports(weight: &QTensor, tokens: usize, order: SumOrder) -> bool {
     let columns = weight.shape().dims().get(1).copied().unwrap_or(0);
     let fits = weight.device().is_cpu() && Format::of(weight.dtype()).is_some_and(|format| columns % format.multiple() == 0 && columns > 0);
-    fits && (tokens < MANY_TOKENS || unpacks_fast())
+    fits && (tokens < MANY_TOKENS || unpacks_fast() || order == SumOrder::Fixed)
 }
 
 /// Whether unpacked weights meet many tokens in vector code here.
@@ -45,21 +51,21 @@ pub(super) fn unpacks_fast() -> bool {
 ///
 /// # Errors
 /// If a width differs or the matrices are not on the CPU.
-pub(super) fn multiply(x: &Tensor, weights: &[&QTensor], precision: Precision) -> Result<Vec<Tensor>> {
+pub(super) fn multiply(x: &Tensor, weights: &[&QTensor], arithmetic: Arithmetic) -> Result<Vec<Tensor>> {
     let (tokens, columns) = x.dims2()?;
-    with_f32(x, |x| multiply_host(x, [tokens, columns], weights, precision))
+    with_f32(x, |x| multiply_host(x, [tokens, columns], weights, arithmetic))
 }
 
 /// `x`: `[tokens, columns]`
-fn multiply_host(x: &[f32], [tokens, columns]: [usize; 2], weights: &[&QTensor], precision: Precision) -> Result<Vec<Tensor>> {
-    let mut products = multiply_rounded(x, [tokens, columns], weights)?;
-    if precision == Precision::Int16 {
+fn multiply_host(x: &[f32], [tokens, columns]: [usize; 2], weights: &[&QTensor], arithmetic: Arithmetic) -> Result<Vec<Tensor>> {
+    let mut products = multiply_rounded(x, [tokens, columns], weights, arithmetic.order)?;
+    if arithmetic.precision == Precision::Int16 {
         let rounded = |row: &[f32]| Activations::new(row).values();
         let rest: Vec<f32> = x
             .chunks_exact(columns)
             .flat_map(|row| row.iter().zip(rounded(row)).map(|(x, rounded)| x - rounded).collect::<Vec<_>>())
             .collect();
-        for (product, more) in products.iter_mut().zip(multiply_rounded(&rest, [tokens, columns], weights)?) {
+        for (product, more) in products.iter_mut().zip(multiply_rounded(&rest, [tokens, columns], weights, arithmetic.order)?) {
             product.iter_mut().zip(more).for_each(|(sum, more)| *sum += more);
         }
     }
@@ -67,7 +73,7 @@ fn multiply_host(x: &[f32], [tokens, columns]: [usize; 2], weights: &[&QTensor],
 }
 
 /// [`multiply`] with activations in 8 bits.
-fn multiply_rounded(x: &[f32], [tokens, columns]: [usize; 2], weights: &[&QTensor]) -> Result<Vec<Vec<f32>>> {
+fn multiply_rounded(x: &[f32], [tokens, columns]: [usize; 2], weights: &[&QTensor], order: SumOrder) -> Result<Vec<Vec<f32>>> {
     let (mut parts, mut outs) = (Vec::with_capacity(weights.len()), Vec::with_capacity(weights.len()));
     let mut total = 0;
     for weight in weights {
@@ -85,22 +91,22 @@ fn multiply_rounded(x: &[f32], [tokens, columns]: [usize; 2], weights: &[&QTenso
         total += rows;
     }
     let places: Vec<Places<f32>> = outs.iter_mut().map(Unset::places).collect();
-    fill(x, columns, &parts, &places);
+    fill(x, columns, &parts, &places, order);
     // SAFETY: each row of each matrix met every token.
     Ok(outs.into_iter().map(|out| unsafe { out.set() }).collect())
 }
 
 /// Every row of every matrix against every token, into `outs` `[tokens, rows]`.
-fn fill(x: &[f32], columns: usize, parts: &[Part<'_>], outs: &[Places<f32>]) {
+fn fill(x: &[f32], columns: usize, parts: &[Part<'_>], outs: &[Places<f32>], order: SumOrder) {
     #[cfg(target_arch = "x86_64")]
-    if x.len() / columns >= MANY_TOKENS && unpacks_fast() {
-        return multiply_many(&many::Batch::new(x, columns), columns, parts, outs);
+    if unpacks_fast() && (x.len() / columns >= MANY_TOKENS || order == SumOrder::Fixed) {
+        return fill_by_sixteen(&many::Batch::new(x, columns), parts, outs);
     }
-    multiply_few(x, columns, parts, outs);
+    fill_by_row(x, columns, parts, outs);
 }
 
-/// A few tokens against each row as it is unpacked.
-fn multiply_few(x: &[f32], columns: usize, parts: &[Part<'_>], outs: &[Places<f32>]) {
+/// Each row against each token: in one order for any number of them.
+fn fill_by_row(x: &[f32], columns: usize, parts: &[Part<'_>], outs: &[Places<f32>]) {
     let rows_of_x: Vec<Activations> = x.chunks_exact(columns).map(Activations::new).collect();
     let total = parts.last().map_or(0, |part| part.rows.end);
     let chunks = total.div_ceil(ROWS_AT_ONCE);
@@ -122,22 +128,36 @@ fn multiply_few(x: &[f32], columns: usize, parts: &[Part<'_>], outs: &[Places<f3
     });
 }
 
-/// All tokens against panels of unpacked rows.
+/// Sixteen rows at a time: unpacked for all tokens, or against one after the other as they are unpacked. Both sum in one order.
 #[cfg(target_arch = "x86_64")]
-fn multiply_many(x: &many::Batch, columns: usize, parts: &[Part<'_>], outs: &[Places<f32>]) {
+fn fill_by_sixteen(x: &many::Batch, parts: &[Part<'_>], outs: &[Places<f32>]) {
     let panels: Vec<(usize, usize)> =
-        parts.iter().enumerate().flat_map(|(part, of)| (0..of.rows.len()).step_by(many::LANES).map(move |row| (part, row))).collect();
+        parts.iter().enumerate().flat_map(|(part, of)| (0..of.rows.len()).step_by(LANES).map(move |row| (part, row))).collect();
     candle_core::utils::barrier_pool().execute_chunked(panels.len(), |range| {
-        let mut panel = many::Panel::default();
+        let (mut panel, mut padded) = (many::Panel::default(), Vec::new());
         for (index, first) in &panels[range] {
             let (part, out) = (&parts[*index], &outs[*index]);
-            let lanes = many::LANES.min(part.rows.len() - first);
-            let rows = part.bytes[first * part.row_bytes..(first + lanes) * part.row_bytes].chunks_exact(part.row_bytes);
-            // SAFETY: the caller asked for the instructions. `out` holds tokens * rows numbers; these columns of it are
-            // written by the one thread that got this panel.
+            let (rows, lanes) = (part.rows.len(), LANES.min(part.rows.len() - first));
+            let mut bytes = &part.bytes[first * part.row_bytes..(first + lanes) * part.row_bytes];
+            if lanes < LANES {
+                padded.clear();
+                padded.extend_from_slice(bytes);
+                padded.resize(LANES * part.row_bytes, 0);
+                bytes = &padded;
+            }
+            let sixteen = Rows { first: bytes.as_ptr(), row_bytes: part.row_bytes };
+            // SAFETY: the caller asked for the instructions. Sixteen rows of x.columns are there. `out` holds tokens * rows numbers; these
+            // columns of it are written by the one thread that got this panel.
             unsafe {
-                panel.fill(part.format, rows, columns);
-                many::multiply(part.format, &panel, x, out.at(*first), part.rows.len(), lanes);
+                if x.tokens < MANY_TOKENS {
+                    for token in 0..x.tokens {
+                        let products = few::multiply(part.format, sixteen, x, token);
+                        (0..lanes).for_each(|lane| *out.at(token * rows + first + lane) = products[lane]);
+                    }
+                } else {
+                    panel.fill(part.format, sixteen, x.columns);
+                    many::multiply(part.format, &panel, x, out.at(*first), rows, lanes);
+                }
             }
         }
     });
@@ -174,12 +194,31 @@ mod tests {
             let (rows, columns, tokens) = (37, 512, 29);
             let weight = QTensor::quantize(&Tensor::randn(0f32, 1.0, (rows, columns), &Device::Cpu)?, dtype)?;
             let x = Tensor::randn(0f32, 1.0, (tokens, columns), &Device::Cpu)?;
-            let many = multiply(&x, &[&weight, &weight], Precision::Int8)?;
+            let many = multiply(&x, &[&weight, &weight], Arithmetic::default())?;
             for token in 0..tokens {
-                let one = multiply(&x.narrow(0, token, 1)?, &[&weight], Precision::Int8)?;
+                let one = multiply(&x.narrow(0, token, 1)?, &[&weight], Arithmetic::default())?;
                 for many in &many {
                     let difference = (many.narrow(0, token, 1)? - &one[0])?.abs()?.flatten_all()?.max(0)?.to_scalar::<f32>()?;
                     assert!(difference < 2e-4, "{dtype:?} token {token}: {difference}");
+                }
+            }
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn in_a_fixed_order_a_token_is_the_same_in_any_company() -> Result<()> {
+        let arithmetic = Arithmetic { order: SumOrder::Fixed, ..Arithmetic::default() };
+        for dtype in FORMATS {
+            let (rows, columns, tokens) = (37, 512, 29);
+            let weight = QTensor::quantize(&Tensor::randn(0f32, 1.0, (rows, columns), &Device::Cpu)?, dtype)?;
+            let x = Tensor::randn(0f32, 1.0, (tokens, columns), &Device::Cpu)?;
+            let all = multiply(&x, &[&weight], arithmetic)?.remove(0).to_vec2::<f32>()?;
+            for chunk in [1, 2, 3, 5, 16, 28] {
+                for first in (0..tokens).step_by(chunk) {
+                    let count = chunk.min(tokens - first);
+                    let part = multiply(&x.narrow(0, first, count)?, &[&weight], arithmetic)?.remove(0).to_vec2::<f32>()?;
+                    assert_eq!(part, all[first..first + count], "{dtype:?}: {count} tokens from {first} on");
                 }
             }
         }
@@ -193,7 +232,11 @@ mod tests {
             let x = Tensor::randn(0f32, 1.0, (tokens, 512), &Device::Cpu)?;
             let exact = x.matmul(&weight.dequantize(&Device::Cpu)?.t()?)?;
             let error = |precision| -> Result<f32> {
-                (&multiply(&x, &[&weight], precision)?[0] - &exact)?.abs()?.flatten_all()?.max(0)?.to_scalar::<f32>()
+                (&multiply(&x, &[&weight], Arithmetic { precision, ..Arithmetic::default() })?[0] - &exact)?
+                    .abs()?
+                    .flatten_all()?
+                    .max(0)?
+                    .to_scalar::<f32>()
             };
             let (rounded, exact) = (error(Precision::Int8)?, error(Precision::Int16)?);
             assert!(rounded > 0.05 && exact < 0.005, "{tokens} tokens: {rounded}, {exact}");
@@ -210,9 +253,9 @@ mod tests {
             let weight = QTensor::quantize(&Tensor::from_vec(dense, (rows, columns), &Device::Cpu)?, dtype)?;
             let unpacked = weight.dequantize(&Device::Cpu)?.to_vec2::<f32>()?;
             let x: Vec<f32> = (0..3 * columns).map(|i| ((i * 31 % 1009) as f32 / 500.0 - 1.0) * (1.0 + (i / 40 % 7) as f32)).collect();
-            assert!(supports(&weight, 1));
+            assert!(supports(&weight, 1, SumOrder::Fastest));
             let x_tensor = Tensor::from_vec(x.clone(), (3, columns), &Device::Cpu)?;
-            let out = multiply(&x_tensor, &[&weight, &weight], Precision::Int8)?;
+            let out = multiply(&x_tensor, &[&weight, &weight], Arithmetic::default())?;
             assert_eq!(out[0].to_vec2::<f32>()?, out[1].to_vec2::<f32>()?);
             let out = out[0].to_vec2::<f32>()?;
             let format = Format::of(dtype).expect("supported");
