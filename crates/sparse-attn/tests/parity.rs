@@ -41,11 +41,17 @@ impl Case {
     }
 
     fn run(&self, backend: &Arc<dyn AttentionBackend>, dtype: KvDtype, chunk: usize) -> Result<Tensor> {
+        let cuts: Vec<usize> = (0..self.tokens()).step_by(chunk).map(|first| chunk.min(self.tokens() - first)).collect();
+        self.run_cut(backend, dtype, &cuts)
+    }
+
+    /// In steps of these lengths.
+    fn run_cut(&self, backend: &Arc<dyn AttentionBackend>, dtype: KvDtype, cuts: &[usize]) -> Result<Tensor> {
         let attention = RoutedAttention::dense(backend.clone());
         let mut cache = KvCache::new(&[self.spec], dtype.into(), &Device::Cpu, 0)?;
         let mut parts = Vec::new();
-        while cache.len() < self.tokens() {
-            let step = cache.reserve(chunk.min(self.tokens() - cache.len()))?;
+        for len in cuts {
+            let step = cache.reserve(*len)?;
             let part = |x: &Tensor| x.narrow(0, step.start, step.len);
             let (q, k, v) = (part(&self.q)?, part(&self.k)?, part(&self.v)?);
             let input = AttentionInput { hidden: &q, q: &q, k: &k, k_before_rope: &k, v: &v, scale: 0.3 };
@@ -240,26 +246,16 @@ fn shapes_that_do_not_fit_are_errors_with_both_shapes() -> Result<()> {
 
 #[test]
 fn sums_do_not_depend_on_how_many_queries_a_step_has() -> Result<()> {
-    // More keys than a split has, so that single queries are shared by threads and the others are not.
-    let (shape, tokens) = (HeadShape::new(6, 2, 64)?, 1200);
-    let random = |heads: usize| Tensor::randn(0f32, 1.0, (tokens, heads, 64), &Device::Cpu);
-    let (q, k, v) = (random(6)?, random(2)?, random(2)?);
-    let attention = RoutedAttention::dense(Arc::new(Cpu));
-    let run = |cuts: &[usize]| -> Result<Vec<f32>> {
-        let mut cache = KvCache::new(&[LayerSpec::full(shape)], KvDtype::F16.into(), &Device::Cpu, tokens)?;
-        let mut out = Vec::new();
-        for len in cuts {
-            let step = cache.reserve(*len)?;
-            let part = |x: &Tensor| x.narrow(0, step.start, step.len);
-            let (q, k, v) = (part(&q)?, part(&k)?, part(&v)?);
-            let input = AttentionInput { hidden: &q, q: &q, k: &k, k_before_rope: &k, v: &v, scale: 0.125 };
-            out.extend(attention.forward(0, input, step, &mut cache)?.flatten_all()?.to_vec1::<f32>()?);
-            cache.commit(step)?;
+    // More keys than a split has, so that single queries are shared by threads and the others are not; and windows that begin and end
+    // anywhere in a split, a pair of octets and an octet.
+    let tokens = 1200;
+    for sliding_window in [None, Some(100), Some(517), Some(700)] {
+        let case = Case::new((6, 2, 64, sliding_window, tokens))?;
+        let run = |cuts: &[usize]| case.run_cut(&(Arc::new(Cpu) as Arc<dyn AttentionBackend>), KvDtype::F16, cuts);
+        let whole = run(&[tokens])?.flatten_all()?.to_vec1::<f32>()?;
+        for cuts in [[[64; 18].as_slice(), &[1; 48]].concat(), [&[600, 7, 8, 9], [32; 18].as_slice()].concat(), vec![1; tokens]] {
+            assert!(whole == run(&cuts)?.flatten_all()?.to_vec1::<f32>()?, "window {sliding_window:?}, steps {cuts:?}");
         }
-        Ok(out)
-    };
-    let whole = run(&[tokens])?;
-    assert!(whole == run(&[[64; 18].as_slice(), &[1; 48]].concat())?);
-    assert!(whole == run(&[&[600, 7, 8, 9], [32; 18].as_slice()].concat())?);
+    }
     Ok(())
 }

@@ -1,6 +1,6 @@
 //! Which keys an item reads: octets of slots, and which lanes of each a query sees.
 
-use crate::cache::{LayerStore, OCTET, PAGE_SIZE};
+use crate::cache::{LANES, LayerStore, OCTET, PAGE_SIZE};
 use std::ops::Range;
 
 /// `position` of an octet of kept tokens: all are before every window.
@@ -52,7 +52,9 @@ pub(super) fn set_octets(store: &LayerStore, head: usize, queries: &Range<usize>
         }
     };
     let Some(admitted) = store.admitted(head) else {
-        ranges.iter().for_each(|range| push(store.table().recent(head), range.clone(), true));
+        // Where a window slides, whole pairs of octets: a key's lane does not depend on where the window begins.
+        let unit = if store.sliding_window().is_some() { LANES } else { 1 };
+        ranges.iter().for_each(|range| push(store.table().recent(head), range.start / unit * unit..range.end, true));
         return;
     };
     let frontier = store.frontier();
@@ -68,6 +70,22 @@ pub(super) fn set_octets(store: &LayerStore, head: usize, queries: &Range<usize>
 }
 
 impl Reads<'_> {
+    /// The octets, `count` at a time. Where a window slides, they are cut at the same positions wherever it begins.
+    pub(super) fn parts(&self, count: usize) -> impl Iterator<Item = Range<usize>> {
+        let first = match self.octets.first() {
+            Some(octet) if self.store.sliding_window().is_some() && octet.position != KEPT => octet.position / OCTET % count,
+            _ => 0,
+        };
+        let all = self.octets.len();
+        let starts = std::iter::once(0).chain((count - first..all).step_by(count));
+        starts.map(move |start| start..all.min(start + if start == 0 { count - first } else { count }))
+    }
+
+    /// Some of the octets.
+    pub(super) fn some(&self, octets: Range<usize>) -> Self {
+        Self { store: self.store, kv_head: self.kv_head, queries: self.queries.clone(), octets: &self.octets[octets] }
+    }
+
     /// Whether all queries of the item see the same lanes of `octet`.
     pub(super) fn is_shared(&self, octet: OctetRef) -> bool {
         self.queries.len() == 1

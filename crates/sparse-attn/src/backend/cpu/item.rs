@@ -104,7 +104,8 @@ pub(super) fn attend(
     }
     scratch.scores.resize(rows * BLOCK_OCTETS * OCTET, 0.0);
 
-    for octets in reads.octets.chunks(BLOCK_OCTETS) {
+    for part in reads.parts(BLOCK_OCTETS) {
+        let octets = &reads.octets[part];
         let stride = octets.len().next_multiple_of(2) * OCTET;
         score(octets, rows, k, scratch);
         let scores = &mut scratch.scores[..rows * stride];

@@ -122,19 +122,23 @@ impl Workspace {
                 set_octets(store, head, queries, ranges, octets);
             },
         );
-        let most = if step.len <= MAX_SPLIT_QUERIES { SPLIT_OCTETS } else { usize::MAX };
         let mut count = 0;
         for (list, List { octets, .. }) in lists[..wanted].iter().enumerate() {
-            let mut first = 0;
-            while first < octets.len() {
-                let end = octets.len().min(first.saturating_add(most));
+            let mut push = |octets: Range<usize>, split: bool| {
                 if count == items.len() {
                     items.push(Item::default());
                 }
                 let item = &mut items[count];
-                (item.list, item.octets, item.split) = (list, first..end, octets.len() > most);
-                (first, count) = (end, count + 1);
+                (item.list, item.octets, item.split) = (list, octets, split);
+                count += 1;
+            };
+            if step.len > MAX_SPLIT_QUERIES {
+                push(0..octets.len(), false);
+                continue;
             }
+            let (kv_head, queries) = (list / pieces.len(), pieces[list % pieces.len()].clone());
+            let reads = Reads { store, kv_head, queries, octets };
+            reads.parts(SPLIT_OCTETS).for_each(|part| push(part.clone(), part.len() < octets.len()));
         }
         count
     }
@@ -151,10 +155,9 @@ fn attend(reads: &Reads<'_>, input: Input<'_>, scratch: &mut Scratch, partial: &
 /// however a prompt was cut into steps.
 fn attend_whole(reads: &Reads<'_>, input: Input<'_>, scratch: &mut Scratch, out: &Places<f32>) {
     let (mut whole, mut next) = (std::mem::take(&mut scratch.whole), std::mem::take(&mut scratch.next));
-    for (split, octets) in reads.octets.chunks(SPLIT_OCTETS).enumerate() {
-        let part = Reads { store: reads.store, kv_head: reads.kv_head, queries: reads.queries.clone(), octets };
+    for (split, octets) in reads.parts(SPLIT_OCTETS).enumerate() {
         let partial = if split == 0 { &mut whole } else { &mut next };
-        attend(&part, input, scratch, partial);
+        attend(&reads.some(octets), input, scratch, partial);
         if split > 0 {
             whole.merge(&next);
         }
