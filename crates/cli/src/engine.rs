@@ -4,6 +4,7 @@ use crate::args::{AttentionArgs, DeviceChoice, ModelArgs, SamplingArgs, Template
 use crate::crossover;
 use crate::device;
 use crate::failure::{Failure, Kind, damaged};
+use crate::memory;
 use crate::plan::{self, Plan};
 use crate::routing;
 use crate::source::{self, Hub, Located, ModelReference};
@@ -70,19 +71,24 @@ enum EndTokens {
 }
 
 /// Tokens of a prompt to compute at once: weights are unpacked once for all of them, but their activations should stay in a
-/// cache. Where tokens are dropped as a window moves on, those of a chunk come on top of it: there the fewest.
+/// cache, and small beside the weights. Where tokens are dropped as a window moves on, those of a chunk come on top of it: there few.
 fn chunk(config: &Config, attention: &RoutedAttention, device: &Device) -> usize {
-    const ACTIVATIONS: usize = 20 << 20;
+    /// Tokens, and the most bytes that one of their widest activations may take.
+    const SIZES: [(usize, usize); 3] = [(2048, 20 << 20), (1024, 20 << 20), (FEW_AT_ONCE, 12 << 20)];
     let drops = config.sliding_window.iter().any(Option::is_some) || attention.routing().token_router.kept_fraction() < 1.0;
-    let fits = |tokens: &usize| tokens * config.intermediate_size * size_of::<f32>() <= ACTIVATIONS;
     if device.is_cuda() && !drops {
         return MOST_AT_ONCE;
     }
-    if drops { FEWEST_AT_ONCE } else { [2048, 1024].into_iter().find(fits).unwrap_or(FEWEST_AT_ONCE) }
+    if drops {
+        return FEW_AT_ONCE;
+    }
+    let fits = |(tokens, most): &(usize, usize)| tokens * config.intermediate_size * size_of::<f32>() <= *most;
+    SIZES.into_iter().find(fits).map_or(FEWEST_AT_ONCE, |(tokens, _)| tokens)
 }
 
-/// Tokens computed at once, at the least, where nothing is asked for.
-pub(crate) const FEWEST_AT_ONCE: usize = 512;
+/// Tokens computed at once where it is to be few, and where their activations are very wide.
+pub(crate) const FEW_AT_ONCE: usize = 512;
+const FEWEST_AT_ONCE: usize = 256;
 
 /// And at the most: on a GPU, where weights are unpacked in memory, not in a cache.
 const MOST_AT_ONCE: usize = 4096;
@@ -120,7 +126,8 @@ impl Checkpoint {
         let defaults = GenerationDefaults::read(&located, &weights)?;
         let dtypes = routing::dtypes(attention);
         let (device, attend) = backend(args.machine.device, device, weights.config(), dtypes, hub.ui)?;
-        let weights = weights.on(&device);
+        let mut weights = weights.on(&device);
+        weights.forget_vocabulary();
         let mut checkpoint =
             Self { located, weights, tokenizer, template, defaults, device, attention: attend, dtypes, chunk: 0, protected: 0 };
         if let Some(system) = system {
@@ -257,7 +264,11 @@ impl Checkpoint {
         )?;
         let plan = Plan::new(self.config(), self.weights_bytes(), self.storage(), context);
         let started = Instant::now();
+        memory::give_back();
         let model = model::load(&self.weights).map_err(damaged).with_context(|| self.located.id.clone())?;
+        self.weights.let_go();
+        memory::give_back();
+        memory::keep_freed();
         Ok(Engine { model, plan, load_time: started.elapsed(), checkpoint: self })
     }
 }

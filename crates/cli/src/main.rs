@@ -7,6 +7,7 @@ mod device;
 mod engine;
 mod failure;
 mod interrupt;
+mod memory;
 mod plan;
 mod routing;
 mod source;
@@ -22,20 +23,7 @@ use source::Hub;
 use std::process::ExitCode;
 use ui::{PipeClosed, Ui};
 
-/// Tensors come and go with every operation: the system's allocator would map and fault their pages anew each time.
-#[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
-
-/// `mi_option_purge_delay` of mimalloc.h, for which libmimalloc-sys has no name.
-const PURGE_DELAY: libmimalloc_sys::mi_option_t = 15;
-
-/// Milliseconds after which freed memory goes back to the system: longer than a chunk of a prompt takes, or the next one faults
-/// and clears it all again.
-const KEEP_FREED: std::ffi::c_long = 10_000;
-
 fn main() -> ExitCode {
-    // SAFETY: an option of the allocator, which it reads when it next frees.
-    unsafe { libmimalloc_sys::mi_option_set(PURGE_DELAY, KEEP_FREED) };
     let cli = Cli::parse_from(args::gather_flags_of_b(std::env::args_os()));
     log_to_stderr(cli.global.verbose);
     set_threads(&cli.command);

@@ -2,7 +2,7 @@
 
 use super::input::{prompt_ids, prompt_text};
 use crate::args::Route;
-use crate::engine::{Checkpoint, Engine, FEWEST_AT_ONCE};
+use crate::engine::{Checkpoint, Engine, FEW_AT_ONCE};
 use crate::failure::{Failure, Kind, unexpected};
 use crate::interrupt::Interrupt;
 use crate::routing;
@@ -52,7 +52,7 @@ pub(crate) fn run(args: &Route, hub: &Hub, ui: Ui, interrupt: &Interrupt) -> Res
         engine.checkpoint.dtypes,
         &prompt,
         args.steps as usize,
-        engine.checkpoint.chunk.min(FEWEST_AT_ONCE),
+        engine.checkpoint.chunk.min(FEW_AT_ONCE),
         |done| {
             bar.set_position(done as u64);
             interrupt.flow()

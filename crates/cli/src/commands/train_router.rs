@@ -2,7 +2,7 @@
 
 use super::input::read_file;
 use crate::args::{AttentionArgs, TemplateArgs, TrainRouter};
-use crate::engine::{Checkpoint, FEWEST_AT_ONCE};
+use crate::engine::{Checkpoint, FEW_AT_ONCE};
 use crate::failure::{Failure, Kind, damaged, unexpected};
 use crate::interrupt::Interrupt;
 use crate::plan;
@@ -44,7 +44,7 @@ pub(crate) fn run(args: &TrainRouter, hub: &Hub, ui: Ui, interrupt: &Interrupt) 
         window: args.window as usize,
         keep: args.keep.unwrap_or(KEEP),
         ridge: args.ridge,
-        chunk: checkpoint.chunk.min(FEWEST_AT_ONCE),
+        chunk: checkpoint.chunk.min(FEW_AT_ONCE),
         state: Some(state.clone()),
         ..TrainOptions::default()
     };
@@ -165,7 +165,7 @@ fn of_published(args: &TrainRouter, gates: &Path, texts: &[String], checkpoint: 
     let options = CalibrateOptions {
         sinks: TrainOptions::default().sinks,
         keep: args.keep.unwrap_or(KEEP),
-        chunk: checkpoint.chunk.min(FEWEST_AT_ONCE),
+        chunk: checkpoint.chunk.min(FEW_AT_ONCE),
     };
     let fingerprint = checkpoint.weights.fingerprint().map_err(damaged)?;
     let engine = checkpoint.load(length, &args.model)?;
@@ -229,7 +229,7 @@ fn check_memory(checkpoint: &Checkpoint, length: usize, args: &TrainRouter) -> R
     let (layers, width) = (config.num_layers as u64, config.hidden_size as u64);
     let sums = layers * (width + 1) * (width + 1) * 8;
     let sequence = layers * length as u64 * (width + config.heads.kv_heads() as u64) * 4;
-    let scores = 3 * (checkpoint.chunk.min(FEWEST_AT_ONCE) * config.heads.q_heads() * length * 4) as u64;
+    let scores = 3 * (checkpoint.chunk.min(FEW_AT_ONCE) * config.heads.q_heads() * length * 4) as u64;
     let (needed, free) =
         (checkpoint.weights_bytes() + sums + sequence + scores, plan::available(args.model.machine.mem_limit, &checkpoint.device));
     if needed <= free {

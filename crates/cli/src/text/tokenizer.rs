@@ -6,14 +6,16 @@ use anyhow::{Context, Result, anyhow};
 use model::weights::gguf::GgufFile;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
+use std::sync::OnceLock;
 use tokenizers::{AddedToken, Tokenizer};
 
 /// Encodes and decodes. Cheap to keep, not to make: a big vocabulary takes a second.
 #[derive(Debug)]
 pub(crate) struct TextTokenizer {
     inner: Tokenizer,
-    /// The same, but special tokens in the text are spelled out instead of recognised.
-    literal: Tokenizer,
+    /// The same, but special tokens in the text are spelled out instead of recognised; made when such a text comes, for a copy takes tens of
+    /// megabytes.
+    literal: OnceLock<Box<Tokenizer>>,
     specials: Vec<String>,
     bos: Option<u32>,
     adds_bos: AddsBos,
@@ -54,11 +56,9 @@ impl TextTokenizer {
         // A published file may carry the limits of a training run: nothing is ever cut silently.
         let _ = inner.with_truncation(None);
         inner.with_padding(None);
-        let mut literal = inner.clone();
-        literal.set_encode_special_tokens(true);
         let specials =
             inner.get_added_tokens_decoder().into_values().filter(|token: &AddedToken| token.special).map(|token| token.content).collect();
-        Self { inner, literal, specials, bos, adds_bos }
+        Self { inner, literal: OnceLock::new(), specials, bos, adds_bos }
     }
 
     /// Number of ids.
@@ -90,11 +90,19 @@ impl TextTokenizer {
             // Templates print contents in order, at most trimmed; one that does not is encoded as it stands.
             let Some(at) = rest.find(content) else { continue };
             ids.extend(Self::ids(&self.inner, &rest[..at], false)?);
-            ids.extend(Self::ids(&self.literal, content, false)?);
+            ids.extend(Self::ids(self.literal(), content, false)?);
             rest = &rest[at + content.len()..];
         }
         ids.extend(Self::ids(&self.inner, rest, false)?);
         Ok(ids)
+    }
+
+    fn literal(&self) -> &Tokenizer {
+        self.literal.get_or_init(|| {
+            let mut literal = Box::new(self.inner.clone());
+            literal.set_encode_special_tokens(true);
+            literal
+        })
     }
 
     fn ids(tokenizer: &Tokenizer, text: &str, add_special: bool) -> Result<Vec<u32>> {

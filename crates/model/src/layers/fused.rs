@@ -1,17 +1,19 @@
 //! The steps between products, on the host: one pass each, on all threads. Other devices run candle's own operations.
 
 use crate::config::Activation;
-use candle_core::{CpuStorage, CustomOp2, CustomOp3, Layout, Result, Shape, Tensor, bail};
+use candle_core::{CpuStorage, CustomOp2, CustomOp3, InplaceOp2, Layout, Result, Shape, Tensor, bail};
 use sparse_attn::simd::exp;
 use sparse_attn::{parallel, vectorised};
 
-/// `activation(gate) * up`, of one shape, f32.
+/// `activation(gate) * up`, of one shape, f32, in the place of `gate`, which nobody else may hold: these are a model's widest rows.
 ///
 /// # Errors
 /// If the shapes differ.
-pub(super) fn gated(activation: Activation, gate: &Tensor, up: &Tensor) -> Result<Tensor> {
+pub(super) fn gated(activation: Activation, gate: Tensor, up: &Tensor) -> Result<Tensor> {
     if gate.device().is_cpu() {
-        return gate.contiguous()?.apply_op2_no_bwd(&up.contiguous()?, &Gated(activation));
+        let gate = gate.contiguous()?;
+        gate.inplace_op2(&up.contiguous()?, &Gated(activation))?;
+        return Ok(gate);
     }
     match activation {
         Activation::Silu => gate.silu()? * up,
@@ -73,16 +75,18 @@ fn one_shape(name: &str, a: &Layout, b: &Layout) -> Result<Shape> {
 
 struct Gated(Activation);
 
-impl CustomOp2 for Gated {
+impl InplaceOp2 for Gated {
     fn name(&self) -> &'static str {
         "gated"
     }
 
-    fn cpu_fwd(&self, gate: &CpuStorage, gate_layout: &Layout, up: &CpuStorage, up_layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let shape = one_shape("gated", gate_layout, up_layout)?;
-        let (gate, up) = (numbers(gate, gate_layout)?, numbers(up, up_layout)?);
-        let fill = |at: usize, out: &mut [f32]| gated_chunk(self.0, &gate[at..at + out.len()], &up[at..at + out.len()], out);
-        Ok((fill_rows(gate.len(), 1, fill), shape))
+    fn cpu_fwd(&self, gate: &mut CpuStorage, gate_layout: &Layout, up: &CpuStorage, up_layout: &Layout) -> Result<()> {
+        one_shape("gated", gate_layout, up_layout)?;
+        let CpuStorage::F32(gate) = gate else { bail!("gated: the gate is not f32") };
+        let gate = &mut gate[gate_layout.start_offset()..][..gate_layout.shape().elem_count()];
+        let mut parts: Vec<_> = gate.chunks_mut(CHUNK).zip(numbers(up, up_layout)?.chunks(CHUNK)).collect();
+        parallel::for_each_mut(&mut parts, || (), |(), _, (gate, up)| gated_chunk(self.0, gate, up));
+        Ok(())
     }
 }
 
@@ -155,7 +159,7 @@ impl CustomOp3 for Rotate {
 }
 
 vectorised! {
-    fn gated_chunk(activation: Activation, gate: &[f32], up: &[f32], out: &mut [f32]) -> () = gated_loop;
+    fn gated_chunk(activation: Activation, gate: &mut [f32], up: &[f32]) -> () = gated_loop;
     fn add_chunk(a: &[f32], b: &[f32], out: &mut [f32]) -> () = add_loop;
     fn norm_rows(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) -> () = norm_loop;
     /// Heads of one token.
@@ -163,14 +167,14 @@ vectorised! {
 }
 
 #[inline(always)]
-fn gated_loop(activation: Activation, gate: &[f32], up: &[f32], out: &mut [f32]) {
-    let rows = out.iter_mut().zip(gate).zip(up);
+fn gated_loop(activation: Activation, gate: &mut [f32], up: &[f32]) {
+    let rows = gate.iter_mut().zip(up);
     match activation {
-        Activation::Silu => rows.for_each(|((out, gate), up)| *out = gate * sigmoid(*gate) * up),
+        Activation::Silu => rows.for_each(|(gate, up)| *gate *= sigmoid(*gate) * up),
         // 1 + tanh(u) = 2 sigmoid(2u)
-        Activation::GeluTanh => rows.for_each(|((out, gate), up)| {
-            let u = (2.0 / std::f32::consts::PI).sqrt() * gate * (0.044715 * gate).mul_add(*gate, 1.0);
-            *out = gate * sigmoid(2.0 * u) * up;
+        Activation::GeluTanh => rows.for_each(|(gate, up)| {
+            let u = (2.0 / std::f32::consts::PI).sqrt() * *gate * (0.044715 * *gate).mul_add(*gate, 1.0);
+            *gate *= sigmoid(2.0 * u) * up;
         }),
     }
 }
@@ -237,9 +241,9 @@ mod tests {
                 Activation::Silu => gate.silu()?,
                 Activation::GeluTanh => gate.gelu()?,
             };
-            let off = difference(&gated(activation, &gate, &up)?, &(want * &up)?)?;
+            let off = difference(&gated(activation, gate.copy()?, &up)?, &(want * &up)?)?;
             assert!(off < 1e-4, "{activation:?}: {off}");
-            let nan = gated(activation, &(&gate * f64::NAN)?, &up)?.flatten_all()?.to_vec1::<f32>()?;
+            let nan = gated(activation, (&gate * f64::NAN)?, &up)?.flatten_all()?.to_vec1::<f32>()?;
             assert!(nan.iter().all(|x| x.is_nan()));
         }
         Ok(())

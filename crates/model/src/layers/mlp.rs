@@ -39,6 +39,8 @@ impl GatedMlp {
     /// If the widths differ.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let [gate, up] = Linear::forward_each([&self.gate, &self.up], x)?;
-        self.down.forward(&gated(self.activation, &gate, &up)?)
+        let inner = gated(self.activation, gate, &up)?;
+        drop(up);
+        self.down.forward(&inner)
     }
 }

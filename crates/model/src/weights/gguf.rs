@@ -104,6 +104,13 @@ impl GgufFile {
         self.metadata.get(key)
     }
 
+    /// Forgets the vocabulary, which takes tens of megabytes, once a tokenizer was made of it. Its keys are then as if they had not been there.
+    pub fn forget_vocabulary(&mut self) {
+        for key in ["tokens", "merges", "scores", "token_type"] {
+            self.metadata.remove(&format!("tokenizer.ggml.{key}"));
+        }
+    }
+
     /// Every metadata key, sorted.
     pub fn keys(&self) -> Vec<&str> {
         let mut keys: Vec<&str> = self.metadata.keys().map(String::as_str).collect();
@@ -250,7 +257,7 @@ impl GgufFile {
     pub fn load(&self, name: &str, shape: &[usize], device: &Device) -> Result<QTensor> {
         let (info, bytes) = self.find(name, shape)?;
         let tensor = QTensor::new(QStorage::from_data(Cow::Borrowed(bytes), device, info.dtype)?, shape);
-        self.let_go(info);
+        self.let_go_of_tensor(info);
         tensor
     }
 
@@ -258,7 +265,7 @@ impl GgufFile {
     pub(crate) fn load_rows(&self, name: &str, shape: &[usize], rows: &[usize], device: &Device) -> Result<QTensor> {
         let (info, bytes) = self.find(name, shape)?;
         let permuted = rows_of(bytes, shape[0], rows);
-        self.let_go(info);
+        self.let_go_of_tensor(info);
         QTensor::new(QStorage::from_data(Cow::Owned(permuted), device, info.dtype)?, shape)
     }
 
@@ -266,17 +273,26 @@ impl GgufFile {
     pub(crate) fn with_bytes<R>(&self, name: &str, shape: &[usize], f: impl FnOnce(&[u8], GgmlDType) -> Result<R>) -> Result<R> {
         let (info, bytes) = self.find(name, shape)?;
         let result = f(bytes, info.dtype);
-        self.let_go(info);
+        self.let_go_of_tensor(info);
         result
     }
 
-    /// Gives back the memory that a tensor's pages take in this process: it was copied. The system still has them at hand.
-    fn let_go(&self, info: &TensorInfo) {
+    /// Gives back the memory that the file's pages take in this process. The system still has them at hand.
+    pub(super) fn let_go(&self) {
+        self.let_go_of(0, self.map.len());
+    }
+
+    /// The same for a tensor that was copied. (Pages of its neighbours were mapped with it, and stay.)
+    fn let_go_of_tensor(&self, info: &TensorInfo) {
+        self.let_go_of(info.offset, info.bytes as usize);
+    }
+
+    fn let_go_of(&self, offset: usize, bytes: usize) {
         #[cfg(unix)]
         // SAFETY: the map is read-only: what is read of it later comes from the file again, the same bytes.
-        let _ = unsafe { self.map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, info.offset, info.bytes as usize) };
+        let _ = unsafe { self.map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, offset, bytes) };
         #[cfg(not(unix))]
-        let _ = info;
+        let _ = (offset, bytes);
     }
 
     fn find(&self, name: &str, shape: &[usize]) -> Result<(&TensorInfo, &[u8])> {

@@ -126,6 +126,20 @@ impl Weights {
         }
     }
 
+    /// Gives back the memory that a mapped GGUF file's pages take: what is read of it later comes from the file again.
+    pub fn let_go(&self) {
+        if let Source::Gguf(file) = &self.source {
+            file.let_go();
+        }
+    }
+
+    /// Forgets a GGUF file's vocabulary, see [`GgufFile::forget_vocabulary`].
+    pub fn forget_vocabulary(&mut self) {
+        if let Source::Gguf(file) = &mut self.source {
+            file.forget_vocabulary();
+        }
+    }
+
     /// Bytes the weights take in memory once loaded and used.
     pub fn loaded_bytes(&self) -> u64 {
         let packs = self.device.is_cpu() && !product::unpacks_fast();
