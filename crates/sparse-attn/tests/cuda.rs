@@ -1,12 +1,14 @@
 //! The CUDA backend equals the plain one, and keeps the laws. Without a GPU these tests say so and pass: `just test-cuda` runs them.
 #![cfg(feature = "cuda")]
 
-use candle_core::{DType, Device, Result, Tensor};
+use candle_core::{DType, Device, Result, Tensor, bail};
+use proptest::prelude::*;
+use proptest::test_runner::{RngSeed, TestRunner};
 use sparse_attn::backend::cuda::Cuda;
 use sparse_attn::backend::{AttentionBackend, Cpu, Reference};
-use sparse_attn::block_router::{Bound, Mean, Spread};
+use sparse_attn::block_router::{self, Bound, Mean, Spread};
 use sparse_attn::select::{Budget, Limits, Selection};
-use sparse_attn::token_router::Random;
+use sparse_attn::token_router::{self, Random};
 use sparse_attn::{Attended, AttentionInput, HeadShape, KvCache, KvDtype, LayerSpec, Observer, RoutedAttention, Routing, Step};
 use std::sync::{Arc, Mutex};
 
@@ -79,6 +81,29 @@ impl Case {
             cache.commit(step)?;
         }
         Ok((Tensor::cat(&parts, 0)?, cache))
+    }
+}
+
+impl Case {
+    /// Whether `got`, which `routing` made, is what the host reads of the selections seen.
+    fn check(&self, routing: &Routing, dtype: KvDtype, got: &Tensor, seen: &Seen) -> Result<()> {
+        let plain = Routing { block_router: Routing::dense().block_router, ..routing.clone() };
+        let plain = RoutedAttention::new(plain, Arc::new(Cpu))?;
+        let mut cache = KvCache::new(&plain.layer_specs(&[self.spec]), dtype.into(), &Device::Cpu, 0)?;
+        let scale = 1.0 / (self.spec.shape.head_dim() as f32).sqrt();
+        for (step, selection) in seen.0.lock().unwrap().iter() {
+            cache.reserve(step.len)?;
+            let part = |x: &Tensor| x.narrow(0, step.start, step.len);
+            let (q, k, v) = (part(&self.q)?, part(&self.k)?, part(&self.v)?);
+            plain.forward(0, AttentionInput { hidden: &q, q: &q, k: &k, k_before_rope: &k, v: &v, scale }, *step, &mut cache)?;
+            let want = Cpu.attend(&q, scale, cache.layer(0), *step, selection)?;
+            cache.commit(*step)?;
+            let error = far(&part(got)?, &want)?;
+            if error >= tolerance(dtype) {
+                bail!("{:?} {dtype:?} {:?}, {step:?}: off by {error}", self.spec, routing.limits);
+            }
+        }
+        Ok(())
     }
 }
 
@@ -246,19 +271,7 @@ fn a_token_router_is_followed() -> Result<()> {
         };
         let seen = Arc::new(Seen::default());
         let (got, _) = case.run(&on_gpu(&device, both.clone())?.observed(seen.clone()), KvDtype::F16, &device, chunks)?;
-        let plain = RoutedAttention::new(Routing { block_router: Routing::dense().block_router, ..both }, Arc::new(Cpu))?;
-        let mut cache = KvCache::new(&plain.layer_specs(&[case.spec]), KvDtype::F16.into(), &Device::Cpu, 0)?;
-        for (step, selection) in seen.0.lock().unwrap().iter() {
-            cache.reserve(step.len)?;
-            let part = |x: &Tensor| x.narrow(0, step.start, step.len);
-            let (q, k, v) = (part(&case.q)?, part(&case.k)?, part(&case.v)?);
-            let scale = 1.0 / (shape.2 as f32).sqrt();
-            plain.forward(0, AttentionInput { hidden: &q, q: &q, k: &k, k_before_rope: &k, v: &v, scale }, *step, &mut cache)?;
-            let want = Cpu.attend(&q, scale, cache.layer(0), *step, selection)?;
-            cache.commit(*step)?;
-            let error = far(&part(&got)?, &want)?;
-            assert!(error < tolerance(KvDtype::F16), "{shape:?} both routers, {step:?}: {error}");
-        }
+        case.check(&both, KvDtype::F16, &got, &seen)?;
     }
     Ok(())
 }
@@ -288,5 +301,95 @@ fn what_there_is_no_kernel_for_is_refused() -> Result<()> {
     let odd = Case::new((4, 2, 80, None), 10)?;
     let error = odd.run(&attention, KvDtype::F16, &device, &[10]).unwrap_err().to_string();
     assert!(error.contains("80") && error.contains("128"), "{error}");
+    Ok(())
+}
+
+/// Shapes that have kernels, settings and numbers at will.
+#[derive(Debug, Clone)]
+struct Generated {
+    shape: (usize, usize, usize, Option<usize>),
+    tokens: usize,
+    limits: Limits,
+    dtype: KvDtype,
+    token_router: usize,
+    block_router: usize,
+    chunk: usize,
+}
+
+fn generated() -> impl Strategy<Value = Generated> {
+    let shape = (1..=3usize, 1..=16usize, prop::sample::select(vec![64, 128, 256]), prop::option::weighted(0.2, 1..=200usize));
+    let block_size = prop_oneof![2 => prop::sample::select(vec![8, 16, 32, 64]), 1 => 1..=40usize];
+    let limits = (1..=80usize, 0..=8usize, block_size, 1..=300usize, 0..=150usize, 1..=64usize);
+    let limits = limits.prop_map(|(window, sinks, block_size, budget, dense_len, tile)| Limits {
+        window,
+        sinks,
+        block_size,
+        budget: Budget::tokens(budget),
+        dense_len,
+        tile,
+    });
+    let dtype = prop::sample::select(vec![KvDtype::F16, KvDtype::Bf16]);
+    let routers = (0..token_router::all().len(), 0..block_router::all().len());
+    (shape, 1..=600usize, limits, dtype, routers, prop_oneof![Just(1), 1..=130usize, Just(600)]).prop_map(
+        |((kv_heads, group_size, head_dim, sliding), tokens, limits, dtype, (token_router, block_router), chunk)| Generated {
+            shape: (kv_heads * group_size, kv_heads, head_dim, sliding),
+            tokens,
+            limits,
+            dtype,
+            token_router,
+            block_router,
+            chunk,
+        },
+    )
+}
+
+impl Generated {
+    fn routing(&self) -> Routing {
+        let (token_router, block_router) = (token_router::all()[self.token_router].clone(), block_router::all()[self.block_router].clone());
+        Routing { token_router, block_router, limits: self.limits, ..Routing::dense() }
+    }
+
+    fn laws(&self, device: &Device) -> Result<()> {
+        let case = Case::new(self.shape, self.tokens)?;
+        let run = |routing: &Routing| -> Result<(Tensor, Arc<Seen>)> {
+            let seen = Arc::new(Seen::default());
+            let (got, _) = case.run(&on_gpu(device, routing.clone())?.observed(seen.clone()), self.dtype, device, &[self.chunk])?;
+            Ok((got, seen))
+        };
+        let routing = self.routing();
+        let (got, seen) = run(&routing)?;
+        case.check(&routing, self.dtype, &got, &seen)?;
+        // A larger budget selects a superset.
+        let larger =
+            Routing { limits: Limits { budget: Budget::tokens(self.limits.budget.tokens + 100), ..self.limits }, ..routing.clone() };
+        let more = run(&larger)?.1;
+        let (few, more) = (seen.0.lock().unwrap(), more.0.lock().unwrap());
+        for ((step, few), (_, more)) in few.iter().zip(more.iter()) {
+            let (Selection::Blocks(few), Selection::Blocks(more)) = (few, more) else { continue };
+            for (t, head) in (step.start..step.end()).flat_map(|t| (0..self.shape.1).map(move |head| (t, head))) {
+                let (Some(few), Some(more)) = (few.blocks(t, head), more.blocks(t, head)) else { continue };
+                if !few.is_sorted() || few.iter().any(|block| !more.contains(block)) {
+                    bail!("the query at {t}, head {head}: {few:?} of a smaller budget, {more:?} of a larger one");
+                }
+            }
+        }
+        if !routing.block_router.fills_budget() {
+            return Ok(());
+        }
+        // What fits is read as if nothing was selected, bit for bit.
+        let fits = Routing { limits: Limits { budget: Budget::tokens(2 * self.tokens), ..self.limits }, ..routing.clone() };
+        let dense = Routing { block_router: Routing::dense().block_router, ..routing };
+        if !equal(&run(&fits)?.0, &run(&dense)?.0)? {
+            bail!("a budget of all tokens is not dense");
+        }
+        Ok(())
+    }
+}
+
+#[test]
+fn laws_hold_on_generated_shapes_and_settings() -> std::result::Result<(), Box<dyn std::error::Error>> {
+    let Some(device) = gpu() else { return Ok(()) };
+    let config = ProptestConfig { cases: 200, failure_persistence: None, rng_seed: RngSeed::Fixed(7), ..ProptestConfig::default() };
+    TestRunner::new(config).run(&generated(), |case| case.laws(&device).map_err(|error| TestCaseError::fail(error.to_string())))?;
     Ok(())
 }
