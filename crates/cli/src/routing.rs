@@ -174,7 +174,7 @@ fn token_router(args: &AttentionArgs, known: &Known<'_>) -> Result<Trained> {
             (Some(keep), "random") => Arc::new(Random { keep }),
             (Some(_), _) => {
                 let what = format!("--keep says nothing to the token router {name:?}");
-                return Err(Failure::new(Kind::Usage, what).hint("--token-router FILE, or random").into());
+                return Err(Failure::new(Kind::Usage, what).hint(format!("--token-router {TRAINED}, a FILE, or random")).into());
             }
         };
         return Ok((router, None));
