@@ -86,8 +86,10 @@ fn chunk(config: &Config, attention: &RoutedAttention, device: &Device) -> usize
     SIZES.into_iter().find(fits).map_or(FEWEST_AT_ONCE, |(tokens, _)| tokens)
 }
 
-/// Tokens computed at once where it is to be few, and where their activations are very wide.
+/// Tokens computed at once where they are to be few.
 pub(crate) const FEW_AT_ONCE: usize = 512;
+
+/// And where their activations are very wide.
 const FEWEST_AT_ONCE: usize = 256;
 
 /// And at the most: on a GPU, where weights are unpacked in memory, not in a cache.
