@@ -14,18 +14,7 @@ use std::arch::x86_64::*;
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vnni,avx2,f16c")]
 pub(super) unsafe fn multiply(format: Format, rows: Rows, x: &Batch, token: usize) -> [f32; LANES] {
     // SAFETY: the caller's.
-    unsafe {
-        match format {
-            Format::Q4_0 => dot::<Q4_0>(rows, x, token),
-            Format::Q4_1 => dot::<Q4_1>(rows, x, token),
-            Format::Q5_0 => dot::<Q5_0>(rows, x, token),
-            Format::Q5_1 => dot::<Q5_1>(rows, x, token),
-            Format::Q8_0 => dot::<Q8_0>(rows, x, token),
-            Format::Q4K => dot::<Q4K>(rows, x, token),
-            Format::Q5K => dot::<Q5K>(rows, x, token),
-            Format::Q6K => dot::<Q6K>(rows, x, token),
-        }
-    }
+    unsafe { with_layout!(format, L => dot::<L>(rows, x, token)) }
 }
 
 #[inline(always)]

@@ -71,18 +71,7 @@ impl Panel {
         self.scales.resize(columns / RUN * LANES, 0.0);
         self.minima.resize(columns / RUN * LANES, 0.0);
         // SAFETY: the caller's; there is room now.
-        unsafe {
-            match format {
-                Format::Q4_0 => self.fill_as::<Q4_0>(rows, columns),
-                Format::Q4_1 => self.fill_as::<Q4_1>(rows, columns),
-                Format::Q5_0 => self.fill_as::<Q5_0>(rows, columns),
-                Format::Q5_1 => self.fill_as::<Q5_1>(rows, columns),
-                Format::Q8_0 => self.fill_as::<Q8_0>(rows, columns),
-                Format::Q4K => self.fill_as::<Q4K>(rows, columns),
-                Format::Q5K => self.fill_as::<Q5K>(rows, columns),
-                Format::Q6K => self.fill_as::<Q6K>(rows, columns),
-            }
-        }
+        unsafe { with_layout!(format, L => self.fill_as::<L>(rows, columns)) }
     }
 
     #[inline(always)]
@@ -124,33 +113,19 @@ impl Panel {
 pub(super) unsafe fn multiply(format: Format, panel: &Panel, x: &Batch, out: *mut f32, stride: usize, lanes: usize) {
     assert!(panel.integers.len() == x.columns * LANES && lanes <= LANES, "product: a panel of another width");
     // SAFETY: the caller's; the panel's length was checked.
-    unsafe {
-        match (format.offset() == 0, format == Format::Q6K) {
-            (true, _) => tokens::<true, 2>(format, panel, x, out, stride, lanes),
-            (false, true) => tokens::<false, 1>(format, panel, x, out, stride, lanes),
-            (false, false) => tokens::<false, 2>(format, panel, x, out, stride, lanes),
-        }
-    }
+    unsafe { with_layout!(format, L => tokens::<L>(panel, x, out, stride, lanes)) }
 }
 
-/// `RUNS`: runs of weights that share a scale.
 #[inline(always)]
-unsafe fn tokens<const MINIMUM: bool, const RUNS: usize>(
-    format: Format,
-    panel: &Panel,
-    x: &Batch,
-    out: *mut f32,
-    stride: usize,
-    lanes: usize,
-) {
+unsafe fn tokens<L: Layout>(panel: &Panel, x: &Batch, out: *mut f32, stride: usize, lanes: usize) {
     let mut token = 0;
     while token < x.tokens {
         // SAFETY: as many tokens are left as each takes.
         token += unsafe {
             match x.tokens - token {
-                8.. => tile::<MINIMUM, RUNS, 8>(format, panel, x, token, out, stride, lanes),
-                4.. => tile::<MINIMUM, RUNS, 4>(format, panel, x, token, out, stride, lanes),
-                _ => tile::<MINIMUM, RUNS, 1>(format, panel, x, token, out, stride, lanes),
+                8.. => tile::<L, 8>(panel, x, token, out, stride, lanes),
+                4.. => tile::<L, 4>(panel, x, token, out, stride, lanes),
+                _ => tile::<L, 1>(panel, x, token, out, stride, lanes),
             }
         };
     }
@@ -159,17 +134,8 @@ unsafe fn tokens<const MINIMUM: bool, const RUNS: usize>(
 /// `T` tokens from `token` on; returns `T`.
 #[inline(always)]
 #[allow(clippy::needless_range_loop, reason = "lists in registers, side by side")]
-unsafe fn tile<const MINIMUM: bool, const RUNS: usize, const T: usize>(
-    format: Format,
-    panel: &Panel,
-    x: &Batch,
-    token: usize,
-    out: *mut f32,
-    stride: usize,
-    lanes: usize,
-) -> usize {
+unsafe fn tile<L: Layout, const T: usize>(panel: &Panel, x: &Batch, token: usize, out: *mut f32, stride: usize, lanes: usize) -> usize {
     let runs = x.columns / RUN;
-    let offset = format.offset();
     // SAFETY: the caller's: T tokens from `token` on, and a panel of `x.columns`.
     unsafe {
         // Loops, not closures: those would not be compiled for the instructions.
@@ -181,13 +147,13 @@ unsafe fn tile<const MINIMUM: bool, const RUNS: usize, const T: usize>(
         let mut run = 0;
         while run < runs {
             let mut products = [_mm512_setzero_si512(); T];
-            if !MINIMUM {
+            if L::OFFSET != 0 {
                 for t in 0..T {
                     let at = x_sums.add(t * runs + run);
-                    products[t] = _mm512_set1_epi32(-offset * if RUNS == 2 { *at + *at.add(1) } else { *at });
+                    products[t] = _mm512_set1_epi32(-L::OFFSET * if L::RUNS == 2 { *at + *at.add(1) } else { *at });
                 }
             }
-            for quad in run * (RUN / QUAD)..(run + RUNS) * (RUN / QUAD) {
+            for quad in run * (RUN / QUAD)..(run + L::RUNS) * (RUN / QUAD) {
                 let weights = _mm512_loadu_si512(panel.integers.as_ptr().add(quad * LANES * QUAD).cast());
                 for t in 0..T {
                     let four = _mm512_set1_epi32(x_integers.add(t * x.columns + quad * QUAD).cast::<i32>().read_unaligned());
@@ -197,13 +163,13 @@ unsafe fn tile<const MINIMUM: bool, const RUNS: usize, const T: usize>(
             let scale = _mm512_loadu_ps(panel.scales.as_ptr().add(run * LANES));
             let minimum = _mm512_loadu_ps(panel.minima.as_ptr().add(run * LANES));
             for t in 0..T {
-                if MINIMUM {
+                if L::MINIMUM {
                     total[t] = _mm512_fmadd_ps(minimum, _mm512_set1_ps(*x_totals.add((t * runs + run) / 2)), total[t]);
                 }
                 let scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(products[t]), scale);
                 total[t] = _mm512_fmadd_ps(scaled, _mm512_set1_ps(*x_scales.add(t * runs + run)), total[t]);
             }
-            run += RUNS;
+            run += L::RUNS;
         }
         let mask = ((1u32 << lanes) - 1) as u16;
         for t in 0..T {

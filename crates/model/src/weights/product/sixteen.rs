@@ -49,6 +49,22 @@ pub(super) trait Layout {
     unsafe fn scales(rows: Rows, to: &mut Scales);
 }
 
+/// `$body` with `$layout` as the layout of `$format`.
+macro_rules! with_layout {
+    ($format:expr, $layout:ident => $body:expr) => {
+        with_layout!(@ $format, $layout, $body, Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q4K Q5K Q6K)
+    };
+    (@ $format:expr, $layout:ident, $body:expr, $($name:ident)*) => {
+        match $format {
+            $(Format::$name => {
+                type $layout = $name;
+                $body
+            })*
+        }
+    };
+}
+pub(super) use with_layout;
+
 macro_rules! pair {
     ($name:ident, $bytes:literal, minimum $minimum:literal, offset $offset:literal, $numbers:ident from $body:literal) => {
         pub(super) struct $name;
