@@ -16,8 +16,8 @@ fn main() {
     }
     let home = env::var_os("CUDA_HOME").or_else(|| env::var_os("CUDA_PATH"));
     let nvcc = home.map_or_else(|| PathBuf::from("nvcc"), |home| Path::new(&home).join("bin/nvcc"));
-    // Machine code for these (8.6 and 8.9 run that of 8.0), and PTX of the lowest for what comes later.
-    let archs = env::var("FOVEATE_CUDA_ARCHS").unwrap_or_else(|_| "80,90".into());
+    // Machine code for these (8.6 and 8.9 run that of 8.0), and PTX of the lowest for what comes later. 90a: 9.0 and what only it has.
+    let archs = env::var("FOVEATE_CUDA_ARCHS").unwrap_or_else(|_| "80,90a".into());
     let mut archs: Vec<&str> = archs.split(',').map(str::trim).collect();
     archs.sort_unstable();
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR")).join("kernels.fatbin");

@@ -4,4 +4,5 @@
 #include "decode.cu"
 #include "layer.cu"
 #include "prefill.cu"
+#include "prefill_wgmma.cu"
 #include "products.cu"

@@ -112,6 +112,12 @@ impl BlockSelection {
         Some(heads[kv_head].iter().copied().filter(|block| edge.is_some_and(|edge| *block <= edge)).collect())
     }
 
+    /// The limits that it was made by.
+    #[cfg_attr(not(feature = "cuda"), expect(dead_code, reason = "for backends whose kernels differ by the tile"))]
+    pub(crate) fn limits(&self) -> &Limits {
+        &self.limits
+    }
+
     /// The queries that share a selection, tile by tile.
     pub fn tiles(&self) -> impl Iterator<Item = Range<usize>> + '_ {
         self.tiles.iter().map(|tile| tile.queries.clone())

@@ -75,6 +75,11 @@ impl Kernels {
         self.multiprocessors
     }
 
+    /// Whether the code for this device has a kernel of that name: some are for certain devices only.
+    pub fn has(&self, name: &str) -> bool {
+        self.function(name, 0).is_ok()
+    }
+
     /// Puts a kernel into the stream.
     ///
     /// # Safety

@@ -15,6 +15,7 @@ pub(super) struct Lists {
     pub(super) firsts: Tensor,    // [pieces + 1] u32: first query of each piece
     pub(super) of_pieces: Tensor, // [pieces] u32: its list
     pub(super) pieces: usize,
+    pub(super) tile: usize, // most queries of a piece
     pub(super) most: usize,
 }
 
@@ -41,12 +42,17 @@ impl Lists {
         let firsts: Vec<u32> =
             pieces.iter().map(|queries| queries.start - step.start).chain([step.len]).map(|query| query as u32).collect();
         let of_pieces: Vec<u32> = (0..pieces.len() as u32).collect();
+        let tile = match selection {
+            Selection::Every => most,
+            Selection::Blocks(blocks) => blocks.limits().tile.min(most),
+        };
         Ok(Self {
             octets: Tensor::from_vec(octets, (pieces.len(), kv_heads, longest / 2, 2), device)?,
             counts: Tensor::from_vec(counts, (pieces.len(), kv_heads), device)?,
             firsts: Tensor::new(firsts, device)?,
             of_pieces: Tensor::new(of_pieces, device)?,
             pieces: pieces.len(),
+            tile,
             most: longest / 2,
         })
     }

@@ -68,7 +68,7 @@ impl Cuda {
             unsafe { decode(&self.kernels, call, &scratch, store) }?;
             return Ok(out);
         }
-        let tile = queries_of_a_tile(shape.group_size());
+        let tile = lists.map_or(queries_of_a_tile(shape.group_size()), |lists| lists.tile);
         let pages = store.device_pages()?;
         let (firsts, tiles) = match lists {
             Some(lists) => (Some(&lists.firsts), lists.pieces),
@@ -95,12 +95,25 @@ impl Cuda {
             local_window: store.local_window().unwrap_or(0) as i32,
             scale,
         };
-        let keys = if shape.head_dim() > 128 { 32 } else { 64 };
-        let spread =
-            Spread { grid: [tiles, shape.kv_heads(), 1], threads: 256, shared_bytes: 2 * 2 * keys * shape.head_dim() * size_of::<u16>() };
+        let (name, threads, shared_bytes) = self.prefill_kernel(store, tile * shape.group_size());
+        let spread = Spread { grid: [tiles, shape.kv_heads(), 1], threads, shared_bytes };
         // SAFETY: the tensors are of these shapes, and live until the stream frees them after the kernel.
-        unsafe { self.kernels.launch(&kernel("attend_prefill", store.k(), shape.head_dim()), spread, &params) }?;
+        unsafe { self.kernels.launch(&name, spread, &params) }?;
         Ok(out)
+    }
+
+    /// The kernel for tiles of up to `rows` rows, its threads, and the shared memory that it takes.
+    fn prefill_kernel(&self, store: &LayerStore, rows: usize) -> (String, usize, usize) {
+        let head_dim = store.shape().head_dim();
+        let stem = if 2 * rows <= ROWS { "attend_prefill_wgmma_halves" } else { "attend_prefill_wgmma" };
+        let name = kernel(stem, store.k(), head_dim);
+        if head_dim <= 128 && self.kernels.has(&name) {
+            // The queries, three stages of keys and of values, in tiles of 128 rows; and room to align them.
+            return (name, 384, 7 * ROWS * head_dim * size_of::<u16>() + 1024);
+        }
+        // Two stages of keys and of values.
+        let keys = if head_dim > 128 { 32 } else { 64 };
+        (kernel("attend_prefill", store.k(), head_dim), 256, 2 * 2 * keys * head_dim * size_of::<u16>())
     }
 }
 

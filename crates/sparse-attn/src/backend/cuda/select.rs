@@ -131,7 +131,8 @@ impl Budgeted {
             // SAFETY: the tensors have these shapes and live until the stream frees them.
             unsafe { score_and_select(kernels, &call, &limits, store) }?;
         }
-        let pieces = self.pieces(queries_of_a_tile(shape.group_size()));
+        let most_queries = queries_of_a_tile(shape.group_size());
+        let pieces = self.pieces(most_queries);
         let firsts: Vec<u32> = pieces.iter().map(|(queries, _)| (queries.start - step.start) as u32).chain([step.len as u32]).collect();
         let of_pieces: Vec<u32> = pieces.iter().map(|(_, list)| *list as u32).collect();
         let lists = Lists {
@@ -140,6 +141,7 @@ impl Budgeted {
             firsts: Tensor::new(firsts, device)?,
             of_pieces: Tensor::new(of_pieces, device)?,
             pieces: pieces.len(),
+            tile: self.limits.tile.min(most_queries),
             most,
         };
         Ok(Selected { lists, blocks })

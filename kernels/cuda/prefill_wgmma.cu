@@ -1,0 +1,391 @@
+// Attention of many queries on Hopper: what prefill.cu does, with products of whole warpgroups (wgmma), which read both matrices
+// from shared memory and run while the softmax of other keys is computed (FlashAttention-3, arXiv:2407.08608).
+//
+// One warpgroup copies keys and values, two compute: each 64 rows, or, of tiles of at most 64 rows, half of the keys (HALVES). Their
+// products take turns, so that the tensor cores work for one while the other has its softmax.
+//
+// Device code only, f32 sums, results that do not depend on timing; see params.h.
+//
+// D: head_dim, 64 or 128.
+
+#include "common.cuh"
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) // else there are none of these kernels
+
+namespace prefill_wgmma {
+
+constexpr int ROWS = 128, KEYS = 128, OCTETS = KEYS / OCTET, GROUP = 128, THREADS = 3 * GROUP, STAGES = 3;
+
+// Steps whose octets are known at a time: those of all stages, and of those that are copied or hidden beside them.
+constexpr int LISTED = 8;
+
+// Bytes between the columns 0..63 of a tile and the next 64: a row is 128 bytes, 16 at a time swizzled by the row.
+constexpr int PANEL = KEYS * 128;
+
+template <int D> constexpr int TILE_BYTES = PANEL * D / 64;
+
+// How a matrix lies in shared memory, for wgmma: groups of eight rows of 128 bytes, swizzled, each after the other.
+__device__ __forceinline__ uint64_t describe(uint32_t address) {
+    return uint64_t(1) << 62 | uint64_t(1024 >> 4) << 32 | uint64_t(PANEL >> 4) << 16 | (address & 0x3ffff) >> 4;
+}
+
+__device__ __forceinline__ void begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int LEFT> __device__ __forceinline__ void wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory"); }
+
+// Keeps the compiler from moving what is read or written across this.
+template <int N> __device__ __forceinline__ void pin(float (&c)[N][4]) {
+#pragma unroll
+    for (int n = 0; n < N; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) asm volatile("" : "+f"(c[n][i])::"memory");
+}
+
+#define FOUR(i) "+f"(c[i][0]), "+f"(c[i][1]), "+f"(c[i][2]), "+f"(c[i][3])
+#define EIGHT_BLOCKS FOUR(0), FOUR(1), FOUR(2), FOUR(3), FOUR(4), FOUR(5), FOUR(6), FOUR(7)
+#define SIXTEEN_BLOCKS EIGHT_BLOCKS, FOUR(8), FOUR(9), FOUR(10), FOUR(11), FOUR(12), FOUR(13), FOUR(14), FOUR(15)
+#define REGISTERS_32 \
+    "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}"
+#define REGISTERS_64 \
+    "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31," \
+    "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}"
+
+// scores: c[64 x 8N] (+)= a[64 x 16] b[8N x 16]', both in shared memory. weighted: c[64 x 8N] (+)= a[64 x 16] b[16 x 8N], a in registers.
+template <typename T> struct Product;
+#define PRODUCT(T, NAME)                                                                                                                   \
+    template <> struct Product<T> {                                                                                                        \
+        static __device__ __forceinline__ void scores(float (&c)[8][4], uint64_t a, uint64_t b, int adds) {                                \
+            asm volatile("{.reg .pred p; setp.ne.b32 p, %34, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32." NAME "." NAME " " REGISTERS_32 \
+                         ", %32, %33, p, 1, 1, 0, 0;}" : EIGHT_BLOCKS : "l"(a), "l"(b), "r"(adds));                                        \
+        }                                                                                                                                  \
+        static __device__ __forceinline__ void scores(float (&c)[16][4], uint64_t a, uint64_t b, int adds) {                               \
+            asm volatile("{.reg .pred p; setp.ne.b32 p, %66, 0; wgmma.mma_async.sync.aligned.m64n128k16.f32." NAME "." NAME " " REGISTERS_64 \
+                         ", %64, %65, p, 1, 1, 0, 0;}" : SIXTEEN_BLOCKS : "l"(a), "l"(b), "r"(adds));                                      \
+        }                                                                                                                                  \
+        static __device__ __forceinline__ void weighted(float (&c)[8][4], const uint32_t (&a)[4], uint64_t b, int adds) {                  \
+            asm volatile("{.reg .pred p; setp.ne.b32 p, %37, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32." NAME "." NAME " " REGISTERS_32 \
+                         ", {%32,%33,%34,%35}, %36, p, 1, 1, 1;}" : EIGHT_BLOCKS : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(adds)); \
+        }                                                                                                                                  \
+        static __device__ __forceinline__ void weighted(float (&c)[16][4], const uint32_t (&a)[4], uint64_t b, int adds) {                 \
+            asm volatile("{.reg .pred p; setp.ne.b32 p, %69, 0; wgmma.mma_async.sync.aligned.m64n128k16.f32." NAME "." NAME " " REGISTERS_64 \
+                         ", {%64,%65,%66,%67}, %68, p, 1, 1, 1;}" : SIXTEEN_BLOCKS : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(adds)); \
+        }                                                                                                                                  \
+    };
+PRODUCT(half, "f16")
+PRODUCT(__nv_bfloat16, "bf16")
+#undef PRODUCT
+#undef REGISTERS_64
+#undef REGISTERS_32
+#undef SIXTEEN_BLOCKS
+#undef EIGHT_BLOCKS
+#undef FOUR
+
+// A barrier of threads that copy and threads that compute, in shared memory: it has a phase for every `count` arrivals.
+__device__ __forceinline__ void prepare(uint64_t *barrier, int count) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count) : "memory");
+}
+__device__ __forceinline__ void arrive(uint64_t *barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+// Waits for the end of the phase of this parity.
+__device__ __forceinline__ void await(uint64_t *barrier, uint32_t parity) {
+    asm volatile("{.reg .pred p; AGAIN: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1; @!p bra AGAIN;}" ::"r"(shared_address(barrier)), "r"(parity)
+                 : "memory");
+}
+
+// Barriers of the hardware, by number: of `count` threads that wait or arrive.
+__device__ __forceinline__ void meet(int number, int count) { asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(count) : "memory"); }
+__device__ __forceinline__ void pass(int number, int count) { asm volatile("bar.arrive %0, %1;" ::"r"(number), "r"(count) : "memory"); }
+
+struct Shared {
+    uint64_t keys_there[STAGES], values_there[STAGES], keys_read[STAGES], values_read[STAGES];
+    Octet listed[LISTED][OCTETS];
+    uint32_t partly[LISTED]; // octets of a step that not every query sees whole
+};
+
+// What a thread block computes: a tile of queries, and what it reads.
+struct Tile {
+    int first, queries, eldest, newest; // of the step; and positions
+    int oldest, octets, steps;          // first octet that is visible
+    const Octet *list;
+    const int *pages;
+
+    __device__ __forceinline__ Tile(const PrefillParams &p, int tile, int head) {
+        first = p.firsts ? p.firsts[tile] : tile * p.tile;
+        queries = (p.firsts ? p.firsts[tile + 1] : min(first + p.tile, p.tokens)) - first;
+        const int row_of_list = (p.lists ? p.lists[tile] : tile) * p.kv_heads + head;
+        list = p.octets ? p.octets + (int64_t)row_of_list * p.max_octets : nullptr;
+        pages = p.pages + (int64_t)head * p.max_pages;
+        eldest = p.start + first, newest = eldest + queries - 1;
+        oldest = p.sliding_window ? max(0, eldest - p.sliding_window + 1) / OCTET : 0;
+        octets = list ? p.counts[row_of_list] : newest / OCTET + 1 - oldest, steps = (octets + OCTETS - 1) / OCTETS;
+    }
+
+    __device__ __forceinline__ Octet octet(int index) const {
+        if (index >= octets) return Octet{0, -1};
+        if (list) return list[index];
+        const int octet = oldest + index;
+        return Octet{(pages[octet / (PAGE / OCTET)] * (PAGE / OCTET) + octet % (PAGE / OCTET)) << 8 | 0xff, octet * OCTET};
+    }
+};
+
+// Where queries, then all stages of keys, then of values lie.
+template <int D> struct Places {
+    uint32_t queries;
+    __device__ __forceinline__ uint32_t keys(int step) const { return queries + (1 + step % STAGES) * TILE_BYTES<D>; }
+    __device__ __forceinline__ uint32_t values(int step) const { return queries + (1 + STAGES + step % STAGES) * TILE_BYTES<D>; }
+};
+
+// Copies queries, keys and values: the work of one warpgroup.
+template <typename T, int D> __device__ __forceinline__ void fetch(const PrefillParams &p, const Tile &tile, Places<D> places, Shared &shared, int head) {
+    constexpr int CHUNKS = D / 8, ROWS_AT_ONCE = GROUP / CHUNKS; // chunks of 16 bytes
+    const int thread = threadIdx.x % GROUP, lane = threadIdx.x % 32, chunk = thread % CHUNKS, G = p.group_size;
+    const bool leads = thread < 32;
+    // Octets of a step are looked up well before it is copied: by the first warp, one each.
+    auto look_up = [&](int step) { return lane < OCTETS ? tile.octet(step * OCTETS + lane) : Octet{0xff, -1}; };
+    auto note = [&](int step, Octet octet) {
+        const bool whole = (octet.row & 0xff) == 0xff && (octet.position < 0 || octet.position + OCTET - 1 <= tile.eldest &&
+            (!p.sliding_window || octet.position > tile.newest - p.sliding_window));
+        const uint32_t bits = __ballot_sync(~0u, !whole);
+        if (lane < OCTETS) shared.listed[step % LISTED][lane] = octet;
+        if (lane == 0) shared.partly[step % LISTED] = bits;
+    };
+    auto place = [&](uint32_t to, int row) { return to + chunk / 8 * PANEL + row * 128 + ((chunk ^ row) % 8) * 16; };
+    auto copy = [&](const void *pool, int step, uint32_t to) {
+        const T *from = (const T *)pool + chunk * 8;
+#pragma unroll 8
+        for (int row = thread / CHUNKS; row < KEYS; row += ROWS_AT_ONCE) {
+            const Octet octet = shared.listed[step % LISTED][row / OCTET];
+            // What no query sees stays out: it may be anything, and no number hides it.
+            const bool there = octet.position < 0 ? octet.row >> row % OCTET & 1 : octet.position + row % OCTET <= tile.newest;
+            const int64_t at = there ? ((int64_t)(octet.row >> 8) * OCTET + row % OCTET) * D : 0;
+            copy_async(place(to, row), from + at, there);
+        }
+        asm volatile("cp.async.commit_group;");
+    };
+    // What was copied before the newest two of keys and values is there.
+    auto tell = [&](uint64_t *barrier) {
+        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+        arrive(barrier);
+    };
+    if (leads) note(0, look_up(0)), note(1, look_up(1));
+    // The queries, with the first keys; rows that are none are zeros.
+    for (int row = thread / CHUNKS; row < ROWS; row += ROWS_AT_ONCE) {
+        const bool is_row = row < tile.queries * G;
+        const int64_t at = is_row ? ((int64_t)(tile.first + row / G) * p.kv_heads * G + head * G + row % G) * D + chunk * 8 : 0;
+        copy_async(place(places.queries, row), (const T *)p.q + at, is_row);
+    }
+    for (int step = 0; step < tile.steps; ++step) {
+        const int stage = step % STAGES;
+        const uint32_t before = (step / STAGES + 1) % 2; // parity of the phase in which this stage was read
+        meet(3, GROUP); // the octets of this step are noted
+        const Octet ahead = leads ? look_up(step + 2) : Octet{0, -1};
+        if (step >= STAGES) await(shared.keys_read + stage, before);
+        copy(p.k, step, places.keys(step));
+        asm volatile("cp.async.wait_group 2;");
+        if (step > 0) tell(shared.keys_there + (step - 1) % STAGES);
+        if (step >= STAGES) await(shared.values_read + stage, before);
+        copy(p.v, step, places.values(step));
+        asm volatile("cp.async.wait_group 2;");
+        if (step > 0) tell(shared.values_there + (step - 1) % STAGES);
+        if (leads) note(step + 2, ahead);
+    }
+    asm volatile("cp.async.wait_group 1;");
+    tell(shared.keys_there + (tile.steps - 1) % STAGES);
+    asm volatile("cp.async.wait_group 0;");
+    tell(shared.values_there + (tile.steps - 1) % STAGES);
+}
+
+// Rows of scores and of sums: a thread has those of lane / 4 of its warp's 16, and of 8 more.
+template <typename T, int D, bool HALVES> __device__ __forceinline__ void compute(const PrefillParams &p, const Tile &tile, Places<D> places, Shared &shared,
+                                                                                  float *handed, int head) {
+    constexpr int OWN = HALVES ? KEYS / 2 : KEYS; // keys of a step that a warpgroup takes
+    const int group = threadIdx.x / GROUP, warp = threadIdx.x / 32, lane = threadIdx.x % 32, G = p.group_size;
+    const int first_row = (HALVES ? warp % 4 : warp) * 16 + lane / 4, first_octet = HALVES ? group * (OWN / OCTET) : 0;
+    int position[2]; // of the row's query; of rows that are none, before all keys
+#pragma unroll
+    for (int r = 0; r < 2; ++r) position[r] = first_row + 8 * r < tile.queries * G ? tile.eldest + (first_row + 8 * r) / G : -1;
+    float sums[D / 8][4] = {}, c[OWN / 8][4];
+    float maximum[2] = {-INFINITY, -INFINITY}, weight[2] = {0.f, 0.f}, factor[2];
+    const float scale = p.scale * LOG2_E;
+    const uint32_t own_queries = places.queries + (HALVES ? 0 : group * 64 * 128), own_keys = HALVES ? group * OWN * 128 : 0;
+
+    auto score = [&](int step) {
+        const uint32_t keys = places.keys(step) + own_keys;
+#pragma unroll
+        for (int i = 0; i < D / 16; ++i) {
+            const uint32_t column = i / 4 * PANEL + i % 4 * 32;
+            Product<T>::scores(c, describe(own_queries + column), describe(keys + column), i > 0);
+        }
+        commit();
+    };
+    // Scores to weights, with the maximum and the weight of each row so far.
+    auto soften = [&](int step) {
+        const uint32_t some = shared.partly[step % LISTED] >> first_octet;
+#pragma unroll
+        for (int n = 0; n < OWN / 8; ++n) {
+            if (!(some >> n & 1)) continue;
+            const Octet octet = shared.listed[step % LISTED][first_octet + n];
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                const uint32_t bits = visible(octet, position[r], p.sliding_window, p.local_window) >> 2 * (lane % 4);
+                if (!(bits & 1)) c[n][2 * r] = -INFINITY;
+                if (!(bits & 2)) c[n][2 * r + 1] = -INFINITY;
+            }
+        }
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            float best = -INFINITY;
+#pragma unroll
+            for (int n = 0; n < OWN / 8; ++n) best = fmaxf(best, fmaxf(c[n][2 * r], c[n][2 * r + 1]));
+            best = fmaxf(best, __shfl_xor_sync(~0u, best, 1));
+            best = fmaxf(maximum[r], fmaxf(best, __shfl_xor_sync(~0u, best, 2)) * scale);
+            const float zero = best == -INFINITY ? 0.f : best; // a row that sees nothing yet
+            factor[r] = exp2_approx(maximum[r] - zero);
+            maximum[r] = best;
+            float sum = 0.f;
+#pragma unroll
+            for (int n = 0; n < OWN / 8; ++n) {
+                c[n][2 * r] = exp2_approx(fmaf(c[n][2 * r], scale, -zero));
+                c[n][2 * r + 1] = exp2_approx(fmaf(c[n][2 * r + 1], scale, -zero));
+                sum += c[n][2 * r] + c[n][2 * r + 1];
+            }
+            weight[r] = weight[r] * factor[r] + sum;
+        }
+    };
+    uint32_t weights[OWN / 16][4];
+    auto round = [&]() {
+#pragma unroll
+        for (int n = 0; n < OWN / 16; ++n) {
+            weights[n][0] = pack<T>(c[2 * n][0], c[2 * n][1]), weights[n][1] = pack<T>(c[2 * n][2], c[2 * n][3]);
+            weights[n][2] = pack<T>(c[2 * n + 1][0], c[2 * n + 1][1]), weights[n][3] = pack<T>(c[2 * n + 1][2], c[2 * n + 1][3]);
+        }
+    };
+    auto weigh = [&](int step) {
+        const uint32_t values = places.values(step) + own_keys;
+#pragma unroll
+        for (int n = 0; n < OWN / 16; ++n) Product<T>::weighted(sums, weights[n], describe(values + n * 16 * 128), 1);
+        commit();
+    };
+    auto parity = [&](int step) { return uint32_t(step / STAGES % 2); };
+    if (group == 1) pass(1, 2 * GROUP); // the first group's turn
+    await(shared.keys_there, 0);
+    meet(1 + group, 2 * GROUP);
+    begin();
+    score(0);
+    pass(2 - group, 2 * GROUP);
+    wait<0>();
+    pin(c);
+    if (lane == 0) arrive(shared.keys_read);
+    soften(0);
+    round();
+    for (int step = 0; step < tile.steps - 1; ++step) {
+        const int next = step + 1;
+        await(shared.keys_there + next % STAGES, parity(next));
+        await(shared.values_there + step % STAGES, parity(step));
+        meet(1 + group, 2 * GROUP);
+        pin(c), pin(sums);
+        begin();
+        score(next);
+        weigh(step);
+        pass(2 - group, 2 * GROUP);
+        wait<1>();
+        pin(c);
+        if (lane == 0) arrive(shared.keys_read + next % STAGES);
+        soften(next);
+        wait<0>();
+        pin(sums);
+        if (lane == 0) arrive(shared.values_read + step % STAGES);
+        round();
+#pragma unroll
+        for (int d = 0; d < D / 8; ++d) {
+            sums[d][0] *= factor[0], sums[d][1] *= factor[0];
+            sums[d][2] *= factor[1], sums[d][3] *= factor[1];
+        }
+    }
+    await(shared.values_there + (tile.steps - 1) % STAGES, parity(tile.steps - 1));
+    pin(sums);
+    begin();
+    weigh(tile.steps - 1);
+    wait<0>();
+    pin(sums);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        weight[r] += __shfl_xor_sync(~0u, weight[r], 1);
+        weight[r] += __shfl_xor_sync(~0u, weight[r], 2);
+    }
+    if constexpr (HALVES) {
+        // The second group hands the sums of its keys to the first.
+        const int thread = threadIdx.x % GROUP;
+        meet(4, 2 * GROUP); // nobody reads keys or values any more
+        if (group == 1) {
+#pragma unroll
+            for (int d = 0; d < D / 8; ++d)
+#pragma unroll
+                for (int i = 0; i < 4; ++i) handed[(d * 4 + i) * GROUP + thread] = sums[d][i];
+#pragma unroll
+            for (int r = 0; r < 2; ++r) handed[(D / 2 + r) * GROUP + thread] = maximum[r], handed[(D / 2 + 2 + r) * GROUP + thread] = weight[r];
+        }
+        meet(4, 2 * GROUP);
+        if (group == 1) return;
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            const float other = handed[(D / 2 + r) * GROUP + thread], best = fmaxf(maximum[r], other), zero = best == -INFINITY ? 0.f : best;
+            const float a = exp2_approx(maximum[r] - zero), b = exp2_approx(other - zero);
+            weight[r] = weight[r] * a + handed[(D / 2 + 2 + r) * GROUP + thread] * b;
+#pragma unroll
+            for (int d = 0; d < D / 8; ++d)
+#pragma unroll
+                for (int i = 2 * r; i < 2 * r + 2; ++i) sums[d][i] = sums[d][i] * a + handed[(d * 4 + i) * GROUP + thread] * b;
+        }
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        if (position[r] < 0) continue;
+        const int row = first_row + 8 * r;
+        float *to = p.out + ((int64_t)(tile.first + row / G) * p.kv_heads * G + head * G + row % G) * D + 2 * (lane % 4);
+        const float by = 1.f / weight[r];
+#pragma unroll
+        for (int d = 0; d < D / 8; ++d) *(float2 *)(to + 8 * d) = make_float2(sums[d][2 * r] * by, sums[d][2 * r + 1] * by);
+    }
+}
+
+// grid (tiles, kv_heads), THREADS. A row is a query and a head of the group: query * group_size + head; at most ROWS, or 64 by HALVES.
+// Shared memory: (1 + 2 * STAGES) tiles, and 1024 bytes to align them.
+template <typename T, int D, bool HALVES> __device__ __forceinline__ void attend(const PrefillParams &p) {
+    extern __shared__ unsigned char unaligned[];
+    __shared__ Shared shared;
+    const uint32_t before = shared_address(unaligned), aligned = (before + 1023) & ~1023u;
+    follow();
+    const Tile tile(p, gridDim.x - 1 - blockIdx.x, blockIdx.y); // the longest first
+    if (threadIdx.x == 0) {
+        for (int stage = 0; stage < STAGES; ++stage) {
+            prepare(shared.keys_there + stage, GROUP), prepare(shared.values_there + stage, GROUP);
+            prepare(shared.keys_read + stage, 2 * GROUP / 32), prepare(shared.values_read + stage, 2 * GROUP / 32);
+        }
+    }
+    __syncthreads();
+    // A thread has 168 registers at first; what one warpgroup gives up is as much as the others take.
+    if (threadIdx.x >= 2 * GROUP) {
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
+        fetch<T, D>(p, tile, Places<D>{aligned}, shared, blockIdx.y);
+    } else {
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 224;");
+        compute<T, D, HALVES>(p, tile, Places<D>{aligned}, shared, reinterpret_cast<float *>(unaligned + (aligned - before)), blockIdx.y);
+    }
+}
+
+} // namespace prefill_wgmma
+
+#define ATTEND(NAME, T, D)                                                                                                                 \
+    extern "C" __global__ void __launch_bounds__(prefill_wgmma::THREADS, 1) attend_prefill_wgmma_##NAME##_##D(const PrefillParams p) {     \
+        prefill_wgmma::attend<T, D, false>(p);                                                                                             \
+    }                                                                                                                                      \
+    extern "C" __global__ void __launch_bounds__(prefill_wgmma::THREADS, 1) attend_prefill_wgmma_halves_##NAME##_##D(const PrefillParams p) { \
+        prefill_wgmma::attend<T, D, true>(p);                                                                                              \
+    }
+ATTEND(f16, half, 64) ATTEND(f16, half, 128)
+ATTEND(bf16, __nv_bfloat16, 64) ATTEND(bf16, __nv_bfloat16, 128)
+#undef ATTEND
+
+#endif
