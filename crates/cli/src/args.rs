@@ -465,7 +465,7 @@ pub(crate) struct EvalPpl {
     /// Score predictions after this position [default: 1024 beyond the first routed one]
     #[arg(long, value_name = "N")]
     pub(crate) from: Option<usize>,
-    /// Another setting beside that of the other flags, e.g. --with "--budget 512 --block-router mean"; may be repeated
+    /// Another setting instead of that of the other flags, e.g. --with "--budget 512 --block-router mean"; may be repeated
     #[arg(long, value_name = "FLAGS", value_parser = parse_setting, allow_hyphen_values = true)]
     pub(crate) with: Vec<AttentionArgs>,
     /// Exit with 10 if the mean KL divergence from dense, in nats, is above this
@@ -632,8 +632,11 @@ pub(crate) struct TrainRouter {
     pub(crate) keep: Option<f32>,
     /// Train nothing: measure on the texts what published gates keep, and write those as a router. Fast KVzip's .pt, or
     /// the .safetensors of WG-KV
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["once", "long", "ridge"])]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["once", "long", "ridge", "kind"])]
     pub(crate) gates: Option<PathBuf>,
+    /// What a gate is: one layer, solved at once, or two, learnt on from there
+    #[arg(long, value_enum, default_value_t = GateKind::Linear)]
+    pub(crate) kind: GateKind,
     /// Weight of the ridge, relative to the mean square of a feature
     #[arg(long, value_name = "F", default_value_t = 1e-3, hide_short_help = true)]
     pub(crate) ridge: f64,
@@ -642,6 +645,13 @@ pub(crate) struct TrainRouter {
     pub(crate) window: u32,
     #[command(flatten)]
     pub(crate) model: ModelArgs,
+}
+
+/// What `train-router` makes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum GateKind {
+    Linear,
+    Mlp,
 }
 
 /// Attention flags alone, as `--with` takes them.

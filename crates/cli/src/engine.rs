@@ -3,7 +3,7 @@
 use crate::args::{AttentionArgs, DeviceChoice, ModelArgs, SamplingArgs, TemplateArgs};
 use crate::crossover;
 use crate::device;
-use crate::failure::{Failure, Kind, damaged};
+use crate::failure::{Failure, Kind, damaged, unexpected};
 use crate::memory;
 use crate::plan::{self, Plan};
 use crate::routing;
@@ -133,10 +133,7 @@ impl Checkpoint {
         let mut checkpoint =
             Self { located, weights, tokenizer, template, defaults, device, attention: attend, dtypes, chunk: 0, protected: 0 };
         if let Some(system) = system {
-            let messages = [Message::new("system", system)];
-            // Some templates want a question too: then the message alone, which is a little shorter.
-            let rendered = checkpoint.template.as_ref().and_then(|template| template.render(&messages, false).ok());
-            checkpoint.protected = checkpoint.tokenizer.encode(rendered.as_deref().unwrap_or(system), true)?.len();
+            checkpoint.protected = checkpoint.tokens_of_system(system)?;
         }
         checkpoint.attention = checkpoint.attention_of(attention)?;
         if checkpoint.attention.routing().limits.tile == 1 {
@@ -148,6 +145,20 @@ impl Checkpoint {
             None => chunk(checkpoint.config(), &checkpoint.attention, &checkpoint.device),
         };
         Ok(checkpoint)
+    }
+
+    /// Tokens from the first one to the last of this system message.
+    fn tokens_of_system(&self, system: &str) -> Result<usize> {
+        // Some templates want a question too: then the message alone, which is a little shorter.
+        let rendered = self.template.as_ref().and_then(|template| template.render(&[Message::new("system", system)], false).ok());
+        Ok(self.tokenizer.encode(rendered.as_deref().unwrap_or(system), true)?.len())
+    }
+
+    /// The same attention, where no token router drops any of this system message.
+    pub(crate) fn attention_protecting(&self, system: &str) -> Result<RoutedAttention> {
+        let mut routing = self.attention.routing().clone();
+        routing.limits.sinks = routing.limits.sinks.max(self.tokens_of_system(system)?);
+        Ok(self.attention.with_routing(routing).map_err(unexpected)?)
     }
 
     /// What attends by these flags.

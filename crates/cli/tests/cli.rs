@@ -770,8 +770,26 @@ fn a_router_that_was_trained_here_is_used_here_and_nowhere_else() {
     let system = (0..60).map(|i| format!("rule{i}")).collect::<Vec<_>>().join(" ");
     let kept = case.json(&["generate", "hi", "--greedy", "-n", "1", "--token-router", &router, "--system", &system]);
     assert!(kept["attn"]["sinks"].as_u64().unwrap() > 60 && half["attn"]["sinks"] == 4, "{}", kept["attn"]);
+    // Nor one that is set in a chat.
+    let resident = |input: &str, extra: &[&str]| {
+        let mut command = case.llama(&["chat", "--greedy", "-n", "1", "--attn", "dense", "--token-router", &router, "--keep", "0.2"]);
+        command.args(extra);
+        let output = with_input(command, input.as_bytes());
+        let line = stderr(&output).lines().find(|line| line.contains("in the cache")).map(str::to_string);
+        line.unwrap_or_else(|| panic!("{}", stderr(&output)))
+    };
+    let system = (0..400).map(|i| format!("rule{i}")).collect::<Vec<_>>().join(" ");
+    let template = case.file("t.jinja", "{% for m in messages %}[{{ m.role }}]{{ m.content }}\n{% endfor %}");
+    let with_template = ["--chat-template", &template, "-c", "4096"];
+    let set = resident(&format!("/system {system}\nhi\n/show stats\n/bye\n"), &with_template);
+    let flag = resident("hi\n/show stats\n/bye\n", &[&with_template[..], &["--system", &system]].concat());
+    assert_eq!(set, flag);
     let once = run(case.llama(&train).args(["--once"]), 0);
     assert_ne!(serde_json::from_slice::<Value>(&once.stdout).unwrap()["tau"], trained["tau"], "a repetition teaches something else");
+    let deep = run(case.llama(&train).args(["--kind", "mlp"]), 0);
+    let deep: Value = serde_json::from_slice(&deep.stdout).unwrap();
+    assert_ne!(deep["tau"], trained["tau"]);
+    assert_ne!(generate(&[])["token_ids"], Value::Null, "a router with a hidden layer is read and used");
     let narrow = run(&mut case.llama(&["generate", "hi", "--token-router", &router, "--window", "8"]), 2);
     assert!(stderr(&narrow).contains("--window 64"), "{}", stderr(&narrow));
     run(&mut case.llama(&["generate", "hi", "--token-router", &router, "--keep", "0.01"]), 2);

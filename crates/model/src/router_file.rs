@@ -1,6 +1,6 @@
 //! `router.safetensors`: a trained token router, and what is known of it.
 //!
-//! Tensors, f32, of kind `linear`: `layers.{i}.weight` `[kv_heads, width]` and `layers.{i}.bias` `[kv_heads]`; of `mlp` also
+//! Tensors, f32, or f16 where that holds the same numbers, of kind `linear`: `layers.{i}.weight` `[kv_heads, width]` and `layers.{i}.bias` `[kv_heads]`; of `mlp` also
 //! `layers.{i}.hidden.weight` `[width, hidden_size]` and `layers.{i}.hidden.bias` `[width]`; of `sink` (Fast KVzip) and `keys` (WG-KV)
 //! what is published under its own names, after `layers.{i}.`. A layer without tensors keeps every token. The rest is
 //! metadata: strings, numbers and JSON.
@@ -143,7 +143,9 @@ impl RouterFile {
                 kind = own;
             }
             let named = parts.into_iter().flat_map(|(_, tensors)| tensors);
-            tensors.extend(named.map(|(name, tensor)| (format!("layers.{index}.{name}"), tensor.clone())));
+            for (name, tensor) in named {
+                tensors.push((format!("layers.{index}.{name}"), narrow(tensor)?));
+            }
         }
         let metadata: HashMap<String, String> = [
             ("format", FORMAT.to_string()),
@@ -194,6 +196,13 @@ impl RouterFile {
         let pair = self.curve.windows(2).find(|pair| (pair[0].0..=pair[1].0).contains(&tau));
         pair.map_or(if tau < first.0 { first.1 } else { last.1 }, |pair| between(pair[0], pair[1], tau))
     }
+}
+
+/// The same numbers in 16 bits, if those hold all of them.
+fn narrow(tensor: &Tensor) -> Result<Tensor> {
+    let small = tensor.to_dtype(DType::F16)?;
+    let same = small.to_dtype(tensor.dtype())?.flatten_all()?.to_vec1::<f32>()? == tensor.flatten_all()?.to_vec1::<f32>()?;
+    Ok(if same { small } else { tensor.clone() })
 }
 
 /// The numbers of a tensor as f32, if all are finite.

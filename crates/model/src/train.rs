@@ -1,11 +1,14 @@
-//! Training a token router: a linear gate for every head, by ridge regression in closed form.
+//! Training a token router: a linear gate for every head, by ridge regression in closed form, or one with a hidden layer.
 //!
-//! The label of a token is how much it is missed once it leaves the window: the largest attention that any later query beyond
-//! the window gives to it, over the queries of its head's group; its logarithm is what the gate learns to predict from the
-//! attention input. One ordinary pass over a text gives all labels (KVzap, arXiv:2601.07891); where the model is then asked to
-//! repeat the text, labels also know of what a later question may need (KVzip, arXiv:2505.23416). Nothing but sums is kept
-//! of a text, so they may be as many as there is time for.
+//! The label of a token is how much it is missed once it leaves the window: the root of the mean square of the attention that later
+//! queries beyond the window give to it, over the queries of its head's group; its logarithm is what the gate learns to predict
+//! from the attention input. The divergence that dropping a token causes grows with the square of what it is given, so the mean
+//! square says what all queries lose by it; the largest attention of any query, the label of KVzip (arXiv:2505.23416) and KVzap
+//! (arXiv:2601.07891), only what the unluckiest does (models/README.md compares them). One ordinary pass over a text gives all
+//! labels; where the model is then asked to repeat the text, as KVzip does, labels also know of what a later question may need.
+//! Nothing but sums is kept of a text, so they may be as many as there is time for; a hidden layer learns from a sample of their tokens.
 
+mod mlp;
 mod sums;
 
 use crate::CausalLm;
@@ -13,6 +16,7 @@ use crate::calibrate::Calibrated;
 use crate::router_file::RouterFile;
 use crate::weights::hex;
 use candle_core::{DType, Device, Result, Tensor, bail};
+use mlp::Samples;
 use rayon::prelude::*;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
@@ -46,19 +50,22 @@ pub struct TrainOptions {
     pub sinks: usize,
     /// Weight of the ridge, relative to the mean square of a feature.
     pub ridge: f64,
+    /// Numbers of a hidden layer, which learns on from the linear gate; `None`: that is all.
+    pub hidden: Option<usize>,
     /// The kept fraction that the threshold is set for.
     pub keep: f32,
     /// The least that a head keeps, as a fraction.
     pub floor: f32,
     /// Tokens computed at once.
     pub chunk: usize,
-    /// Where what was learnt so far is kept, so that the same training goes on from it: when it is stopped, and every few minutes.
+    /// Where what was learnt so far is kept, so that the same training goes on from it: when it is stopped, and every few minutes. Not
+    /// with a hidden layer: that wants the tokens again.
     pub state: Option<PathBuf>,
 }
 
 impl Default for TrainOptions {
     fn default() -> Self {
-        Self { repeat: Vec::new(), window: 256, sinks: 4, ridge: 1e-3, keep: 0.5, floor: 0.05, chunk: 512, state: None }
+        Self { repeat: Vec::new(), window: 256, sinks: 4, ridge: 1e-3, hidden: None, keep: 0.5, floor: 0.05, chunk: 512, state: None }
     }
 }
 
@@ -71,44 +78,80 @@ pub struct Trained {
     pub correlation: f64,
 }
 
-/// Attention inputs and labels of the running text, one layer.
+/// Attention inputs and labels of a text, one layer.
 #[derive(Debug, Default)]
 struct Seen {
     hidden: Vec<f32>,      // [tokens, width]
     labels: Vec<Vec<f32>>, // [kv_heads][tokens]
 }
 
+/// Attention inputs of the running text, and the squares of the attention that its tokens got so far, one layer.
+#[derive(Debug, Default)]
+struct Running {
+    hidden: Vec<f32>,    // [tokens, width], of the repetition too
+    heads: Vec<Squares>, // [kv_heads]
+}
+
+/// Sums of squares of the attention that later queries beyond the window gave to each token: those of the text, and those
+/// of its repetition.
+#[derive(Debug, Default)]
+struct Squares {
+    text: Vec<f32>,
+    repetition: Vec<f32>,
+}
+
+impl Squares {
+    fn add(&mut self, other: &Self) {
+        for (all, new) in [(&mut self.text, &other.text), (&mut self.repetition, &other.repetition)] {
+            all.resize(all.len().max(new.len()), 0.0);
+            all.iter_mut().zip(new).for_each(|(all, new)| *all += new);
+        }
+    }
+
+    /// The root of the mean squares of a text of `tokens`; of both readings, as much by each.
+    fn labels(&self, tokens: usize, window: usize) -> Vec<f32> {
+        let at = |list: &[f32], token: usize| list.get(token).copied().unwrap_or(0.0);
+        let label = |token: usize| {
+            let later = tokens.saturating_sub(token + window).max(1);
+            (at(&self.text, token) / later as f32 + at(&self.repetition, token) / tokens as f32).sqrt()
+        };
+        (0..tokens).map(label).collect()
+    }
+}
+
 /// Collects them as the model reads.
 #[derive(Debug)]
 struct Labels {
+    tokens: usize, // of the text; what follows repeats it
     window: usize,
-    layers: Vec<Mutex<Seen>>,
+    layers: Vec<Mutex<Running>>,
 }
 
 impl Labels {
-    fn new(layers: usize, window: usize) -> Self {
-        Self { window, layers: (0..layers).map(|_| Mutex::default()).collect() }
+    fn new(layers: usize, tokens: usize, window: usize) -> Self {
+        Self { tokens, window, layers: (0..layers).map(|_| Mutex::default()).collect() }
     }
 
     /// What was seen of a layer; it is forgotten here.
     fn take(&self, layer: usize) -> Seen {
-        self.layers[layer].lock().map(|mut seen| std::mem::take(&mut *seen)).unwrap_or_default()
+        let Running { hidden, heads } = self.layers[layer].lock().map(|mut seen| std::mem::take(&mut *seen)).unwrap_or_default();
+        Seen { hidden, labels: heads.iter().map(|head| head.labels(self.tokens, self.window)).collect() }
     }
 }
 
 vectorised! {
-    /// Each label becomes the softmax of its score where that is more; `scores` are left as exponentials.
-    fn raise_labels(labels: &mut [f32], scores: &mut [f32]) -> () = raise_loop;
+    /// Adds the square of the softmax of each score to its sum; `scores` are left as exponentials.
+    fn add_squares(sums: &mut [f32], scores: &mut [f32]) -> () = add_squares_loop;
 }
 
 #[inline(always)]
-fn raise_loop(labels: &mut [f32], scores: &mut [f32]) {
+fn add_squares_loop(sums: &mut [f32], scores: &mut [f32]) {
     let max = scores.iter().fold(f32::NEG_INFINITY, |max, score| max.max(*score));
     scores.iter_mut().for_each(|score| *score = exp(*score - max));
     let factor = 1.0 / scores.iter().map(|weight| f64::from(*weight)).sum::<f64>() as f32;
-    for (label, weight) in labels.iter_mut().zip(scores) {
+    for (sum, weight) in sums.iter_mut().zip(scores) {
         let weight = *weight * factor;
-        *label = if weight > *label { weight } else { *label };
+        *sum = weight.mul_add(weight, *sum);
     }
 }
 
@@ -117,58 +160,67 @@ impl Observer for Labels {
         if seen.store.sliding_window().is_some() {
             return Ok(()); // reads no more than its window, and keeps no more
         }
-        let shape = seen.store.shape();
-        let (head_dim, group_size, step) = (shape.head_dim(), shape.group_size(), seen.step);
-        let on_host = |head: usize| -> Result<Vec<f32>> {
-            let (positions, keys) = seen.store.admitted_keys(head, 0..step.end())?;
-            let keys = Tensor::from_vec(keys, (positions.len(), head_dim), &Device::Cpu)?;
-            let q = seen.q.narrow(1, head * group_size, group_size)?.to_dtype(DType::F32)?.contiguous()?;
-            let scores = (q.reshape((step.len * group_size, head_dim))?.matmul(&keys.t()?)? * f64::from(seen.scale))?;
-            let mut scores = scores.flatten_all()?.to_vec1::<f32>()?; // [tokens * group_size, end]
-            let mut labels = vec![0f32; step.end()];
-            for (row, scores) in scores.chunks_exact_mut(step.end()).enumerate() {
-                let t = step.start + row / group_size;
-                // Beyond the window of this query.
-                let far = (t + 1).saturating_sub(self.window);
-                raise_labels(&mut labels[..far], &mut scores[..=t]);
-            }
-            Ok(labels)
-        };
-        let labels = if seen.q.device().is_cpu() {
-            (0..shape.kv_heads()).into_par_iter().map(on_host).collect::<Result<Vec<_>>>()?
+        let kv_heads = seen.store.shape().kv_heads();
+        let new = if seen.q.device().is_cpu() {
+            (0..kv_heads).into_par_iter().map(|head| self.on_host(&seen, head)).collect::<Result<Vec<_>>>()?
         } else {
-            on_device(&seen, self.window)?
+            self.on_device(&seen)?
         };
         let hidden = seen.hidden.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
         if let Ok(mut layer) = self.layers[seen.layer].lock() {
             layer.hidden.extend(hidden);
-            layer.labels.resize(shape.kv_heads(), Vec::new());
-            for (all, new) in layer.labels.iter_mut().zip(labels) {
-                all.resize(new.len(), 0.0);
-                all.iter_mut().zip(new).for_each(|(all, new)| *all = all.max(new));
-            }
+            layer.heads.resize_with(kv_heads, Squares::default);
+            layer.heads.iter_mut().zip(&new).for_each(|(all, new)| all.add(new));
         }
         Ok(())
     }
 }
 
-/// The labels that the queries of a step give to the keys of each head, where those are: plain tensor code.
-fn on_device(seen: &Attended<'_>, window: usize) -> Result<Vec<Vec<f32>>> {
-    let (shape, step, device) = (seen.store.shape(), seen.step, seen.q.device());
-    let (group_size, rows) = (shape.group_size(), step.len * shape.group_size());
-    let queries: Vec<f32> = (0..rows).map(|row| (step.start + row / group_size) as f32).collect();
-    let keys = Tensor::arange(0f32, step.end() as f32, device)?.unsqueeze(0)?;
-    let distance = Tensor::from_vec(queries, (rows, 1), device)?.broadcast_sub(&keys)?; // [rows, end]
-    let (seen_keys, far) = (distance.ge(0f64)?, distance.ge(window as f64)?.to_dtype(DType::F32)?);
-    let hidden = Tensor::full(f32::NEG_INFINITY, distance.shape(), device)?;
-    let of_head = |head: usize| -> Result<Vec<f32>> {
-        let (_, keys, _) = seen.store.rows(head, step.end())?;
-        let q = seen.q.narrow(1, head * group_size, group_size)?.to_dtype(DType::F32)?.contiguous()?.reshape((rows, shape.head_dim()))?;
-        let scores = (q.matmul(&keys.t()?)? * f64::from(seen.scale))?;
-        let weights = candle_nn::ops::softmax_last_dim(&seen_keys.where_cond(&scores, &hidden)?)?;
-        (weights * &far)?.max(0)?.to_vec1()
-    };
-    (0..shape.kv_heads()).map(of_head).collect()
+impl Labels {
+    /// What the queries of a step give to the keys of a head.
+    fn on_host(&self, seen: &Attended<'_>, head: usize) -> Result<Squares> {
+        let (shape, step) = (seen.store.shape(), seen.step);
+        let (head_dim, group_size) = (shape.head_dim(), shape.group_size());
+        let (positions, keys) = seen.store.admitted_keys(head, 0..step.end())?;
+        let keys = Tensor::from_vec(keys, (positions.len(), head_dim), &Device::Cpu)?;
+        let q = seen.q.narrow(1, head * group_size, group_size)?.to_dtype(DType::F32)?.contiguous()?;
+        let scores = (q.reshape((step.len * group_size, head_dim))?.matmul(&keys.t()?)? * f64::from(seen.scale))?;
+        let mut scores = scores.flatten_all()?.to_vec1::<f32>()?; // [tokens * group_size, end]
+        let mut squares = Squares { text: vec![0.0; step.end()], repetition: vec![0.0; step.end()] };
+        for (row, scores) in scores.chunks_exact_mut(step.end()).enumerate() {
+            let t = step.start + row / group_size;
+            let sums = if t < self.tokens { &mut squares.text } else { &mut squares.repetition };
+            // Beyond the window of this query.
+            let far = (t + 1).saturating_sub(self.window);
+            add_squares(&mut sums[..far], &mut scores[..=t]);
+        }
+        Ok(squares)
+    }
+
+    /// The same of every head, where keys and queries are: plain tensor code.
+    fn on_device(&self, seen: &Attended<'_>) -> Result<Vec<Squares>> {
+        let (shape, step, device) = (seen.store.shape(), seen.step, seen.q.device());
+        let (group_size, rows) = (shape.group_size(), step.len * shape.group_size());
+        let of_text = self.tokens.clamp(step.start, step.end()) - step.start;
+        let queries: Vec<f32> = (0..rows).map(|row| (step.start + row / group_size) as f32).collect();
+        let keys = Tensor::arange(0f32, step.end() as f32, device)?.unsqueeze(0)?;
+        let distance = Tensor::from_vec(queries, (rows, 1), device)?.broadcast_sub(&keys)?; // [rows, end]
+        let (seen_keys, far) = (distance.ge(0f64)?, distance.ge(self.window as f64)?.to_dtype(DType::F32)?);
+        let hidden = Tensor::full(f32::NEG_INFINITY, distance.shape(), device)?;
+        let of_head = |head: usize| -> Result<Squares> {
+            let (_, keys, _) = seen.store.rows(head, step.end())?;
+            let q = seen.q.narrow(1, head * group_size, group_size)?.to_dtype(DType::F32)?.contiguous()?;
+            let scores = (q.reshape((rows, shape.head_dim()))?.matmul(&keys.t()?)? * f64::from(seen.scale))?;
+            let weights = candle_nn::ops::softmax_last_dim(&seen_keys.where_cond(&scores, &hidden)?)?;
+            let squares = (weights.sqr()? * &far)?;
+            let sums = |first: usize, count: usize| match count {
+                0 => Ok(Vec::new()),
+                _ => squares.narrow(0, first * group_size, count * group_size)?.sum(0)?.to_vec1(),
+            };
+            Ok(Squares { text: sums(0, of_text)?, repetition: sums(of_text, step.len - of_text)? })
+        };
+        (0..shape.kv_heads()).map(of_head).collect()
+    }
 }
 
 /// Trains a gate on `texts` and sets its threshold on `held_out`, each a sequence of token ids longer than two windows.
@@ -195,7 +247,10 @@ pub fn train(
     let learns = config.sliding_window.iter().map(Option::is_none);
     let mut sums: Vec<Option<Sums>> = learns.map(|learns| learns.then(|| Sums::new(width, kv_heads))).collect();
     let key = key(&fingerprint, texts, options);
-    let state = options.state.as_deref();
+    let state = options.state.as_deref().filter(|_| options.hidden.is_none());
+    let tokens = texts.iter().map(|text| useful(text.len(), options).len()).sum();
+    let mut samples: Vec<Option<Samples>> =
+        sums.iter().map(|sums| sums.as_ref().filter(|_| options.hidden.is_some()).map(|_| Samples::new(tokens))).collect();
     let known = state.map_or(Ok(0), |path| sums::resume(path, &key, &mut sums))?;
     let mut saved = Instant::now();
     for (done, text) in texts.iter().enumerate().skip(known) {
@@ -209,7 +264,11 @@ pub fn train(
         }
         let labels = read(model, dense, text, options)?;
         for (layer, sums) in sums.iter_mut().enumerate().filter_map(|(layer, sums)| Some((layer, sums.as_mut()?))) {
-            sums.add(&labels.take(layer), useful(text.len(), options), width)?;
+            let seen = labels.take(layer);
+            sums.add(&seen, useful(text.len(), options), width)?;
+            if let Some(samples) = &mut samples[layer] {
+                samples.add(&seen, useful(text.len(), options), width);
+            }
         }
     }
     if let Some(path) = state.filter(|_| known < texts.len()) {
@@ -217,6 +276,13 @@ pub fn train(
     }
     let solve = |sums: Option<Sums>| sums.map(|sums| sums.solve(options.ridge, width, kv_heads)).transpose();
     let mut gates = sums.into_iter().map(solve).collect::<Result<Vec<_>>>()?;
+    for (layer, samples) in samples.into_iter().enumerate() {
+        let (Some(samples), Some(gate), Some(hidden)) = (samples, &mut gates[layer], options.hidden) else { continue };
+        if progress(texts.len()).is_break() {
+            return Ok(None);
+        }
+        *gate = samples.fit(gate, hidden, layer as u64)?;
+    }
     // Scores and labels of held-out text: [layers * kv_heads][tokens].
     let mut scores: Vec<Vec<f32>> = vec![Vec::new(); layers * kv_heads];
     let mut truths = scores.clone();
@@ -251,6 +317,11 @@ pub fn train(
     Ok(Some(Trained { router, correlation }))
 }
 
+/// Bytes that are kept of `tokens` tokens of a layer for a hidden layer to learn from.
+pub fn sample_bytes(tokens: usize, width: usize, kv_heads: usize) -> usize {
+    Samples::bytes(tokens, width, kv_heads)
+}
+
 /// Names what sums are of: the model, the texts, and what is read of them.
 fn key(fingerprint: &str, texts: &[Vec<u32>], options: &TrainOptions) -> String {
     let mut hash = Sha256::new();
@@ -264,10 +335,9 @@ fn key(fingerprint: &str, texts: &[Vec<u32>], options: &TrainOptions) -> String 
     hex(&hash.finalize())
 }
 
-/// Tokens that teach something: not the sinks, and with enough queries beyond their window, which a repetition gives to all.
+/// Tokens that teach something: not the sinks, and with enough queries beyond their window.
 fn useful(tokens: usize, options: &TrainOptions) -> Range<usize> {
-    let end = if options.repeat.is_empty() { tokens.saturating_sub(2 * options.window) } else { tokens };
-    options.sinks.min(tokens)..end
+    options.sinks.min(tokens)..tokens.saturating_sub(2 * options.window)
 }
 
 /// Reads a text and collects attention inputs and labels.
@@ -275,7 +345,7 @@ fn read(model: &dyn CausalLm, dense: &RoutedAttention, text: &[u32], options: &T
     if useful(text.len(), options).is_empty() {
         bail!("a text of {} tokens is too short for a window of {}", text.len(), options.window);
     }
-    let labels = Arc::new(Labels::new(model.config().num_layers, options.window));
+    let labels = Arc::new(Labels::new(model.config().num_layers, text.len(), options.window));
     let attention = dense.to_dense().observed(labels.clone());
     let mut ids = text.to_vec();
     if !options.repeat.is_empty() {

@@ -119,7 +119,7 @@ impl Conversation<'_> {
             "help" | "?" => self.ui.say(HELP),
             "clear" => self.clear()?,
             "regen" => self.regenerate()?,
-            "system" => self.set_system(rest),
+            "system" => self.set_system(rest)?,
             "read" => self.read(rest)?,
             "save" => self.save(rest)?,
             "load" => self.load(rest)?,
@@ -269,13 +269,25 @@ impl Conversation<'_> {
         self.reply_to(&prompt[kept..])
     }
 
-    fn set_system(&mut self, text: &str) {
+    fn set_system(&mut self, text: &str) -> Result<()> {
         self.messages.retain(|message| message.role != "system");
         if !text.is_empty() {
             self.messages.insert(0, Message::new("system", text));
         }
-        self.known = None;
+        self.begin_again()?;
         self.ui.say("the system message is set; the conversation is read again with your next message");
+        Ok(())
+    }
+
+    /// Forgets what was read, with a session that keeps all of the system message there is now.
+    fn begin_again(&mut self) -> Result<()> {
+        let system = self.messages.iter().find(|message| message.role == "system");
+        let checkpoint = &self.engine.checkpoint;
+        let attention =
+            system.map_or_else(|| Ok(checkpoint.attention.clone()), |system| checkpoint.attention_protecting(&system.content))?;
+        self.session = self.engine.session_with(attention, FIRST_CAPACITY.min(self.context))?;
+        (self.known, self.turn) = (None, None);
+        Ok(())
     }
 
     fn read(&mut self, path: &str) -> Result<()> {
@@ -319,7 +331,7 @@ impl Conversation<'_> {
         }
         self.messages = saved.messages;
         self.attached.clear();
-        self.forget()?;
+        self.begin_again()?;
         let other = if saved.model == self.engine.checkpoint.located.id { String::new() } else { format!(", had with {}", saved.model) };
         self.ui.say(format!("loaded {} messages{other}; they are read with your next message", self.messages.len()));
         Ok(())

@@ -1,7 +1,7 @@
 //! `foveate train-router`: a token router for any model, from texts.
 
 use super::input::read_file;
-use crate::args::{AttentionArgs, TemplateArgs, TrainRouter};
+use crate::args::{AttentionArgs, GateKind, TemplateArgs, TrainRouter};
 use crate::engine::{Checkpoint, FEW_AT_ONCE};
 use crate::failure::{Failure, Kind, damaged, unexpected};
 use crate::interrupt::Interrupt;
@@ -10,7 +10,7 @@ use crate::source::Hub;
 use crate::ui::{Ui, bytes, stdout};
 use anyhow::Result;
 use model::calibrate::{CalibrateOptions, calibrate};
-use model::train::{TrainOptions, train};
+use model::train::{TrainOptions, sample_bytes, train};
 use model::{Published, RouterFile};
 use serde_json::json;
 use std::path::{Path, PathBuf};
@@ -28,6 +28,9 @@ const KEEP: f32 = 0.5;
 /// Asks for the text once more.
 const REPEAT: &str = "\n\nRepeat the previous context exactly:\n\n";
 
+/// Numbers of the hidden layer of `--kind mlp`.
+const HIDDEN: usize = 64;
+
 /// Tokens of the longer sequences, where nothing is asked for and the context allows them.
 const LONG: usize = 16384;
 
@@ -44,6 +47,7 @@ pub(crate) fn run(args: &TrainRouter, hub: &Hub, ui: Ui, interrupt: &Interrupt) 
         window: args.window as usize,
         keep: args.keep.unwrap_or(KEEP),
         ridge: args.ridge,
+        hidden: (args.kind == GateKind::Mlp).then_some(HIDDEN),
         chunk: checkpoint.chunk.min(FEW_AT_ONCE),
         state: Some(state.clone()),
         ..TrainOptions::default()
@@ -76,7 +80,8 @@ pub(crate) fn run(args: &TrainRouter, hub: &Hub, ui: Ui, interrupt: &Interrupt) 
     }
     let longest = learn.iter().chain(&held_out).map(Vec::len).max().unwrap_or(length);
     let read = if options.repeat.is_empty() { longest } else { 2 * longest + options.repeat.len() };
-    check_memory(&checkpoint, read, args)?;
+    let learnt = learn.iter().map(Vec::len).sum::<usize>();
+    check_memory(&checkpoint, read, options.hidden.map_or(0, |_| learnt), args)?;
     let fingerprint = checkpoint.weights.fingerprint().map_err(damaged)?;
     let tokens = |texts: &[Vec<u32>]| texts.iter().map(Vec::len).sum::<usize>();
     let (learn_tokens, held_out_tokens) = (tokens(&learn), tokens(&held_out));
@@ -88,7 +93,7 @@ pub(crate) fn run(args: &TrainRouter, hub: &Hub, ui: Ui, interrupt: &Interrupt) 
     ));
     let training = json!({
         "command": "foveate train-router", "texts": names, "tokens": learn_tokens, "held_out_tokens": held_out_tokens, "length": length, "longest": longest,
-        "label": "largest later attention beyond the window, logarithm", "repeated": !options.repeat.is_empty(), "ridge": options.ridge, "floor": options.floor,
+        "label": "mean square of later attention beyond the window, logarithm of its root", "repeated": !options.repeat.is_empty(), "ridge": options.ridge, "hidden": options.hidden, "floor": options.floor,
         "model": engine.checkpoint.located.id, "quant": engine.checkpoint.weights.dtype_name(),
     });
     let bar = ui.token_bar("train", (learn_tokens + held_out_tokens) as u64);
@@ -105,9 +110,12 @@ pub(crate) fn run(args: &TrainRouter, hub: &Hub, ui: Ui, interrupt: &Interrupt) 
     });
     bar.finish_and_clear();
     let Some(trained) = trained.map_err(unexpected)? else {
-        return Err(Failure::new(Kind::Interrupted, "stopped: no router was written")
-            .hint(format!("the same command goes on from {}", state.display()))
-            .into());
+        let failure = Failure::new(Kind::Interrupted, "stopped: no router was written");
+        return Err(match args.kind {
+            GateKind::Linear => failure.hint(format!("the same command goes on from {}", state.display())),
+            GateKind::Mlp => failure.hint("the same command starts again: a hidden layer wants all tokens; --kind linear goes on"),
+        }
+        .into());
     };
     let path = &args.output;
     save(&trained.router, path)?;
@@ -223,22 +231,26 @@ fn cut(ids: &[u32], [length, long]: [usize; 2]) -> impl Iterator<Item = &[u32]> 
     })
 }
 
-/// The sums of all layers, and the attention inputs and labels of one sequence.
-fn check_memory(checkpoint: &Checkpoint, length: usize, args: &TrainRouter) -> Result<()> {
+/// The sums of all layers, the attention inputs and labels of one sequence, and what a hidden layer learns from: of `sampled` tokens.
+fn check_memory(checkpoint: &Checkpoint, length: usize, sampled: usize, args: &TrainRouter) -> Result<()> {
     let config = checkpoint.config();
     let (layers, width) = (config.num_layers as u64, config.hidden_size as u64);
     let sums = layers * (width + 1) * (width + 1) * 8;
     let sequence = layers * length as u64 * (width + config.heads.kv_heads() as u64) * 4;
+    let samples = layers * sample_bytes(sampled, config.hidden_size, config.heads.kv_heads()) as u64;
     let scores = 3 * (checkpoint.chunk.min(FEW_AT_ONCE) * config.heads.q_heads() * length * 4) as u64;
-    let (needed, free) =
-        (checkpoint.weights_bytes() + sums + sequence + scores, plan::available(args.model.machine.mem_limit, &checkpoint.device));
+    let (needed, free) = (
+        checkpoint.weights_bytes() + sums + samples + sequence + scores,
+        plan::available(args.model.machine.mem_limit, &checkpoint.device),
+    );
     if needed <= free {
         return Ok(());
     }
     let why = format!(
-        "weights {} + sums {} + a sequence {} + attention {}, and {} may be used",
+        "weights {} + sums {} + samples {} + a sequence {} + attention {}, and {} may be used",
         bytes(checkpoint.weights_bytes()),
         bytes(sums),
+        bytes(samples),
         bytes(sequence),
         bytes(scores),
         bytes(free)

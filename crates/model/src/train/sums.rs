@@ -11,7 +11,7 @@ use std::ops::Range;
 use std::path::Path;
 
 /// `format` of the files that this version goes on from.
-const FORMAT: &str = "foveate.training/1";
+const FORMAT: &str = "foveate.training/2";
 
 /// Sums of one layer: `X'X` and `X'y`, where a row of `X` is an attention input and 1.
 #[derive(Debug, Clone, PartialEq)]
