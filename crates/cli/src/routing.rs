@@ -142,7 +142,7 @@ pub(crate) fn resolve(args: &AttentionArgs, known: &Known<'_>) -> Result<Routing
         "all" => usize::MAX,
         _ => args.min_ctx.map(|tokens| tokens as usize).or(known.crossover).unwrap_or(expected),
     };
-    let block_size = args.block.map_or(defaults.block, |block| block as usize);
+    let block_size = args.block.map_or_else(|| wider(defaults.block, token_router.kept_fraction(), window), |block| block as usize);
     if block_size > window + 1 {
         let what = format!("--block {block_size} is larger than --window {window}: a block must be past before it is chosen");
         return Err(Failure::new(Kind::Usage, what).hint(format!("--block {window}")).into());
@@ -151,6 +151,13 @@ pub(crate) fn resolve(args: &AttentionArgs, known: &Known<'_>) -> Result<Routing
     let dense_layers = args.dense_layers.map_or(defaults.dense_layers, |n| n as usize);
     let layer_budgets = args.layer_budgets.clone().unwrap_or_else(|| defaults.layer_budgets.clone());
     Ok(Routing { token_router, block_router, limits, dense_layers, layer_budgets })
+}
+
+/// Positions per block that hold about as many kept tokens as `block` would of all: what a query reads lies in as many pieces, and
+/// there are fewer to score.
+fn wider(block: usize, kept_fraction: f32, window: usize) -> usize {
+    let times = (1.0 / kept_fraction.clamp(0.125, 1.0)).log2().round() as u32;
+    (block << times).min(window)
 }
 
 /// A token router, and the window and sinks that a trained one was made for.

@@ -1,4 +1,4 @@
-use super::rows::times;
+use super::rows::{affine, numbers};
 use candle_core::{DType, Result, Tensor, bail};
 
 /// One or two layers on the attention input: what `train-router` makes. f32.
@@ -21,10 +21,10 @@ impl Feedforward {
     pub fn score(&self, x: &Tensor) -> Result<Tensor> {
         let x = x.to_dtype(DType::F32)?;
         let x = match &self.hidden {
-            Some((weight, bias)) => times(&x, weight)?.broadcast_add(bias)?.gelu_erf()?,
+            Some((weight, bias)) => affine(&x, weight, &numbers(bias)?)?.gelu_erf()?,
             None => x,
         };
-        times(&x, &self.weight)?.broadcast_add(&self.bias)
+        affine(&x, &self.weight, &numbers(&self.bias)?)
     }
 
     /// `[kv_heads, hidden_size]`

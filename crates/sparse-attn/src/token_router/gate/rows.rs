@@ -10,6 +10,11 @@ const TOKENS_AT_ONCE: usize = 16;
 /// `x . weight'`, `[tokens, width] . [rows, width]'`, on the host, one token at a time: a product of many may add in another order than that
 /// of one, and a score at the threshold would then depend on how a prompt was cut.
 pub(super) fn times(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
+    affine(x, weight, &[])
+}
+
+/// The same and `bias` `[rows]`, where there is one.
+pub(super) fn affine(x: &Tensor, weight: &Tensor, bias: &[f32]) -> Result<Tensor> {
     let width = x.dim(1)?;
     if weight.dims2()?.1 != width {
         bail!("gate: made for a width of {}, got {width}", weight.dims()[1]);
@@ -21,6 +26,7 @@ pub(super) fn times(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
                 let rows = x[part * TOKENS_AT_ONCE * width..].chunks_exact(width);
                 for (row, out) in rows.zip(out.chunks_exact_mut(count)) {
                     out.iter_mut().zip(columns.chunks_exact(width)).for_each(|(out, column)| *out = dot(row, column));
+                    out.iter_mut().zip(bias).for_each(|(out, bias)| *out += bias);
                 }
             }))
         })

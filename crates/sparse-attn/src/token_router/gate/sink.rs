@@ -1,4 +1,4 @@
-use super::rows::{dot, numbers, rms_norm, times};
+use super::rows::{affine, dot, numbers, rms_norm, times};
 use crate::parallel;
 use candle_core::{Device, Result, Tensor, bail};
 
@@ -33,7 +33,7 @@ impl SinkGate {
     pub fn score(&self, x: &Tensor) -> Result<Tensor> {
         let (kv_heads, _, sinks, rank) = self.k_base.dims4()?;
         let group_size = self.b.dim(2)?;
-        let q = numbers(&times(x, &self.q_weight)?.broadcast_add(&self.q_bias)?)?;
+        let q = numbers(&affine(x, &self.q_weight, &numbers(&self.q_bias)?)?)?;
         let k = numbers(&times(x, &self.k_weight)?)?;
         let (q_norm, k_norm) = (numbers(&self.q_norm)?, numbers(&self.k_norm)?);
         let (base, b) = (numbers(&self.k_base)?, numbers(&self.b)?);
