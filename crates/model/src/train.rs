@@ -276,12 +276,16 @@ pub fn train(
     }
     let solve = |sums: Option<Sums>| sums.map(|sums| sums.solve(options.ridge, width, kv_heads)).transpose();
     let mut gates = sums.into_iter().map(solve).collect::<Result<Vec<_>>>()?;
-    for (layer, samples) in samples.into_iter().enumerate() {
-        let (Some(samples), Some(gate), Some(hidden)) = (samples, &mut gates[layer], options.hidden) else { continue };
+    if let Some(hidden) = options.hidden {
         if progress(texts.len()).is_break() {
             return Ok(None);
         }
-        *gate = samples.fit(gate, hidden, layer as u64)?;
+        // A layer's products are too small for many threads.
+        gates.par_iter_mut().zip(samples).enumerate().try_for_each(|(layer, (gate, samples))| {
+            let (Some(gate), Some(samples)) = (gate, samples) else { return Ok(()) };
+            *gate = samples.fit(gate, hidden, layer as u64)?;
+            Ok::<_, candle_core::Error>(())
+        })?;
     }
     // Scores and labels of held-out text: [layers * kv_heads][tokens].
     let mut scores: Vec<Vec<f32>> = vec![Vec::new(); layers * kv_heads];

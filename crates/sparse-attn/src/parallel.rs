@@ -64,17 +64,20 @@ pub fn filled<T: Copy + Default + Send>(count: usize, size: usize, fill: impl Fn
     let mut list = Unset::<T>::new(count);
     let places = list.places();
     let size = size.max(1);
-    candle_core::utils::barrier_pool().execute_chunked(count.div_ceil(size), |range| {
-        for index in range {
-            let (first, len) = (index * size, size.min(count - index * size));
-            // SAFETY: the list has room for these members, which this thread alone was handed.
-            let part = unsafe {
-                (0..len).for_each(|i| places.at(first + i).write(T::default()));
-                std::slice::from_raw_parts_mut(places.at(first), len)
-            };
-            fill(index, part);
-        }
-    });
+    let part = |index: usize| {
+        let (first, len) = (index * size, size.min(count - index * size));
+        // SAFETY: the list has room for these members, which this thread alone was handed.
+        let part = unsafe {
+            (0..len).for_each(|i| places.at(first + i).write(T::default()));
+            std::slice::from_raw_parts_mut(places.at(first), len)
+        };
+        fill(index, part);
+    };
+    match count.div_ceil(size) {
+        // One part is done before the other threads are awake.
+        1 => part(0),
+        parts => candle_core::utils::barrier_pool().execute_chunked(parts, |range| range.for_each(&part)),
+    }
     // SAFETY: every part was handed out.
     unsafe { list.set() }
 }
