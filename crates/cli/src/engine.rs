@@ -165,6 +165,8 @@ impl Checkpoint {
     pub(crate) fn attention_of(&self, args: &AttentionArgs) -> Result<RoutedAttention> {
         let known = routing::Known {
             router: self.located.manifest.and_then(|manifest| manifest.router()),
+            // On a GPU a step that drops tokens is led by the host, operation by operation.
+            drops_freely: self.device.is_cpu(),
             config: self.config(),
             defaults: self.located.manifest.and_then(|manifest| manifest.body.routing.as_ref()),
             crossover: crossover::recall(self),

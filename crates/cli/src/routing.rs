@@ -87,6 +87,8 @@ const TRAINED: &str = "trained";
 pub(crate) struct Known<'a> {
     /// Its token router, and the router's file.
     pub(crate) router: Option<(&'a ShippedRouter, &'static [u8])>,
+    /// Whether a token router costs the backend no speed.
+    pub(crate) drops_freely: bool,
     pub(crate) config: &'a Config,
     /// Of its manifest.
     pub(crate) defaults: Option<&'a RoutingDefaults>,
@@ -165,7 +167,7 @@ type Trained = (Arc<dyn TokenRouter>, Option<(usize, usize)>);
 
 /// The token router that the flags ask for.
 fn token_router(args: &AttentionArgs, known: &Known<'_>) -> Result<Trained> {
-    let shipped = known.router.filter(|(router, _)| args.attn == AttentionChoice::Auto && router.is_good());
+    let shipped = known.router.filter(|(router, _)| args.attn == AttentionChoice::Auto && known.drops_freely && router.is_good());
     let name = args.token_router.as_deref().unwrap_or(if shipped.is_some() { TRAINED } else { "all" });
     if name == TRAINED {
         let Some((known_of_it, bytes)) = known.router else {
