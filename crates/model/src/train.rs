@@ -420,6 +420,25 @@ mod tests {
     use super::*;
 
     #[test]
+    fn labels_are_mean_squares_of_both_readings_however_they_were_cut() {
+        // Four tokens, a window of 1: token 0 has three later queries of the text, and four of the repetition.
+        let (text, repetition) = ([[0.5f32, 0.0], [0.1, 0.4], [0.2, 0.2]], [[0.3f32, 0.0]; 4]);
+        let mut whole = Squares::default();
+        for (row, weights) in text.iter().chain(&repetition).enumerate() {
+            let squares: Vec<f32> = weights.iter().map(|weight| weight * weight).collect();
+            let one =
+                if row < 3 { Squares { text: squares, repetition: Vec::new() } } else { Squares { text: Vec::new(), repetition: squares } };
+            whole.add(&one);
+        }
+        let labels = whole.labels(4, 1);
+        let expected = [((0.25 + 0.01 + 0.04) / 3.0 + 0.09f32).sqrt(), ((0.16 + 0.04) / 2.0f32).sqrt(), 0.0, 0.0];
+        assert!(labels.iter().zip(expected).all(|(label, expected)| (label - expected).abs() < 1e-6), "{labels:?} {expected:?}");
+        let mut sums = vec![0f32; 2];
+        add_squares(&mut sums, &mut [0.0, 0.0, f32::NEG_INFINITY, 0.0]);
+        assert!(sums.iter().all(|sum| (sum - 1.0 / 9.0).abs() < 1e-6), "{sums:?}");
+    }
+
+    #[test]
     fn thresholds_keep_what_they_say_and_heads_their_floor() {
         let sorted: Vec<f32> = (0..1000).map(|i| i as f32).collect();
         for fraction in [0.1, 0.5, 0.9] {
