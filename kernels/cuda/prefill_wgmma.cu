@@ -163,7 +163,7 @@ template <typename T, int D> __device__ __forceinline__ void fetch(const Prefill
         }
         asm volatile("cp.async.commit_group;");
     };
-    // What was copied before the newest two of keys and values is there.
+    // What this thread copied for that stage is there, and wgmma may read it.
     auto tell = [&](uint64_t *barrier) {
         asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
         arrive(barrier);

@@ -247,14 +247,8 @@ impl Conversation<'_> {
     fn clear(&mut self) -> Result<()> {
         self.messages.retain(|message| message.role == "system");
         self.attached.clear();
-        self.forget()?;
+        self.begin_again()?;
         self.ui.say("cleared");
-        Ok(())
-    }
-
-    fn forget(&mut self) -> Result<()> {
-        (self.known, self.turn) = (None, None);
-        self.session.rewind(0).map_err(unexpected)?;
         Ok(())
     }
 

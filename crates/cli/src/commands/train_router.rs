@@ -80,11 +80,10 @@ pub(crate) fn run(args: &TrainRouter, hub: &Hub, ui: Ui, interrupt: &Interrupt) 
     }
     let longest = learn.iter().chain(&held_out).map(Vec::len).max().unwrap_or(length);
     let read = if options.repeat.is_empty() { longest } else { 2 * longest + options.repeat.len() };
-    let learnt = learn.iter().map(Vec::len).sum::<usize>();
-    check_memory(&checkpoint, read, options.hidden.map_or(0, |_| learnt), args)?;
-    let fingerprint = checkpoint.weights.fingerprint().map_err(damaged)?;
     let tokens = |texts: &[Vec<u32>]| texts.iter().map(Vec::len).sum::<usize>();
     let (learn_tokens, held_out_tokens) = (tokens(&learn), tokens(&held_out));
+    check_memory(&checkpoint, read, options.hidden.map_or(0, |_| learn_tokens), args)?;
+    let fingerprint = checkpoint.weights.fingerprint().map_err(damaged)?;
     let names: Vec<String> = args.file.iter().filter_map(|path| Some(path.file_name()?.to_string_lossy().into_owned())).collect();
     let engine = checkpoint.load(read, &args.model)?;
     ui.say(engine.banner(context));
