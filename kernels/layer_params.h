@@ -13,9 +13,9 @@ struct Matrix {
     int format;
 };
 
-// `out = W x + bias` for up to three matrices of one width, for few tokens. grid (rows of all matrices / 4, tokens).
+// `out = W x + bias` for up to four matrices of one width, for few tokens. grid (rows of all matrices / 4, tokens).
 struct ProductParams {
-    Matrix matrices[3];
+    Matrix matrices[4];
     const float *x;        // [tokens, columns]
     const void *x_q8;      // the same in 8 bits, see weights.cuh
     int count;
@@ -46,6 +46,18 @@ struct NormParams {
     float eps;
 };
 
+// The verdict of a token router's gate on one token; see Kept in params.h.
+struct Verdict {
+    const float *scores;   // [kv_heads], or, of a hidden layer before its activation, [width]; null: the token is kept
+    const float *weight;   // [kv_heads, width]; null: no hidden layer
+    const float *bias;     // [kv_heads]
+    uint8_t *masks;        // [kv_heads, max_pages, 8]; null: no gate
+    int *kept;             // [kv_heads]: 1 or 0
+    int width;
+    int sinks;             // positions that are kept anyway
+    float tau;             // kept from this score on
+};
+
 // What becomes of one token's query, key and value: norms, rotation, rounding; key and value go into the cache, and the block that
 // the key completes is summarised. grid kv_heads.
 struct WriteParams {
@@ -56,9 +68,13 @@ struct WriteParams {
     const int *position;
     const int *pages;      // [kv_heads, max_pages]
     void *q;               // [q_heads, head_dim] T
-    void *k;
+    void *k;               // S
     void *v;
+    void *k_scales;        // as in DecodeParams
+    void *v_scales;
     void *summaries;       // null: none
+    void *summary_scales;  // null: they have none
+    Verdict verdict;
     int kind;
     int block_size;
     int max_pages;

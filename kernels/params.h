@@ -2,9 +2,12 @@
 // whose test reads this file. Pointers, int and float only.
 //
 // T: half or bf16. Rows of keys, values and summaries lie one after the other; a slot of a head is row
-// `pages[head][slot / 64] * 64 + slot % 64` of the pool.
+// `pages[head][slot / 64] * 64 + slot % 64` of the pool. S: T, or signed bytes, of which each 32 neighbours of a row have a scale, half,
+// in a pool of their own; T is half then.
 
 #pragma once
+
+#include <stdint.h>
 
 // Eight neighbouring slots of a head, and who sees them. Sees(t, lane), where a kept octet is one of tokens before every window:
 //     position < 0:  bit `lane` of mask
@@ -15,13 +18,26 @@ struct Octet {
     int position; // of the first slot; -1: kept
 };
 
+// The tokens of each head that a token router kept when they left the window, packed, and which of the recent ones it keeps. All null
+// where every token is kept.
+struct Kept {
+    const int *pages;     // [kv_heads, max_pages] of the kept tokens
+    const int *counts;    // [1 + kv_heads]: the first recent position, then how many tokens are kept before it
+    const uint8_t *masks; // [kv_heads, max_pages of recent tokens, 8]: an octet of positions, bit by bit
+    const int *ranks;     // [kv_heads, max_pages of recent tokens]: kept tokens before each 64 positions, up to the first recent one
+    int max_pages;
+};
+
 // `out[t][head] = softmax(scale q . K') V` over a list of octets: of one query.
 struct DecodeParams {
     const void *q;        // [q_heads, head_dim] T
-    const void *k;        // [pages * 64, head_dim] T
-    const void *v;        // [pages * 64, head_dim] T
+    const void *k;        // [pages * 64, head_dim] S
+    const void *v;        // [pages * 64, head_dim] S
+    const void *k_scales; // [pages * 64, head_dim / 32]; null: there are none
+    const void *v_scales;
     const int *pages;     // [kv_heads, max_pages]
-    const Octet *octets;  // [kv_heads, max_octets], ascending; null: all that is visible, by `pages`
+    Kept kept;
+    const Octet *octets;  // [kv_heads, max_octets], ascending; null: all that is visible, by `pages` and `kept`
     const int *counts;    // [kv_heads] octets of the list
     const int *position;  // of the query
     float *partial;       // [kv_heads * parts, splits, 8, head_dim] sums, then [.., splits, 8, 2] maxima and weights
@@ -42,7 +58,8 @@ struct PrefillParams {
     const void *k;
     const void *v;
     const int *pages;
-    const Octet *octets;  // [lists, kv_heads, max_octets], ascending; null: all that is visible, by `pages`
+    Kept kept;
+    const Octet *octets;  // [lists, kv_heads, max_octets], ascending; null: all that is visible, by `pages` and `kept`
     const int *counts;    // [lists, kv_heads] octets of the lists
     const int *firsts;    // [tiles + 1] first query of each tile; null: tiles of `tile` queries from the first one
     const int *lists;     // [tiles] number of each tile's list; null: its own
@@ -63,7 +80,8 @@ struct PrefillParams {
 // smallest, or first alone. Row r scores the queries of a tile together, by their mean, or one query.
 struct ScoreParams {
     const void *q;         // [rows, q_heads, 2 head_dim] T, expanded; or with rows = 1 [q_heads, head_dim], to be expanded
-    const void *summaries; // [ceil(blocks / 64), kv_heads, 64, width] T
+    const void *summaries; // [ceil(blocks / 64), kv_heads, 64, width] S
+    const void *scales;    // [.., width / 32]; null: there are none
     const int *position;   // of the first query of the step
     float *scores;         // [rows, kv_heads, max_scores]
     int kind;              // 0: mean; 1: largest and smallest; 2: mean and deviation
@@ -76,15 +94,18 @@ struct ScoreParams {
     int first_row;         // rows before these in the step
 };
 
-// The octets that the queries of a tile read: block 0, the `take` best of blocks 1 to edge - 1 (of equal scores the later), and
-// everything from the edge on, where the edge is the block of the newest position outside the window of the tile's first query.
+// The octets that the queries of a tile read: block 0, the best of blocks 1 to edge - 1 (of equal scores the later) as long as their
+// tokens are no more than `takes`, and everything from the edge on, where the edge is the block of the newest position outside the window
+// of the tile's first query.
 struct SelectParams {
     const float *scores;   // [tiles * rows, kv_heads, max_scores]
     const int *pages;      // [kv_heads, max_pages]
+    Kept kept;
     const int *position;   // of the first query of the step
-    const int *takes;      // [tiles] blocks that fit the budget beside the forced ones
+    const int *takes;      // [tiles, kv_heads] tokens that fit the budget beside those of the forced blocks
     Octet *octets;         // [tiles, kv_heads, max_octets]
     int *counts;           // [tiles, kv_heads]
+    int *picked;           // [tiles, kv_heads] kept tokens of block 0 and the chosen ones; may be null
     int *blocks;           // [tiles, kv_heads, max_scores]: the chosen blocks before the edge, then -1; may be null
     int max_scores;
     int max_pages;
@@ -101,24 +122,37 @@ struct SelectParams {
 struct ScatterParams {
     const float *rows;     // [count, width]
     const int *slots;      // [count]
-    void *pool;            // [.., width] T
+    void *pool;            // [.., width] S
+    void *scales;          // [.., width / 32]; null: there are none
     int count;
     int width;
 };
 
-// Rows of a pool that move to other slots, one after the other.
+// Numbers of a pool of bytes and scales, as half. grid ceil(count / 16 / 256)
+struct WidenParams {
+    const void *values;    // [count]
+    const void *scales;    // [count / 32]
+    void *out;             // [count]
+    int64_t count;         // a multiple of 32
+};
+
+// Rows of a pool that move to other slots. grid ceil(count / each): those of a thread block one after the other.
 struct MoveParams {
-    void *pool;            // [.., width] T
+    void *pool;            // [.., width] of 16 bits each
     const int *moves;      // [count, 2] from, to
     int count;
+    int each;
     int width;
 };
 
-// Summaries of complete blocks of a layer that keeps every token.
+// Summaries of complete blocks; one of which nothing is kept has none.
 struct SummaryParams {
-    const void *k;         // [pages * 64, head_dim] T
+    const void *k;         // [pages * 64, head_dim] S
+    const void *k_scales;  // as in DecodeParams
     const int *pages;      // [kv_heads, max_pages]
+    const uint8_t *masks;  // as in Kept: the tokens that are summarised; null: all
     void *summaries;       // as in ScoreParams
+    void *scales;
     int kind;              // as in ScoreParams
     int max_pages;
     int block_size;        // divides 64, or 64 divides it
@@ -137,4 +171,17 @@ struct ExpandParams {
     int first_row;
     int q_heads;
     int head_dim;
+};
+
+
+// Scores of a token router's gate, or its hidden layer: `x weight' + bias`, each from its token alone.
+struct GateParams {
+    const float *x;        // [tokens, columns]
+    const float *weight;   // [rows, columns]
+    const float *bias;     // [rows]
+    float *out;            // [tokens, rows]
+    int tokens;
+    int rows;
+    int columns;
+    int is_hidden;         // GELU of the sums, by erf
 };

@@ -37,7 +37,7 @@ def structs():
         for line in body.splitlines():
             field = re.match(r"\s*(?:const )?(\w+) (\*?)(\w+);", line)
             if field:
-                fields.append((field[3], P if field[2] else {"int": I, "float": F}[field[1]]))
+                fields.append((field[3], P if field[2] else {"int": I, "float": F, "int64_t": ctypes.c_int64, **found}[field[1]]))
         found[name] = type(name, (ctypes.Structure,), {"_fields_": fields})
     return found
 
@@ -110,7 +110,7 @@ class Layer:
         self.q = normal(kv_heads * group, dim)
         self.out = torch.empty(kv_heads * group, dim, device="cuda")
         self.position = torch.tensor([tokens - 1], device="cuda", dtype=torch.int32)
-        self.takes = torch.zeros(1, device="cuda", dtype=torch.int32)
+        self.takes = torch.zeros(kv_heads, device="cuda", dtype=torch.int32)
         self.window = window
         blocks = tokens // block
         self.summaries = torch.empty(kv_heads, blocks, 2 * dim, device="cuda", dtype=dtype)
@@ -121,6 +121,9 @@ class Layer:
         rows = torch.zeros(kv_heads, (blocks + PAGE) // PAGE * PAGE, 2 * dim, device="cuda", dtype=dtype)
         rows[:, :blocks] = self.summaries
         self.paged = rows.view(kv_heads, -1, PAGE, 2 * dim).transpose(0, 1).contiguous()
+        groups = self.paged.float().unflatten(-1, (-1, 32))
+        self.scales = (groups.abs().amax(-1) / 127).half()
+        self.bytes = (groups / self.scales.float().clamp(min=1e-30)[..., None]).round().clamp(-127, 127).flatten(-2).to(torch.int8)
         octets = (tokens + OCTET - 1) // OCTET
         self.scores = torch.empty(kv_heads, (blocks + 4) // 4 * 4, device="cuda")
         self.octets = torch.full((kv_heads, octets + 1, 2), -7, device="cuda", dtype=torch.int32)
@@ -144,13 +147,15 @@ class Layer:
         lib.launch(name_of("attend_decode", self.dtype, dim), (splits, kv_heads, (group + 7) // 8), 128, shared, p, stream)
 
     def score(self, lib, ranges=False, stream=None):
+        """By means and deviations in bytes, or by `ranges`, as if these were largest and smallest values."""
         _, kv_heads, group, dim = self.shape
-        p = STRUCTS["ScoreParams"](q=self.q.data_ptr(), summaries=self.paged.data_ptr(), position=self.position.data_ptr(), scores=self.scores.data_ptr(),
+        summaries, scales = (self.paged, None) if ranges else (self.bytes, self.scales.data_ptr())
+        p = STRUCTS["ScoreParams"](q=self.q.data_ptr(), summaries=summaries.data_ptr(), scales=scales, position=self.position.data_ptr(), scores=self.scores.data_ptr(),
             kind=1 if ranges else 2, group_size=group, max_scores=self.scores.shape[1], window=self.window, block_size=self.block, tile=1)
-        lib.launch(name_of("score_blocks", self.dtype, dim), ((self.scores.shape[1] + 63) // 64, kv_heads, 1), 128, 0, p, stream)
+        lib.launch(name_of("score_blocks" if ranges else "score_bytes", self.dtype, dim), ((self.scores.shape[1] + 63) // 64, kv_heads, 1), 128, 0, p, stream)
 
     def select(self, lib, take, stream=None):
-        self.takes.fill_(take)
+        self.takes.fill_(take * self.block)
         self.select_again(lib, stream)
 
     def select_again(self, lib, stream=None):
@@ -279,8 +284,10 @@ def test(lib):
             ((2, 2, 256), 64, 4100, 100), ((8, 4, 128), 32, 131072, 256), ((2, 4, 128), 16, 131072, 256), ((2, 1, 64), 8, 200000, 256)]:
             layer = Layer(tokens, kv_heads, group, dim, dtype, block, window=window)
             edge = (tokens - 1 - window) // block
-            summaries, q = layer.summaries.double(), layer.q.double().view(kv_heads, group, dim)
+            q, blocks = layer.q.double().view(kv_heads, group, dim), tokens // block
+            widened = (layer.bytes.double().unflatten(-1, (-1, 32)) * layer.scales.double()[..., None]).flatten(-2).transpose(0, 1).flatten(1, 2)
             for ranges in (False, True):
+                summaries = layer.summaries.double() if ranges else widened[:, :blocks]
                 layer.score(lib, ranges)
                 torch.cuda.synchronize()
                 parts = (q.clamp(min=0), q.clamp(max=0)) if ranges else (q, q.abs())
@@ -383,7 +390,7 @@ def time(lib, path):
         take = budget // block - 2
         size = tokens * kv_heads * dim * 4
         for layer in layers:
-            layer.takes.fill_(take)
+            layer.takes.fill_(take * block)
 
         def dense(splits):
             return timed(lambda layer, stream: layer.attend(lib, splits, stream=stream.cuda_stream), layers)

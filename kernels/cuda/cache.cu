@@ -4,18 +4,18 @@
 
 namespace cache {
 
-// grid count, any threads.
-template <typename T> __device__ void scatter(const ScatterParams &p) {
+// grid count; whole warps.
+template <typename S> __device__ void scatter(const ScatterParams &p) {
     const float *from = p.rows + (int64_t)blockIdx.x * p.width;
-    T *to = (T *)p.pool + (int64_t)p.slots[blockIdx.x] * p.width;
-    for (int i = threadIdx.x; i < p.width; i += blockDim.x) narrow(to[i], from[i]);
+    for (int i = threadIdx.x; i < p.width; i += blockDim.x) store_at<S>(p.pool, p.scales, p.slots[blockIdx.x], p.width, i, from[i]);
 }
 
-// One thread block; a thread moves its own columns, in order: a slot may be left and taken again.
-template <typename T> __device__ void move(const MoveParams &p) {
-    T *pool = (T *)p.pool;
+// A thread moves its own columns, in order: a slot may be left and taken again.
+__device__ __forceinline__ void move(const MoveParams &p) {
+    uint16_t *pool = (uint16_t *)p.pool;
+    const int first = blockIdx.x * p.each, end = min(p.count, first + p.each);
     for (int column = threadIdx.x; column < p.width; column += blockDim.x)
-        for (int i = 0; i < p.count; ++i) pool[(int64_t)p.moves[2 * i + 1] * p.width + column] = pool[(int64_t)p.moves[2 * i] * p.width + column];
+        for (int i = first; i < end; ++i) pool[(int64_t)p.moves[2 * i + 1] * p.width + column] = pool[(int64_t)p.moves[2 * i] * p.width + column];
 }
 
 // The smallest number of T that is not below x.
@@ -28,39 +28,58 @@ template <typename T> __device__ __forceinline__ T round_up(float x) {
     return *reinterpret_cast<T *>(&bits);
 }
 
-// Dimension d of a block's summary.
-template <typename T> __device__ __forceinline__ void summarise(const T *k, const int *pages, int block, int block_size, int d, int head_dim, int kind, T *to) {
+// Dimension d of a block's summary, over the tokens that `masks` keeps. Whole warps.
+template <typename S>
+__device__ __forceinline__ void summarise(const void *k, const void *k_scales, const int *pages, const uint8_t *masks, int block, int block_size, int d, int head_dim,
+                                          int kind, void *summaries, void *scales, int64_t row) {
+    using T = typename ComputedAs<S>::T;
     float sum = 0.f, high = -INFINITY, low = INFINITY;
-    auto key = [&](int slot) { return wide(k[((int64_t)pages[slot / PAGE] * PAGE + slot % PAGE) * head_dim + d]); };
-    for (int i = 0; i < block_size; ++i) {
-        const float x = key(block * block_size + i);
-        sum += x, high = fmaxf(high, x), low = fminf(low, x);
+    int count = 0;
+    auto is_kept = [&](int slot) { return !masks || masks[slot / OCTET] >> slot % OCTET & 1; };
+    auto key = [&](int slot) { return number_at<S>(k, k_scales, (int64_t)pages[slot / PAGE] * PAGE + slot % PAGE, head_dim, d); };
+    for (int slot = block * block_size; slot < (block + 1) * block_size; ++slot) {
+        if (!is_kept(slot)) continue;
+        const float x = key(slot);
+        sum += x, high = fmaxf(high, x), low = fminf(low, x), ++count;
     }
+    if (count == 0) return;
+    const int width = kind ? 2 * head_dim : head_dim;
     if (kind == 1) {
+        T *to = (T *)summaries + row * width;
         to[d] = round_up<T>(high);
         const T least = round_up<T>(-low);
         narrow(to[head_dim + d], -wide(least));
         return;
     }
-    const float mean = sum / block_size;
-    narrow(to[d], mean);
+    auto store = [&](int at, float x) {
+        if (scales) store_at<Bytes>(summaries, scales, row, width, at, x);
+        else store_at<T>(summaries, nullptr, row, width, at, x);
+    };
+    const float mean = sum / count;
+    store(d, mean);
     if (kind == 0) return;
     float squares = 0.f;
-    for (int i = 0; i < block_size; ++i) {
-        const float x = key(block * block_size + i) - mean;
+    for (int slot = block * block_size; slot < (block + 1) * block_size; ++slot) {
+        if (!is_kept(slot)) continue;
+        const float x = key(slot) - mean;
         squares += x * x;
     }
-    narrow(to[head_dim + d], sqrtf(squares / block_size));
+    store(head_dim + d, sqrtf(squares / count));
+}
+
+// What `masks` has of a head.
+__device__ __forceinline__ const uint8_t *masks_of(const uint8_t *masks, int head, int max_pages) {
+    return masks ? masks + (int64_t)head * max_pages * (PAGE / OCTET) : nullptr;
 }
 
 // Where the summary of a block lies.
 __device__ __forceinline__ int64_t summary_row(int block, int head, int kv_heads) { return ((int64_t)(block / PAGE) * kv_heads + head) * PAGE + block % PAGE; }
 
 // grid (blocks, kv_heads), head_dim threads.
-template <typename T> __device__ void summaries(const SummaryParams &p) {
-    const int head = blockIdx.y, block = p.first + blockIdx.x, width = p.kind ? 2 * p.head_dim : p.head_dim;
-    T *to = (T *)p.summaries + summary_row(block, head, gridDim.y) * width;
-    summarise((const T *)p.k, p.pages + (int64_t)head * p.max_pages, block, p.block_size, threadIdx.x, p.head_dim, p.kind, to);
+template <typename S> __device__ void summaries(const SummaryParams &p) {
+    const int head = blockIdx.y, block = p.first + blockIdx.x;
+    summarise<S>(p.k, p.k_scales, p.pages + (int64_t)head * p.max_pages, masks_of(p.masks, head, p.max_pages), block, p.block_size, threadIdx.x, p.head_dim, p.kind,
+                 p.summaries, p.scales, summary_row(block, head, gridDim.y));
 }
 
 // grid (rows, q_heads), head_dim threads.
@@ -78,13 +97,65 @@ template <typename T> __device__ void expand(const ExpandParams &p) {
     narrow(to[p.head_dim + d], b / (end - first));
 }
 
+constexpr int GATE_TOKENS = 32, GATE_ROWS = 8, GATE_COLUMNS = 32;
+
+__device__ __forceinline__ float gelu(float x) { return 0.5f * x * (1.f + erff(x * 0.70710678118654752f)); }
+
 } // namespace cache
 
-#define CACHE(NAME, T)                                                                                                                     \
-    extern "C" __global__ void scatter_rows_##NAME(const ScatterParams p) { cache::scatter<T>(p); }                                         \
-    extern "C" __global__ void move_rows_##NAME(const MoveParams p) { cache::move<T>(p); }                                                  \
-    extern "C" __global__ void summarise_blocks_##NAME(const SummaryParams p) { cache::summaries<T>(p); }                                   \
-    extern "C" __global__ void expand_queries_##NAME(const ExpandParams p) { cache::expand<T>(p); }
-CACHE(f16, half)
-CACHE(bf16, __nv_bfloat16)
-#undef CACHE
+// grid (ceil(tokens / GATE_TOKENS), ceil(rows / GATE_ROWS)), a thread for each sum: always in the order of the columns.
+extern "C" __global__ void __launch_bounds__(cache::GATE_TOKENS * cache::GATE_ROWS) gate_scores(const GateParams p) {
+    using namespace cache;
+    __shared__ float x[GATE_TOKENS][GATE_COLUMNS + 1], weight[GATE_ROWS][GATE_COLUMNS + 1];
+    const int first_token = blockIdx.x * GATE_TOKENS, first_row = blockIdx.y * GATE_ROWS;
+    const int token = threadIdx.x / GATE_ROWS, row = threadIdx.x % GATE_ROWS;
+    float sum = 0.f;
+    for (int column = 0; column < p.columns; column += GATE_COLUMNS) {
+        auto load = [&](float *to, const float *from, int row, int rows, int c) {
+            *to = row < rows && column + c < p.columns ? from[(int64_t)row * p.columns + column + c] : 0.f;
+        };
+        for (int i = threadIdx.x; i < GATE_TOKENS * GATE_COLUMNS; i += GATE_TOKENS * GATE_ROWS)
+            load(&x[i / GATE_COLUMNS][i % GATE_COLUMNS], p.x, first_token + i / GATE_COLUMNS, p.tokens, i % GATE_COLUMNS);
+        for (int i = threadIdx.x; i < GATE_ROWS * GATE_COLUMNS; i += GATE_TOKENS * GATE_ROWS)
+            load(&weight[i / GATE_COLUMNS][i % GATE_COLUMNS], p.weight, first_row + i / GATE_COLUMNS, p.rows, i % GATE_COLUMNS);
+        __syncthreads();
+#pragma unroll
+        for (int c = 0; c < GATE_COLUMNS; ++c) sum = fmaf(x[token][c], weight[row][c], sum);
+        __syncthreads();
+    }
+    if (first_token + token >= p.tokens || first_row + row >= p.rows) return;
+    sum += p.bias[first_row + row];
+    p.out[(int64_t)(first_token + token) * p.rows + first_row + row] = p.is_hidden ? gelu(sum) : sum;
+}
+
+namespace cache {
+
+// 16 numbers for each thread.
+__device__ __forceinline__ void widen(const WidenParams &p) {
+    const int64_t at = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * 16;
+    if (at >= p.count) return;
+    const uint4 bytes = *(const uint4 *)((const int8_t *)p.values + at);
+    const half2 scale = __half2half2(((const half *)p.scales)[at / GROUP]);
+    const uint2 wide[4] = {widened(bytes.x, scale), widened(bytes.y, scale), widened(bytes.z, scale), widened(bytes.w, scale)};
+    uint4 *to = (uint4 *)((half *)p.out + at);
+    to[0] = make_uint4(wide[0].x, wide[0].y, wide[1].x, wide[1].y);
+    to[1] = make_uint4(wide[2].x, wide[2].y, wide[3].x, wide[3].y);
+}
+
+} // namespace cache
+
+extern "C" __global__ void __launch_bounds__(256) widen_bytes(const WidenParams p) { cache::widen(p); }
+
+#define ROWS(NAME, S)                                                                                                                      \
+    extern "C" __global__ void scatter_rows_##NAME(const ScatterParams p) { cache::scatter<S>(p); }                                         \
+    extern "C" __global__ void summarise_blocks_##NAME(const SummaryParams p) { cache::summaries<S>(p); }
+ROWS(f16, half)
+ROWS(bf16, __nv_bfloat16)
+ROWS(q8_0, Bytes)
+#undef ROWS
+#define EXPAND(NAME, T) extern "C" __global__ void expand_queries_##NAME(const ExpandParams p) { cache::expand<T>(p); }
+EXPAND(f16, half)
+EXPAND(bf16, __nv_bfloat16)
+#undef EXPAND
+// Numbers of 16 bits, whatever they mean.
+extern "C" __global__ void move_rows(const MoveParams p) { cache::move(p); }

@@ -7,6 +7,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <stdint.h>
+#include <type_traits>
 
 namespace {
 
@@ -24,6 +25,12 @@ __device__ __forceinline__ uint32_t shared_address(const void *p) { return (uint
 // 16 bytes from global to shared memory; zeros where `there` is false.
 __device__ __forceinline__ void copy_async(uint32_t to, const void *from, bool there) {
     asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(there ? 16 : 0));
+}
+
+// The same of 4, 8 or 16 bytes.
+template <int BYTES> __device__ __forceinline__ void copy_few_async(uint32_t to, const void *from, bool there) {
+    if constexpr (BYTES == 16) copy_async(to, from, there);
+    else asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(from), "n"(BYTES), "r"(there ? BYTES : 0));
 }
 
 __device__ __forceinline__ void load_matrices(uint32_t (&a)[4], uint32_t from) {
@@ -70,6 +77,46 @@ __device__ __forceinline__ float wide(__nv_bfloat16 x) { return __bfloat162float
 __device__ __forceinline__ void narrow(half &to, float x) { to = __float2half_rn(x); }
 __device__ __forceinline__ void narrow(__nv_bfloat16 &to, float x) { to = __float2bfloat16_rn(x); }
 
+// Storage of rows in signed bytes, with a scale for each GROUP neighbours (ggml's q8_0).
+struct Bytes {};
+constexpr int GROUP = 32;
+
+// What is computed with, where rows are stored as S.
+template <typename S> struct ComputedAs { using T = S; };
+template <> struct ComputedAs<Bytes> { using T = half; };
+
+// Number d of row `row` of `width`.
+template <typename S> __device__ __forceinline__ float number_at(const void *values, const void *scales, int64_t row, int width, int d) {
+    if constexpr (std::is_same_v<S, Bytes>)
+        return (float)((const int8_t *)values)[row * width + d] * __half2float(((const half *)scales)[row * (width / GROUP) + d / GROUP]);
+    else return wide(((const S *)values)[row * width + d]);
+}
+
+// Stores it. With bytes all lanes of a warp store together, each its own of GROUP neighbours.
+template <typename S> __device__ __forceinline__ void store_at(void *values, void *scales, int64_t row, int width, int d, float x) {
+    if constexpr (std::is_same_v<S, Bytes>) {
+        // Bits of magnitudes are in the order of those; NaN, above all, makes the scale NaN.
+        const float scale = __uint_as_float(__reduce_max_sync(~0u, __float_as_uint(x) & 0x7fffffffu)) / 127.f;
+        ((int8_t *)values)[row * width + d] = (int8_t)(int)roundf(x * (scale == 0.f ? 0.f : 1.f / scale));
+        if (d % GROUP == 0) ((half *)scales)[row * (width / GROUP) + d / GROUP] = __float2half_rn(scale);
+    } else narrow(((S *)values)[row * width + d], x);
+}
+
+// Four signed bytes as half, times a scale.
+__device__ __forceinline__ uint2 widened(uint32_t bytes, half2 scale) {
+    // Bytes with the sign turned are 0 to 255; as low bits of 1024 they are that much more.
+    const uint32_t shifted = bytes ^ 0x80808080u;
+    uint32_t pairs[2] = {__byte_perm(shifted, 0x64646464u, 0x4140), __byte_perm(shifted, 0x64646464u, 0x4342)};
+    uint2 out;
+    const half2 less = __float2half2_rn(1152.f);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        const half2 x = __hmul2(__hsub2(*(half2 *)(pairs + i), less), scale);
+        (i ? out.y : out.x) = *(const uint32_t *)&x;
+    }
+    return out;
+}
+
 // Waits until the kernel before this one is done, and lets the next one be put on the GPU meanwhile: launches overlap.
 __device__ __forceinline__ void follow() {
 #if __CUDA_ARCH__ >= 900
@@ -94,6 +141,42 @@ __device__ __forceinline__ uint32_t visible(Octet octet, int t, int sliding_wind
     const uint32_t kept = local_window ? mask | lanes_from(t - local_window + 1) : mask;
     return past & kept & (sliding_window ? lanes_from(t - sliding_window + 1) : 0xffu);
 }
+
+// The octets that queries at `eldest` to `newest` read of a head: a list, or all that is visible.
+struct Reads {
+    const Octet *list;
+    const int *pages, *kept_pages;
+    const uint8_t *masks;  // of recent octets; null: every token is kept
+    int kept, kept_octets; // tokens before the recent ones
+    int oldest, count;     // first recent octet; all octets
+
+    template <typename Params> __device__ __forceinline__ Reads(const Params &p, int head, int row_of_list, int eldest, int newest) {
+        list = p.octets ? p.octets + (int64_t)row_of_list * p.max_octets : nullptr;
+        pages = p.pages + (int64_t)head * p.max_pages;
+        kept_pages = nullptr, masks = nullptr, kept = kept_octets = 0;
+        oldest = p.sliding_window ? max(0, eldest - p.sliding_window + 1) / OCTET : 0;
+        if (!list && p.kept.masks) {
+            kept_pages = p.kept.pages + (int64_t)head * p.kept.max_pages;
+            masks = p.kept.masks + (int64_t)head * p.max_pages * (PAGE / OCTET);
+            oldest = p.kept.counts[0] / OCTET;
+            kept = p.kept.counts[1 + head], kept_octets = (kept + OCTET - 1) / OCTET;
+        }
+        count = list ? p.counts[row_of_list] : kept_octets + newest / OCTET + 1 - oldest;
+    }
+
+    static __device__ __forceinline__ int row(const int *pages, int octet) {
+        return (pages[octet / (PAGE / OCTET)] * (PAGE / OCTET) + octet % (PAGE / OCTET)) << 8;
+    }
+
+    // Octet number `index`; beyond the last one, one that nothing is seen of.
+    __device__ __forceinline__ Octet octet(int index) const {
+        if (index >= count) return Octet{0, -1};
+        if (list) return list[index];
+        if (index < kept_octets) return Octet{row(kept_pages, index) | 0xff >> max(0, OCTET * (index + 1) - kept), -1};
+        const int octet = oldest + index - kept_octets;
+        return Octet{row(pages, octet) | (masks ? masks[octet] : 0xff), octet * OCTET};
+    }
+};
 
 // The sum of the numbers of a warp, in every lane.
 __device__ __forceinline__ float sum_of_warp(float x) {

@@ -13,47 +13,49 @@ constexpr int TILE = 16, WARPS = 4, STAGES = 3, QUERIES = 8, MOST_SPLITS = 256, 
 
 // grid (most splits, kv_heads, ceil(group_size / 8)), WARPS * 32 threads. Each split takes its share of the list; the last one to
 // finish merges all, in order. How many splits there are follows from what is read alone.
-template <typename T, int D> __device__ void attend(const DecodeParams &p) {
+template <typename S, int D> __device__ void attend(const DecodeParams &p) {
+    using T = typename ComputedAs<S>::T;
+    constexpr bool IS_BYTES = std::is_same_v<S, Bytes>;
     extern __shared__ __align__(128) unsigned char shared[];
     __shared__ uint32_t seen[WARPS][STAGES]; // the keys of a tile that the query sees, as bits
-    constexpr int CHUNKS = D / 8; // of 16 bytes in a row
+    constexpr int ROW_BYTES = IS_BYTES ? D : 2 * D, CHUNKS = ROW_BYTES / 16; // of 16 bytes in a row
+    constexpr int SCALE_BYTES = D / GROUP * 2;                               // of a row
     constexpr int TILE_BYTES = TILE * D * 2;
+    // Keys and values of a tile as they are stored; bytes have their scales after them, and are widened into a tile of a warp's own.
+    constexpr int STORED_BYTES = TILE * (ROW_BYTES + (IS_BYTES ? SCALE_BYTES : 0)), WARP_BYTES = STAGES * 2 * STORED_BYTES + (IS_BYTES ? 2 * TILE_BYTES : 0);
     const int head = blockIdx.y, split = blockIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int first_query = head * p.group_size + blockIdx.z * QUERIES, G = min(QUERIES, p.group_size - (int)blockIdx.z * QUERIES);
     const int part = head * gridDim.z + blockIdx.z; // of the partial results
     follow();
     const int t = *p.position;
-    const int oldest = p.sliding_window ? max(0, t - p.sliding_window + 1) / OCTET : 0;
-    const int octets = p.octets ? p.counts[head] : t / OCTET + 1 - oldest;
-    const int tiles = (octets + 1) / 2;
+    const Reads reads(p, head, head, t, t);
+    const int tiles = (reads.count + 1) / 2;
     const int splits = min((int)gridDim.x, max(1, tiles / TILES_OF_A_SPLIT));
     if (split >= splits) return;
     const int first = (int)((int64_t)tiles * split / splits), end = (int)((int64_t)tiles * (split + 1) / splits);
-    const uint32_t own = shared_address(shared) + warp * STAGES * 2 * TILE_BYTES;
-    const Octet *list = p.octets ? p.octets + (int64_t)head * p.max_octets : nullptr;
-    const int *pages = p.pages + (int64_t)head * p.max_pages;
+    const uint32_t own = shared_address(shared) + warp * WARP_BYTES;
 
-    auto octet_at = [&](int index) {
-        if (index >= octets) return Octet{0, -1};
-        if (list) return list[index];
-        const int octet = oldest + index;
-        return Octet{(pages[octet / (PAGE / OCTET)] * (PAGE / OCTET) + octet % (PAGE / OCTET)) << 8 | 0xff, octet * OCTET};
-    };
     // Brings a tile's keys and values: 16 rows, swizzled so that eight rows of a chunk lie in different banks.
     auto fetch = [&](int tile, int stage) {
         if (tile < end) {
-            const Octet pair[2] = {octet_at(2 * tile), octet_at(2 * tile + 1)};
+            const Octet pair[2] = {reads.octet(2 * tile), reads.octet(2 * tile + 1)};
             const uint32_t bits = visible(pair[0], t, p.sliding_window, p.local_window) | visible(pair[1], t, p.sliding_window, p.local_window) << OCTET;
             if (lane == 0) seen[warp][stage] = bits;
-            const uint32_t to = own + stage * 2 * TILE_BYTES;
+            const uint32_t to = own + stage * 2 * STORED_BYTES;
+            auto is_there = [&](int row) { return (bits >> row & 1) != 0; };
+            auto slot_of = [&](int row) { return is_there(row) ? (int64_t)(pair[row / OCTET].row >> 8) * OCTET + row % OCTET : 0; };
 #pragma unroll
             for (int i = 0; i < TILE * CHUNKS / 32; ++i) {
                 const int index = lane + 32 * i, row = index / CHUNKS, chunk = index % CHUNKS;
-                const bool there = bits >> row & 1;
-                const int64_t at = there ? ((int64_t)(pair[row / OCTET].row >> 8) * OCTET + row % OCTET) * D + chunk * 8 : 0;
-                const uint32_t place = row * D * 2 + ((chunk ^ (row & 7)) * 16);
-                copy_async(to + place, (const T *)p.k + at, there);
-                copy_async(to + TILE_BYTES + place, (const T *)p.v + at, there);
+                const int64_t at = slot_of(row) * ROW_BYTES + chunk * 16;
+                const uint32_t place = row * ROW_BYTES + ((IS_BYTES ? chunk : chunk ^ (row & 7)) * 16);
+                copy_async(to + place, (const uint8_t *)p.k + at, is_there(row));
+                copy_async(to + STORED_BYTES + place, (const uint8_t *)p.v + at, is_there(row));
+            }
+            if constexpr (IS_BYTES) {
+                const int row = lane % TILE;
+                const uint8_t *from = (const uint8_t *)(lane < TILE ? p.k_scales : p.v_scales) + slot_of(row) * SCALE_BYTES;
+                copy_few_async<SCALE_BYTES>(to + lane / TILE * STORED_BYTES + TILE * ROW_BYTES + row * SCALE_BYTES, from, is_there(row));
             }
         }
         asm volatile("cp.async.commit_group;");
@@ -81,8 +83,23 @@ template <typename T, int D> __device__ void attend(const DecodeParams &p) {
         fetch(tile + (STAGES - 1) * WARPS, (stage + STAGES - 1) % STAGES);
         asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 1));
         __syncwarp();
-        const uint32_t keys = own + stage * 2 * TILE_BYTES, values = keys + TILE_BYTES;
+        const uint32_t stored = own + stage * 2 * STORED_BYTES, keys = IS_BYTES ? own + STAGES * 2 * STORED_BYTES : stored, values = keys + TILE_BYTES;
         const uint32_t bits = seen[warp][stage];
+        if constexpr (IS_BYTES) {
+            unsigned char *base = shared + warp * WARP_BYTES;
+#pragma unroll
+            for (int i = 0; i < 2 * TILE * CHUNKS / 32; ++i) {
+                const int index = (lane + 32 * i) % (TILE * CHUNKS), of_values = (lane + 32 * i) / (TILE * CHUNKS), row = index / CHUNKS, chunk = index % CHUNKS;
+                const unsigned char *from = base + stage * 2 * STORED_BYTES + of_values * STORED_BYTES;
+                const uint4 bytes = *(const uint4 *)(from + index * 16);
+                const half2 scale = __half2half2(*(const half *)(from + TILE * ROW_BYTES + row * SCALE_BYTES + chunk * 16 / GROUP * 2));
+                const uint2 wide[4] = {widened(bytes.x, scale), widened(bytes.y, scale), widened(bytes.z, scale), widened(bytes.w, scale)};
+                unsigned char *to = base + STAGES * 2 * STORED_BYTES + of_values * TILE_BYTES + row * D * 2;
+                *(uint4 *)(to + ((2 * chunk) ^ (row & 7)) * 16) = make_uint4(wide[0].x, wide[0].y, wide[1].x, wide[1].y);
+                *(uint4 *)(to + ((2 * chunk + 1) ^ (row & 7)) * 16) = make_uint4(wide[2].x, wide[2].y, wide[3].x, wide[3].y);
+            }
+            __syncwarp();
+        }
         stage = (stage + 1) % STAGES;
         // Scores [16 keys x 8 queries].
         float c[4] = {};
@@ -229,7 +246,7 @@ __device__ __forceinline__ int edge_of(int t, int window, int block_size) { retu
 __device__ __forceinline__ int first_of(int start, int tile, int size) { return max(start, (start / size + tile) * size); }
 
 // grid (ceil(blocks / (WARPS * TILE)), kv_heads, rows), WARPS * 32 threads.
-template <typename T, int D> __device__ void score(const ScoreParams &p) {
+template <typename S, typename T, int D> __device__ void score(const ScoreParams &p) {
     const int head = blockIdx.y, warp = threadIdx.x / 32, lane = threadIdx.x % 32, kv_heads = gridDim.y, group = p.group_size;
     const int first = (blockIdx.x * WARPS + warp) * TILE;
     follow();
@@ -239,15 +256,24 @@ template <typename T, int D> __device__ void score(const ScoreParams &p) {
     // The order of a product's terms is free: a lane takes 8 neighbours of a row, which two steps of 16 share.
     const int column = 8 * (lane % 4), row = lane / 4;
     const int64_t page = ((int64_t)(first / PAGE) * kv_heads + head) * PAGE + first % PAGE;
-    const T *from = (const T *)p.summaries + page * width + column;
     const bool low = first + row < blocks, high = first + row + 8 < blocks;
-    uint4 a[2][2 * D / 32];
+    // Numbers of 16 bits, or bytes; and scales, one for each step.
+    constexpr bool IS_BYTES = std::is_same_v<S, Bytes>;
+    typename std::conditional<IS_BYTES, uint2, uint4>::type a[2][2 * D / 32] = {};
+    half scales[IS_BYTES ? 2 : 1][2 * D / 32];
 #pragma unroll
-    for (int i = 0; i < 2 * D / 32; ++i) {
-        const uint4 zero = {0, 0, 0, 0};
-        const bool in = 32 * i < width;
-        a[0][i] = low && in ? __ldcs((const uint4 *)(from + (int64_t)row * width + 32 * i)) : zero;
-        a[1][i] = high && in ? __ldcs((const uint4 *)(from + (int64_t)(row + 8) * width + 32 * i)) : zero;
+    for (int r = 0; r < 2; ++r) {
+        if (!(r ? high : low)) continue;
+        const int64_t at = page + row + 8 * r;
+        const char *from = (const char *)p.summaries + (at * width + column) * (IS_BYTES ? 1 : 2);
+#pragma unroll
+        for (int i = 0; i < 2 * D / 32; ++i) {
+            if (32 * i >= width) break;
+            if constexpr (IS_BYTES) {
+                a[r][i] = __ldcs((const uint2 *)(from + 32 * i));
+                scales[r][i] = ((const half *)p.scales)[at * (width / GROUP) + i];
+            } else a[r][i] = __ldcs((const uint4 *)(from + 64 * i));
+        }
     }
     float best[2] = {-INFINITY, -INFINITY};
     for (int queries = 0; queries < group; queries += QUERIES) {
@@ -264,7 +290,7 @@ template <typename T, int D> __device__ void score(const ScoreParams &p) {
             uint32_t b[4];
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
-                float pair[2] = {wide(x[2 * j]), wide(x[2 * j + 1])};
+                float pair[2] = {::wide(x[2 * j]), ::wide(x[2 * j + 1])};
 #pragma unroll
                 for (int e = 0; e < 2; ++e) {
                     if (member >= group) pair[e] = 0.f;
@@ -274,7 +300,16 @@ template <typename T, int D> __device__ void score(const ScoreParams &p) {
                 }
                 b[j] = pack<T>(pair[0], pair[1]);
             }
-            const uint32_t one[4] = {a[0][i].x, a[1][i].x, a[0][i].y, a[1][i].y}, two[4] = {a[0][i].z, a[1][i].z, a[0][i].w, a[1][i].w};
+            uint4 wide[2];
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                if constexpr (IS_BYTES) {
+                    const half2 scale = __half2half2(scales[r][i]);
+                    const uint2 first = widened(a[r][i].x, scale), second = widened(a[r][i].y, scale);
+                    wide[r] = make_uint4(first.x, first.y, second.x, second.y);
+                } else wide[r] = a[r][i];
+            }
+            const uint32_t one[4] = {wide[0].x, wide[1].x, wide[0].y, wide[1].y}, two[4] = {wide[0].z, wide[1].z, wide[0].w, wide[1].w};
             multiply<T>(c, one, b[0], b[1]);
             multiply<T>(c, two, b[2], b[3]);
         }
@@ -338,8 +373,77 @@ __device__ __forceinline__ void extremes(uint32_t &low, uint32_t &high, Shared &
 // The number whose bits in order are `key`.
 __device__ __forceinline__ float number(uint32_t key) { return __uint_as_float(key >> 31 ? key & 0x7fffffffu : ~key); }
 
-// grid (kv_heads, tiles), SELECT threads, each with K neighbouring blocks, SELECT * K >= edge; shared memory: edge + 1 numbers.
-template <int K> __device__ void select(const SelectParams &p) {
+// What a token router keeps of a head, as a selection reads it.
+struct KeptTokens {
+    const int *pages, *ranks;
+    const uint8_t *masks;
+    int frontier, count; // first recent position; kept tokens before it
+
+    __device__ __forceinline__ KeptTokens(const SelectParams &p, int head)
+        : pages(p.kept.pages + (int64_t)head * p.kept.max_pages), ranks(p.kept.ranks + (int64_t)head * p.max_pages),
+          masks(p.kept.masks + (int64_t)head * p.max_pages * (PAGE / OCTET)), frontier(p.kept.counts[0]), count(p.kept.counts[1 + head]) {}
+
+    __device__ __forceinline__ int of_block(int block, int block_size) const {
+        int tokens = 0;
+        for (int octet = block * (block_size / OCTET); octet < (block + 1) * (block_size / OCTET); ++octet) tokens += __popc(masks[octet]);
+        return tokens;
+    }
+
+    // Kept tokens before a position up to the frontier: also the slot of that position.
+    __device__ __forceinline__ int rank(int position) const {
+        if (position >= frontier) return count;
+        const uint64_t bits = *(const uint64_t *)(masks + position / PAGE * (PAGE / OCTET));
+        return ranks[position / PAGE] + __popcll(bits & ((uint64_t(1) << position % PAGE) - 1));
+    }
+};
+
+// Lists octets of the chosen blocks before the edge, and everything from there on: kept tokens lie packed, so that an octet may hold
+// tokens of several blocks, chosen or not. `bits`: a word for 32 kept tokens.
+__device__ __forceinline__ int list_kept(const SelectParams &p, const KeptTokens &kept, const int *chosen_blocks, int listed, int edge, int newest, const int *pages,
+                                         Octet *octets, uint32_t *bits, Shared &shared) {
+    for (int i = threadIdx.x; i < (kept.count + 31) / 32; i += SELECT) bits[i] = 0;
+    __syncthreads();
+    for (int i = threadIdx.x; i <= listed; i += SELECT) {
+        const int block = i < listed ? chosen_blocks[i] : edge;
+        const int from = kept.rank(block * p.block_size), end = i < listed ? kept.rank((block + 1) * p.block_size) : kept.count;
+        for (int slot = from; slot < end;) {
+            const int last = min(end, (slot / 32 + 1) * 32);
+            atomicOr(bits + slot / 32, (~0u >> (32 - (last - slot))) << slot % 32);
+            slot = last;
+        }
+    }
+    __syncthreads();
+    // Octets of kept tokens, then of recent ones before the edge whose blocks were chosen, neighbours for each thread.
+    const int packed = (kept.count + OCTET - 1) / OCTET, tail = max(kept.frontier, edge * p.block_size) / OCTET, all = packed + tail - kept.frontier / OCTET;
+    auto mask_of = [&](int i) {
+        if (i < packed) return (int)(bits[i / 4] >> i % 4 * OCTET & 0xff);
+        const int octet = kept.frontier / OCTET + i - packed, block = octet * OCTET / p.block_size;
+        // Chosen blocks ascend.
+        int low = 0, high = listed;
+        while (low < high) {
+            const int middle = (low + high) / 2;
+            if (chosen_blocks[middle] < block) low = middle + 1;
+            else high = middle;
+        }
+        return low < listed && chosen_blocks[low] == block ? (int)kept.masks[octet] : 0;
+    };
+    const int each = (all + SELECT - 1) / SELECT, first = threadIdx.x * each, end = min(all, first + each);
+    int own = 0, total;
+    for (int i = first; i < end; ++i) own += mask_of(i) != 0;
+    int at = before(own, shared, total);
+    for (int i = first; i < end; ++i) {
+        const int mask = mask_of(i), octet = kept.frontier / OCTET + i - packed;
+        if (!mask) continue;
+        octets[at++] = i < packed ? Octet{Reads::row(kept.pages, i) | mask, -1} : Octet{Reads::row(pages, octet) | mask, octet * OCTET};
+    }
+    for (int octet = tail + threadIdx.x; octet <= newest / OCTET; octet += SELECT)
+        octets[total + octet - tail] = Octet{Reads::row(pages, octet) | kept.masks[octet], octet * OCTET};
+    return total + newest / OCTET + 1 - tail;
+}
+
+// grid (kv_heads, tiles), SELECT threads, each with K neighbouring blocks, SELECT * K >= edge; shared memory: edge + 1 numbers, and with
+// KEPT a bit for each kept token.
+template <int K, bool KEPT> __device__ void select(const SelectParams &p) {
     static_assert(SELECT == 1024 && BINS % SELECT == 0);
     extern __shared__ int chosen_blocks[];
     __shared__ Shared shared;
@@ -347,8 +451,9 @@ template <int K> __device__ void select(const SelectParams &p) {
     follow();
     const int start = *p.position, tile_first = first_of(start, p.first_tile + blockIdx.y, p.tile);
     const int newest = min(start + p.tokens, (tile_first / p.tile + 1) * p.tile) - 1;
-    const int edge = edge_of(tile_first, p.window, p.block_size), candidates = max(0, edge - 1);
-    const int take = min(p.takes[p.first_tile + blockIdx.y], candidates);
+    const int edge = edge_of(tile_first, p.window, p.block_size);
+    const int *pages = p.pages + (int64_t)head * p.max_pages;
+    const int budget = p.takes[(p.first_tile + blockIdx.y) * kv_heads + head]; // tokens
     // This thread's blocks; only those of 1 to edge - 1 take part.
     uint32_t keys[K];
     {
@@ -374,8 +479,24 @@ template <int K> __device__ void select(const SelectParams &p) {
 #pragma unroll
         for (int i = 0; i < K; ++i) keys[i] = ordered(own[i]);
     }
-    auto takes_part = [&](int i) { return first + i >= 1 && first + i < edge; };
-    // The take-th largest: the bin that holds it, then the same among the members of that bin, until all are equal. Bins divide the
+    // What a block counts for: its tokens, where a token router keeps some.
+    int weights[KEPT ? K : 1] = {};
+    if constexpr (KEPT) {
+        const KeptTokens kept(p, head);
+#pragma unroll
+        for (int i = 0; i < K; ++i) weights[i] = first + i >= 1 && first + i < edge ? kept.of_block(first + i, p.block_size) : 0;
+    }
+    auto weight = [&](int i) { return KEPT ? weights[KEPT ? i : 0] : 1; };
+    auto takes_part = [&](int i) { return KEPT ? weight(i) > 0 : first + i >= 1 && first + i < edge; };
+    int take, candidates = max(0, edge - 1);
+    if constexpr (KEPT) {
+        int own = 0;
+#pragma unroll
+        for (int i = 0; i < K; ++i) own += weight(i);
+        before(own, shared, candidates);
+        take = min(budget, candidates);
+    } else take = min(budget / p.block_size, candidates);
+    // The score from which there is no more room in `take`: the bin that holds it, then the same among the members of that bin, until all are equal. Bins divide the
     // scores evenly, not their bits: those are alike, and all would be counted in a few.
     uint32_t low = ~0u, high = 0;
     int wanted = take;
@@ -400,7 +521,7 @@ template <int K> __device__ void select(const SelectParams &p) {
             bins[i] = -1;
             if (!takes_part(i) || keys[i] < low || keys[i] > high) continue;
             bins[i] = even ? min(BINS - 1, (int)((number(keys[i]) - least) * factor)) : (int)(keys[i] - low >> shift);
-            atomicAdd(shared.histogram + bins[i], 1);
+            atomicAdd(shared.histogram + bins[i], weight(i));
         }
         __syncthreads();
         // From the largest bin down, neighbours for each thread.
@@ -410,9 +531,11 @@ template <int K> __device__ void select(const SelectParams &p) {
 #pragma unroll
         for (int i = 0; i < OWN; ++i) own += shared.histogram[top - i];
         int total, above = before(own, shared, total);
-        if (above < wanted && above + own >= wanted) {
+        // Tokens of a block are in or out together: the bin that is one too many.
+        const int most = KEPT ? wanted + 1 : wanted;
+        if (above < most && above + own >= most) {
             int bin = top;
-            while (above + shared.histogram[bin] < wanted) above += shared.histogram[bin--];
+            while (above + shared.histogram[bin] < most) above += shared.histogram[bin--];
             shared.chosen_bin = bin;
             shared.left = wanted - above;
         }
@@ -424,19 +547,19 @@ template <int K> __device__ void select(const SelectParams &p) {
             if (bins[i] == shared.chosen_bin) low = min(low, keys[i]), high = max(high, keys[i]);
         extremes(low, high, shared);
     }
-    // Larger ones, and the last `wanted` equal ones.
+    // Larger ones, and the last equal ones that `wanted` has room for.
     const bool all = take >= candidates, none = take <= 0;
     int equal = 0, equals, total;
 #pragma unroll
-    for (int i = 0; i < K; ++i) equal += takes_part(i) && keys[i] == low;
+    for (int i = 0; i < K; ++i) equal += takes_part(i) && keys[i] == low ? weight(i) : 0;
     int rank = before(equal, shared, equals);
     bool chosen[K];
-    int count = 0;
+    int count = 0, tokens = 0;
 #pragma unroll
     for (int i = 0; i < K; ++i) {
         chosen[i] = takes_part(i) && !none && (all || keys[i] > low || keys[i] == low && rank >= equals - wanted);
-        rank += takes_part(i) && keys[i] == low;
-        count += chosen[i];
+        rank += takes_part(i) && keys[i] == low ? weight(i) : 0;
+        count += chosen[i], tokens += chosen[i] ? weight(i) : 0;
     }
     int at = before(count, shared, total);
 #pragma unroll
@@ -448,9 +571,17 @@ template <int K> __device__ void select(const SelectParams &p) {
     const int64_t of_head = (int64_t)blockIdx.y * kv_heads + head;
     if (p.blocks)
         for (int i = threadIdx.x; i < p.max_scores; i += SELECT) p.blocks[of_head * p.max_scores + i] = i < listed ? chosen_blocks[i] : -1;
-    // Where their octets lie, all threads at once.
     Octet *octets = p.octets + of_head * p.max_octets;
-    const int *pages = p.pages + (int64_t)head * p.max_pages;
+    if constexpr (KEPT) {
+        const KeptTokens kept(p, head);
+        int picked;
+        before(tokens, shared, picked);
+        const int octets_of_all = list_kept(p, kept, chosen_blocks, listed, edge, newest, pages, octets, (uint32_t *)(chosen_blocks + p.max_scores + 1), shared);
+        if (threadIdx.x == 0) p.counts[of_head] = octets_of_all;
+        if (threadIdx.x == 0 && p.picked) p.picked[of_head] = edge > 0 ? picked + kept.of_block(0, p.block_size) : 0;
+        return;
+    }
+    // Where their octets lie, all threads at once.
     const int tail = edge * block_octets, all_octets = listed * block_octets + newest / OCTET + 1 - tail;
     for (int i = threadIdx.x; i < all_octets; i += SELECT) {
         const int octet = i < listed * block_octets ? chosen_blocks[i / block_octets] * block_octets + i % block_octets : tail + i - listed * block_octets;
@@ -461,13 +592,20 @@ template <int K> __device__ void select(const SelectParams &p) {
 
 } // namespace decode
 
-#define ATTEND(NAME, T, D)                                                                                                                 \
-    extern "C" __global__ void __launch_bounds__(decode::WARPS * 32) attend_decode_##NAME##_##D(const DecodeParams p) { decode::attend<T, D>(p); } \
-    extern "C" __global__ void __launch_bounds__(decode::WARPS * 32) score_blocks_##NAME##_##D(const ScoreParams p) { decode::score<T, D>(p); }
-ATTEND(f16, half, 64) ATTEND(f16, half, 128) ATTEND(f16, half, 256)
-ATTEND(bf16, __nv_bfloat16, 64) ATTEND(bf16, __nv_bfloat16, 128) ATTEND(bf16, __nv_bfloat16, 256)
+#define ATTEND(NAME, S, D) \
+    extern "C" __global__ void __launch_bounds__(decode::WARPS * 32) attend_decode_##NAME##_##D(const DecodeParams p) { decode::attend<S, D>(p); }
+#define SCORE(NAME, S, T, D) \
+    extern "C" __global__ void __launch_bounds__(decode::WARPS * 32) score_##NAME##_##D(const ScoreParams p) { decode::score<S, T, D>(p); }
+#define DECODE(D)                                                                                                                          \
+    ATTEND(f16, half, D) ATTEND(bf16, __nv_bfloat16, D) ATTEND(q8_0, Bytes, D)                                                             \
+    SCORE(blocks_f16, half, half, D) SCORE(blocks_bf16, __nv_bfloat16, __nv_bfloat16, D)                                                   \
+    SCORE(bytes_f16, Bytes, half, D) SCORE(bytes_bf16, Bytes, __nv_bfloat16, D)
+DECODE(64) DECODE(128) DECODE(256)
+#undef DECODE
+#undef SCORE
 #undef ATTEND
 #define SELECT_BLOCKS(K) \
-    extern "C" __global__ void __launch_bounds__(decode::SELECT) select_blocks_##K(const SelectParams p) { decode::select<K>(p); }
+    extern "C" __global__ void __launch_bounds__(decode::SELECT) select_blocks_##K(const SelectParams p) { decode::select<K, false>(p); } \
+    extern "C" __global__ void __launch_bounds__(decode::SELECT) select_kept_##K(const SelectParams p) { decode::select<K, true>(p); }
 SELECT_BLOCKS(1) SELECT_BLOCKS(4) SELECT_BLOCKS(8) SELECT_BLOCKS(16) SELECT_BLOCKS(32)
 #undef SELECT_BLOCKS

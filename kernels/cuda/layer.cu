@@ -97,7 +97,23 @@ extern "C" __global__ void __launch_bounds__(layer::NORM_THREADS) add_norm(const
 
 namespace layer {
 
-template <typename T> __device__ void write(const WriteParams &p) {
+// Whether the gate keeps the token at `t`: noted for queries that it is out of the window of, and for the host. By one warp.
+__device__ __forceinline__ void decide(const Verdict &v, int head, int max_pages, int t) {
+    const int lane = threadIdx.x % 32;
+    float score = 0.f;
+    if (v.scores && v.weight) {
+        for (int i = lane; i < v.width; i += 32) score += cache::gelu(v.scores[i]) * v.weight[head * v.width + i];
+        score = sum_of_warp(score) + v.bias[head];
+    } else if (v.scores) score = v.scores[head];
+    if (lane) return;
+    const bool keeps = !v.scores || t < v.sinks || score >= v.tau;
+    uint8_t *mask = v.masks + (int64_t)head * max_pages * (PAGE / OCTET) + t / OCTET;
+    *mask = *mask & ~(1 << t % OCTET) | keeps << t % OCTET;
+    v.kept[head] = keeps;
+}
+
+template <typename S> __device__ void write(const WriteParams &p) {
+    using T = typename ComputedAs<S>::T;
     __shared__ float shared[2][256];
     const int head = blockIdx.x, kv_heads = gridDim.x, warp = threadIdx.x / 32, lane = threadIdx.x % 32, D = p.head_dim, half_ = D / 2;
     follow();
@@ -110,6 +126,7 @@ template <typename T> __device__ void write(const WriteParams &p) {
         shared[0][i] = cos * p.magnitude, shared[1][i] = sin * p.magnitude;
     }
     __syncthreads();
+    if (p.verdict.masks && warp == WRITE_WARPS - 1) decide(p.verdict, head, p.max_pages, t);
     const int64_t slot = (int64_t)p.pages[(int64_t)head * p.max_pages + t / PAGE] * PAGE + t % PAGE;
     // A warp takes a head: the queries of the group, the key, the value.
     for (int i = warp; i < p.group_size + 2; i += WRITE_WARPS) {
@@ -117,10 +134,9 @@ template <typename T> __device__ void write(const WriteParams &p) {
         const int row = is_q ? head * p.group_size + i : is_k ? q_heads + head : q_heads + kv_heads + head;
         const float *from = p.qkv + (int64_t)row * D;
         if (i > p.group_size) {
-            for (int d = lane; d < D; d += 32) narrow(((T *)p.v)[slot * D + d], from[d]);
+            for (int d = lane; d < D; d += 32) store_at<S>(p.v, p.v_scales, slot, D, d, from[d]);
             continue;
         }
-        T *to = is_q ? (T *)p.q + (int64_t)row * D : (T *)p.k + slot * D;
         const float *weight = is_q ? p.q_norm : p.k_norm;
         float factor = 1.f;
         if (weight) {
@@ -131,22 +147,27 @@ template <typename T> __device__ void write(const WriteParams &p) {
         for (int d = lane; d < half_; d += 32) {
             float a = from[d] * factor, b = from[d + half_] * factor;
             if (weight) a *= weight[d], b *= weight[d + half_];
-            narrow(to[d], a * shared[0][d] - b * shared[1][d]);
-            narrow(to[d + half_], a * shared[1][d] + b * shared[0][d]);
+            const float turned[2] = {a * shared[0][d] - b * shared[1][d], a * shared[1][d] + b * shared[0][d]};
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                if (is_q) store_at<T>(p.q, nullptr, row, D, d + i * half_, turned[i]);
+                else store_at<S>(p.k, p.k_scales, slot, D, d + i * half_, turned[i]);
+            }
         }
     }
     if (!p.summaries || (t + 1) % p.block_size) return;
     __syncthreads();
-    const int block = t / p.block_size, width = p.kind ? 2 * D : D;
-    T *to = (T *)p.summaries + cache::summary_row(block, head, kv_heads) * width;
+    const int block = t / p.block_size;
     for (int d = threadIdx.x; d < D; d += WRITE_WARPS * 32)
-        cache::summarise((const T *)p.k, p.pages + (int64_t)head * p.max_pages, block, p.block_size, d, D, p.kind, to);
+        cache::summarise<S>(p.k, p.k_scales, p.pages + (int64_t)head * p.max_pages, cache::masks_of(p.verdict.masks, head, p.max_pages), block, p.block_size, d, D, p.kind,
+                            p.summaries, p.summary_scales, cache::summary_row(block, head, kv_heads));
 }
 
 } // namespace layer
 
 extern "C" __global__ void __launch_bounds__(layer::WRITE_WARPS * 32) write_kv_f16(const WriteParams p) { layer::write<half>(p); }
 extern "C" __global__ void __launch_bounds__(layer::WRITE_WARPS * 32) write_kv_bf16(const WriteParams p) { layer::write<__nv_bfloat16>(p); }
+extern "C" __global__ void __launch_bounds__(layer::WRITE_WARPS * 32) write_kv_q8_0(const WriteParams p) { layer::write<Bytes>(p); }
 
 // One thread block.
 extern "C" __global__ void __launch_bounds__(1024) likeliest(const LikeliestParams p) {

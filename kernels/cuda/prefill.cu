@@ -25,24 +25,16 @@ template <typename T, int D> __device__ void attend(const PrefillParams &p) {
     const int first = p.firsts ? p.firsts[tile] : tile * p.tile;
     const int queries = (p.firsts ? p.firsts[tile + 1] : min(first + p.tile, p.tokens)) - first;
     const int row_of_list = (p.lists ? p.lists[tile] : tile) * p.kv_heads + head;
-    const Octet *list = p.octets ? p.octets + (int64_t)row_of_list * p.max_octets : nullptr;
-    const int *pages = p.pages + (int64_t)head * p.max_pages;
     const int eldest = p.start + first, newest = eldest + queries - 1; // positions of the queries
-    const int oldest = p.sliding_window ? max(0, eldest - p.sliding_window + 1) / OCTET : 0;
-    const int octets = list ? p.counts[row_of_list] : newest / OCTET + 1 - oldest, steps = (octets + OCTETS - 1) / OCTETS;
+    const Reads reads(p, head, row_of_list, eldest, newest);
+    const int steps = (reads.count + OCTETS - 1) / OCTETS;
     const uint32_t base = shared_address(shared);
 
-    auto octet_at = [&](int index) {
-        if (index >= octets) return Octet{0, -1};
-        if (list) return list[index];
-        const int octet = oldest + index;
-        return Octet{(pages[octet / (PAGE / OCTET)] * (PAGE / OCTET) + octet % (PAGE / OCTET)) << 8 | 0xff, octet * OCTET};
-    };
     auto fetch = [&](int step, int stage) {
         if (step < steps) {
             const uint32_t to = base + stage * 2 * TILE_BYTES;
             if (warp == 0) {
-                const Octet octet = lane < OCTETS ? octet_at(step * OCTETS + lane) : Octet{0xff, -1};
+                const Octet octet = lane < OCTETS ? reads.octet(step * OCTETS + lane) : Octet{0xff, -1};
                 const bool whole = (octet.row & 0xff) == 0xff &&
                     (octet.position < 0 || octet.position + OCTET - 1 <= eldest && (!p.sliding_window || octet.position > newest - p.sliding_window));
                 const uint32_t bits = __ballot_sync(~0u, !whole);
@@ -52,7 +44,7 @@ template <typename T, int D> __device__ void attend(const PrefillParams &p) {
 #pragma unroll
             for (int i = 0; i < KEYS * CHUNKS / (WARPS * 32); ++i) {
                 const int index = threadIdx.x + WARPS * 32 * i, row = index / CHUNKS, chunk = index % CHUNKS;
-                const Octet octet = octet_at(step * OCTETS + row / OCTET);
+                const Octet octet = reads.octet(step * OCTETS + row / OCTET);
                 // What no query sees stays out: it may be anything, and no number hides it.
                 const bool there = octet.position < 0 ? octet.row >> row % OCTET & 1 : octet.position + row % OCTET <= newest;
                 const int64_t from = there ? ((int64_t)(octet.row >> 8) * OCTET + row % OCTET) * D + chunk * 8 : 0;

@@ -106,27 +106,13 @@ struct Shared {
 // What a thread block computes: a tile of queries, and what it reads.
 struct Tile {
     int first, queries, eldest, newest; // of the step; and positions
-    int oldest, octets, steps;          // first octet that is visible
-    const Octet *list;
-    const int *pages;
+    Reads reads;
+    int steps;
 
-    __device__ __forceinline__ Tile(const PrefillParams &p, int tile, int head) {
-        first = p.firsts ? p.firsts[tile] : tile * p.tile;
-        queries = (p.firsts ? p.firsts[tile + 1] : min(first + p.tile, p.tokens)) - first;
-        const int row_of_list = (p.lists ? p.lists[tile] : tile) * p.kv_heads + head;
-        list = p.octets ? p.octets + (int64_t)row_of_list * p.max_octets : nullptr;
-        pages = p.pages + (int64_t)head * p.max_pages;
-        eldest = p.start + first, newest = eldest + queries - 1;
-        oldest = p.sliding_window ? max(0, eldest - p.sliding_window + 1) / OCTET : 0;
-        octets = list ? p.counts[row_of_list] : newest / OCTET + 1 - oldest, steps = (octets + OCTETS - 1) / OCTETS;
-    }
-
-    __device__ __forceinline__ Octet octet(int index) const {
-        if (index >= octets) return Octet{0, -1};
-        if (list) return list[index];
-        const int octet = oldest + index;
-        return Octet{(pages[octet / (PAGE / OCTET)] * (PAGE / OCTET) + octet % (PAGE / OCTET)) << 8 | 0xff, octet * OCTET};
-    }
+    __device__ __forceinline__ Tile(const PrefillParams &p, int tile, int head)
+        : first(p.firsts ? p.firsts[tile] : tile * p.tile), queries((p.firsts ? p.firsts[tile + 1] : min(first + p.tile, p.tokens)) - first),
+          eldest(p.start + first), newest(eldest + queries - 1), reads(p, head, (p.lists ? p.lists[tile] : tile) * p.kv_heads + head, eldest, newest),
+          steps((reads.count + OCTETS - 1) / OCTETS) {}
 };
 
 // Where queries, then all stages of keys, then of values lie.
@@ -142,7 +128,7 @@ template <typename T, int D> __device__ __forceinline__ void fetch(const Prefill
     const int thread = threadIdx.x % GROUP, lane = threadIdx.x % 32, chunk = thread % CHUNKS, G = p.group_size;
     const bool leads = thread < 32;
     // Octets of a step are looked up well before it is copied: by the first warp, one each.
-    auto look_up = [&](int step) { return lane < OCTETS ? tile.octet(step * OCTETS + lane) : Octet{0xff, -1}; };
+    auto look_up = [&](int step) { return lane < OCTETS ? tile.reads.octet(step * OCTETS + lane) : Octet{0xff, -1}; };
     auto note = [&](int step, Octet octet) {
         const bool whole = (octet.row & 0xff) == 0xff && (octet.position < 0 || octet.position + OCTET - 1 <= tile.eldest &&
             (!p.sliding_window || octet.position > tile.newest - p.sliding_window));

@@ -84,7 +84,7 @@ extern "C" __global__ void __launch_bounds__(products::WARPS * 32, 9) product(co
     Matrix m = p.matrices[0];
     int index = 0;
 #pragma unroll
-    for (int i = 1; i < 3; ++i)
+    for (int i = 1; i < 4; ++i)
         if (index == i - 1 && row >= m.rows && i < p.count) row -= m.rows, m = p.matrices[i], index = i;
     if (row >= m.rows) return;
     prefetch_row(m, row, p.columns);

@@ -168,6 +168,7 @@ impl Checkpoint {
             // On a GPU a step that drops tokens is led by the host, operation by operation.
             drops_freely: self.device.is_cpu(),
             config: self.config(),
+            device: &self.device,
             defaults: self.located.manifest.and_then(|manifest| manifest.body.routing.as_ref()),
             crossover: crossover::recall(self),
             selection_tokens: self.attention.selection_bytes()

@@ -3,6 +3,7 @@
 use crate::args::{AttentionArgs, AttentionChoice, BudgetChoice, CacheType};
 use crate::failure::{Failure, Kind, damaged};
 use anyhow::{Context, Result};
+use candle_core::Device;
 use model::{Config, RouterFile, message};
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -90,6 +91,8 @@ pub(crate) struct Known<'a> {
     /// Whether a token router costs the backend no speed.
     pub(crate) drops_freely: bool,
     pub(crate) config: &'a Config,
+    /// Where it is.
+    pub(crate) device: &'a Device,
     /// Of its manifest.
     pub(crate) defaults: Option<&'a RoutingDefaults>,
     /// The length from which routed attention was measured to be faster on this machine.
@@ -207,7 +210,7 @@ fn of_file(file: &RouterFile, keep: Option<f32>, known: &Known<'_>, name: &str) 
         return Err(Failure::malformed(what).why(why).hint("the router file of this model, or --token-router all").into());
     }
     let gate = file.gate(keep).map_err(|error| Failure::new(Kind::Usage, message(&error)))?;
-    Ok((Arc::new(gate), Some((file.window, file.sinks))))
+    Ok((Arc::new(gate.to_device(known.device)?), Some((file.window, file.sinks))))
 }
 
 /// Whether some queries may read less than everything.

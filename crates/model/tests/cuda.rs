@@ -6,6 +6,7 @@ use candle_core::{DType, Device, Result, Tensor};
 use model::{GenerateOptions, Sampler, SamplerOptions, Session, Weights};
 use sparse_attn::backend::for_device;
 use sparse_attn::select::{Budget, Limits};
+use sparse_attn::token_router::{Feedforward, Gate, GateLayer};
 use sparse_attn::{KvDtype, RoutedAttention, Routing};
 use std::collections::HashMap;
 use std::ops::ControlFlow;
@@ -149,12 +150,17 @@ fn a_recorded_step_is_what_single_operations_make() -> Result<()> {
     for model_type in ["llama", "qwen2", "qwen3", "gemma3_text"] {
         let dir = tempfile::tempdir()?;
         write_checkpoint(dir.path(), model_type)?;
-        for (quantize, dense_len) in [(None, usize::MAX), (Some(GgmlDType::Q4K), usize::MAX), (Some(GgmlDType::Q8_0), 200), (None, 200)] {
+        for (quantize, dense_len, dtype) in [
+            (None, usize::MAX, KvDtype::F16),
+            (Some(GgmlDType::Q4K), usize::MAX, KvDtype::Bf16),
+            (Some(GgmlDType::Q8_0), 200, KvDtype::F16),
+            (None, 200, KvDtype::Q8_0),
+        ] {
             let weights = Weights::open(dir.path(), &device, quantize)?;
             let model = model::load(&weights)?;
             let attention = RoutedAttention::new(routing(dense_len), for_device(&device)?)?;
             let specs = attention.layer_specs(&model.config().layer_specs());
-            let mut caches = [(); 2].map(|()| sparse_attn::KvCache::new(&specs, KvDtype::F16.into(), &device, 1024));
+            let mut caches = [(); 2].map(|()| sparse_attn::KvCache::new(&specs, dtype.into(), &device, 1024));
             let [Ok(plain), Ok(recorded)] = &mut caches else { panic!("no memory") };
             let ids = ids(430);
             for cache in [&mut *plain, &mut *recorded] {
@@ -174,6 +180,77 @@ fn a_recorded_step_is_what_single_operations_make() -> Result<()> {
                 let best = (0u32..).zip(&got).fold((0, f32::NEG_INFINITY), |best, (id, x)| if *x > best.1 { (id, *x) } else { best });
                 assert_eq!(step.likeliest()?, best.0);
                 assert_eq!(plain.read_count(), recorded.read_count());
+            }
+        }
+    }
+    Ok(())
+}
+
+/// A gate of random weights for each of two layers, with a hidden layer in the second one: about half of the scores are above 0.
+fn gate(hidden_size: usize, device: &Device) -> Result<Gate> {
+    let random = |rows: usize, columns: usize, seed: usize| {
+        let value = |i: usize| ((i * 7919 + seed * 104_729) % 1009) as f32 / 504.0 - 1.0;
+        Tensor::from_vec((0..rows * columns).map(value).collect::<Vec<f32>>(), (rows, columns), &Device::Cpu)
+    };
+    let bias = |count: usize| Tensor::zeros(count, DType::F32, &Device::Cpu);
+    let linear = Feedforward { hidden: None, weight: random(2, hidden_size, 1)?, bias: bias(2)? };
+    let deep = Feedforward { hidden: Some((random(48, hidden_size, 2)?, bias(48)?)), weight: random(2, 48, 3)?, bias: bias(2)? };
+    Gate::new(vec![GateLayer::Feedforward(linear), GateLayer::Feedforward(deep)], 0.0, 0.5)?.to_device(device)
+}
+
+#[test]
+fn a_recorded_step_follows_a_token_router() -> Result<()> {
+    let Some(device) = gpu() else { return Ok(()) };
+    for (model_type, quantize) in [("llama", None), ("qwen2", Some(GgmlDType::Q4K)), ("gemma3_text", None)] {
+        let dir = tempfile::tempdir()?;
+        write_checkpoint(dir.path(), model_type)?;
+        for dense_len in [usize::MAX, 200] {
+            let of = |device: &Device| -> Result<(Arc<dyn model::CausalLm>, RoutedAttention)> {
+                let model = model::load(&Weights::open(dir.path(), device, quantize)?)?;
+                let gate = Arc::new(gate(model.config().hidden_size, device)?);
+                let routing = Routing { token_router: gate, ..routing(dense_len) };
+                Ok((model, RoutedAttention::new(routing, for_device(device)?)?))
+            };
+            let (model, attention) = of(&device)?;
+            let specs = attention.layer_specs(&model.config().layer_specs());
+            let cache = |device: &Device| sparse_attn::KvCache::new(&specs, KvDtype::F16.into(), device, 300);
+            let (mut plain, mut recorded) = (cache(&device)?, cache(&device)?);
+            let ids = ids(430);
+            for cache in [&mut plain, &mut recorded] {
+                model.forward(&ids[..170], &attention, cache)?;
+            }
+            let mut step = model.token_step(&attention, &recorded)?.expect("every part has a kernel");
+            for (index, id) in ids[170..].iter().enumerate() {
+                // Back to an earlier token, and on from there: other verdicts are in the way.
+                if index == 130 {
+                    let back = recorded.oldest_restorable().max(recorded.len() - 20);
+                    plain.truncate(back)?;
+                    recorded.truncate(back)?;
+                }
+                let hidden = model.forward(&[*id], &attention, &mut plain)?;
+                let want = model.logits(&hidden)?.flatten_all()?.to_vec1::<f32>()?;
+                assert!(step.run(*id, &mut recorded)?, "{model_type} at {}", recorded.len());
+                let cosine = cosine(&want, &step.logits()?);
+                let least = if dense_len == usize::MAX { 0.9995 } else { 0.99 };
+                assert!(cosine > least, "{model_type} {quantize:?} at {}: {cosine}", recorded.len());
+                // A score near the threshold falls on either side, and another block has another number of tokens.
+                let (plain, recorded) = (plain.read_count(), recorded.read_count());
+                assert_eq!(plain.visible, recorded.visible);
+                assert!(plain.read.abs_diff(recorded.read) * 20 < plain.read, "{model_type} {quantize:?}: {plain:?}, {recorded:?}");
+            }
+            let read = recorded.read_count();
+            assert!(read.read < read.visible * 9 / 10, "{read:?}: hardly anything was dropped");
+            // The host's own code, from the beginning.
+            let (host_model, host_attention) = of(&Device::Cpu)?;
+            if dense_len == usize::MAX {
+                let mut host = cache(&Device::Cpu)?;
+                let hidden = host_model.forward(&ids[..300], &host_attention, &mut host)?;
+                let want = host_model.logits(&hidden.narrow(0, 299, 1)?)?.flatten_all()?.to_vec1::<f32>()?;
+                let mut own = cache(&device)?;
+                let hidden = model.forward(&ids[..300], &attention, &mut own)?;
+                let got = model.logits(&hidden.narrow(0, 299, 1)?)?.flatten_all()?.to_vec1::<f32>()?;
+                let cosine = self::cosine(&want, &got);
+                assert!(cosine > 0.99, "{model_type}: {cosine} from the host");
             }
         }
     }

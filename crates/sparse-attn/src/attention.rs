@@ -148,9 +148,11 @@ impl RoutedAttention {
     pub fn planned_bytes(&self, specs: &[LayerSpec], dtypes: KvDtypes, capacity: usize) -> usize {
         let specs = self.layer_specs(specs);
         let Routing { block_router, limits, dense_layers, .. } = &self.routing;
-        let summaries = specs.iter().skip(*dense_layers).filter(|spec| spec.sliding_window.is_none()).map(|spec| {
-            block_router.summary().planned_bytes(dtypes.k, spec.shape, capacity, limits.block_size, self.backend.packs_summaries())
-        });
+        let summaries = specs
+            .iter()
+            .skip(*dense_layers)
+            .filter(|spec| spec.sliding_window.is_none())
+            .map(|spec| block_router.summary().planned_bytes(dtypes.k, spec.shape, capacity, limits.block_size));
         KvCache::planned_bytes(&specs, dtypes, capacity) + summaries.sum::<usize>()
     }
 

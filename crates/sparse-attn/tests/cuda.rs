@@ -37,7 +37,12 @@ fn gpu() -> Option<Device> {
 }
 
 fn tolerance(dtype: KvDtype) -> f32 {
-    if dtype == KvDtype::F16 { 4e-3 } else { 3e-2 }
+    match dtype {
+        KvDtype::F16 => 4e-3,
+        // Both sides hold the same bytes.
+        KvDtype::Q8_0 => 1e-2,
+        _ => 3e-2,
+    }
 }
 
 /// About normal numbers, the same every time, that f16 and bf16 hold: both sides attend with the same ones.
@@ -143,7 +148,7 @@ fn dense_attention_is_that_of_the_host() -> Result<()> {
     let Some(device) = gpu() else { return Ok(()) };
     for shape in SHAPES {
         let case = Case::new(shape, TOKENS)?;
-        for dtype in [KvDtype::F16, KvDtype::Bf16] {
+        for dtype in [KvDtype::F16, KvDtype::Bf16, KvDtype::Q8_0] {
             let (want, _) = case.run(&RoutedAttention::dense(Arc::new(Cpu)), dtype, &Device::Cpu, &[TOKENS])?;
             for chunks in [&[TOKENS][..], &[64], &[1], &[300, 7, 1, 1]] {
                 let (got, _) = case.run(&on_gpu(&device, Routing::dense())?, dtype, &device, chunks)?;
@@ -167,7 +172,7 @@ fn a_selection_is_read_as_the_plain_backend_reads_it() -> Result<()> {
         ((8, 2, 128, None), 12, 8, &[64]), // blocks that are no octets: selected on the host
     ] {
         let case = Case::new(shape, TOKENS)?;
-        for dtype in [KvDtype::F16, KvDtype::Bf16] {
+        for dtype in [KvDtype::F16, KvDtype::Bf16, KvDtype::Q8_0] {
             let seen = Arc::new(Seen::default());
             let attention = on_gpu(&device, routed(block_size, 160, tile))?.observed(seen.clone());
             let (got, _) = case.run(&attention, dtype, &device, chunks)?;
@@ -190,18 +195,26 @@ fn a_selection_is_read_as_the_plain_backend_reads_it() -> Result<()> {
 #[test]
 fn the_device_selects_what_the_host_selects() -> Result<()> {
     let Some(device) = gpu() else { return Ok(()) };
-    for (router, tile, chunks) in [
-        (Arc::new(Spread) as Arc<dyn sparse_attn::block_router::BlockRouter>, 32, &[64, 64, 1][..]),
-        (Arc::new(Spread), 4, &[TOKENS]),
-        (Arc::new(Bound), 1, &[TOKENS]),
-        (Arc::new(Mean), 1, &[32, 1, 1]),
-        (Arc::new(Bound), 32, &[TOKENS]),
+    for (router, token_router, tile, chunks) in [
+        (Arc::new(Spread) as Arc<dyn block_router::BlockRouter>, Routing::dense().token_router, 32, &[64, 64, 1][..]),
+        (Arc::new(Spread), Routing::dense().token_router, 4, &[TOKENS]),
+        (Arc::new(Bound), Routing::dense().token_router, 1, &[TOKENS]),
+        (Arc::new(Mean), Routing::dense().token_router, 1, &[32, 1, 1]),
+        (Arc::new(Bound), Routing::dense().token_router, 32, &[TOKENS]),
+        (Arc::new(Spread), Arc::new(Random { keep: 0.4 }), 32, &[TOKENS]),
+        (Arc::new(Bound), Arc::new(Random { keep: 0.6 }), 1, &[64, 1, 1]),
+        (Arc::new(Spread), Arc::new(Random { keep: 0.5 }), 16, &[300, 1]),
     ] {
         let case = Case::new((8, 2, 128, None), TOKENS)?;
+        let drops = token_router.kept_fraction() < 1.0;
         let run =
             |backend: Arc<dyn AttentionBackend>, device: &Device| -> Result<(Vec<(Step, Selection)>, sparse_attn::cache::ReadCount)> {
                 let seen = Arc::new(Seen::default());
-                let routing = Routing { block_router: router.clone(), ..routed(16, 200, tile) };
+                let routing = Routing {
+                    block_router: router.clone(),
+                    token_router: token_router.clone(),
+                    ..routed(16, if drops { 100 } else { 200 }, tile)
+                };
                 let attention = RoutedAttention::new(routing, backend)?.observed(seen.clone());
                 let (_, cache) = case.run(&attention, KvDtype::F16, device, chunks)?;
                 let selections = seen.0.lock().unwrap().clone();
@@ -209,7 +222,10 @@ fn the_device_selects_what_the_host_selects() -> Result<()> {
             };
         let (host, host_count) = run(Arc::new(Cpu), &Device::Cpu)?;
         let (own, own_count) = run(Arc::new(Cuda::new(&device)?), &device)?;
-        assert_eq!((host_count.read, host_count.visible), (own_count.read, own_count.visible), "{router:?}");
+        assert_eq!(host_count.visible, own_count.visible, "{router:?}");
+        // Blocks hold as many tokens as they do, where some are dropped: another near one, another number.
+        let apart = host_count.read.abs_diff(own_count.read);
+        assert!(if drops { apart * 50 < host_count.read } else { apart == 0 }, "{router:?}: {host_count:?}, {own_count:?}");
         let (mut same, mut all) = (0, 0);
         for ((step, host), (_, own)) in host.iter().zip(&own) {
             let (Selection::Blocks(host), Selection::Blocks(own)) = (host, own) else {
@@ -218,12 +234,12 @@ fn the_device_selects_what_the_host_selects() -> Result<()> {
             };
             for (t, head) in (step.start..step.end()).flat_map(|t| [(t, 0), (t, 1)]) {
                 let (Some(host), Some(own)) = (host.blocks(t, head), own.blocks(t, head)) else { continue };
-                assert_eq!(host.len(), own.len(), "{router:?} at {t}");
+                assert!(drops || host.len() == own.len(), "{router:?} at {t}");
                 all += host.len();
                 same += host.iter().filter(|block| own.contains(block)).count();
             }
         }
-        // Summaries and queries are rounded to 16 bits here, to 8 and not at all there: a few near ones change places.
+        // Queries are rounded to 16 bits here, and not at all there: a few near ones change places.
         assert!(all > 0 && same as f32 > 0.97 * all as f32, "{router:?} in tiles of {tile}: {same} of {all}");
     }
     Ok(())
@@ -263,7 +279,7 @@ fn a_token_router_is_followed() -> Result<()> {
         let error = far(&got, &want)?;
         assert!(error < tolerance(KvDtype::F16), "{shape:?} in {chunks:?}: {error}");
         assert!(matches!(cache.layer(0).local_window(), Some(70)));
-        // With blocks on top: selected on the host, from what was admitted.
+        // With blocks on top: selected from what was admitted.
         let both = Routing {
             limits: Limits { window: 70, dense_len: 100, ..routed(16, 120, 8).limits },
             token_router: Arc::new(Random { keep: 0.4 }),
@@ -328,7 +344,7 @@ fn generated() -> impl Strategy<Value = Generated> {
         dense_len,
         tile,
     });
-    let dtype = prop::sample::select(vec![KvDtype::F16, KvDtype::Bf16]);
+    let dtype = prop::sample::select(vec![KvDtype::F16, KvDtype::Bf16, KvDtype::Q8_0]);
     let routers = (0..token_router::all().len(), 0..block_router::all().len());
     (shape, 1..=600usize, limits, dtype, routers, prop_oneof![Just(1), 1..=130usize, Just(600)]).prop_map(
         |((kv_heads, group_size, head_dim, sliding), tokens, limits, dtype, (token_router, block_router), chunk)| Generated {

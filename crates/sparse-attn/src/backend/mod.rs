@@ -66,11 +66,6 @@ pub trait AttentionBackend: std::fmt::Debug + Send + Sync {
     fn selection_bytes(&self) -> usize {
         0
     }
-
-    /// Whether summaries that are estimates are kept in 8 bits.
-    fn packs_summaries(&self) -> bool {
-        true
-    }
 }
 
 /// What a backend needs to route a step by itself.

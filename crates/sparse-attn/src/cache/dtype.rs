@@ -33,7 +33,7 @@ impl KvDtype {
     }
 
     /// The dtype of the tensor that holds the numbers.
-    pub(crate) fn tensor_dtype(self) -> DType {
+    pub fn tensor_dtype(self) -> DType {
         match self {
             Self::F32 => DType::F32,
             Self::F16 => DType::F16,

@@ -1,7 +1,7 @@
 //! Keys and values of one layer.
 
 use super::admitted::Admitted;
-use super::{KvDtypes, NO_PAGE, Order, PAGE_SIZE, PageTable, Pool, ReadCount, Step, Summaries, Summary};
+use super::{KvDtypes, NO_PAGE, OCTET, Order, PAGE_SIZE, PageTable, Pool, ReadCount, Step, Summaries, Summary};
 use crate::HeadShape;
 use crate::backend::cuda;
 use crate::simd::with_rows;
@@ -87,11 +87,26 @@ pub struct LayerStore {
     mirror: Option<Mirror>,
 }
 
-/// The places of recent tokens on the device of the pools, for kernels.
+/// Where tokens lie, on the device of the pools, for kernels. Tensors stay where they are until there is no more room.
 #[derive(Debug)]
 struct Mirror {
-    pages: Tensor, // [kv_heads, room] u32
+    pages: Tensor, // [kv_heads, room] u32, of recent tokens
+    kept: Option<DeviceKept>,
     version: u64,
+}
+
+/// What a token router leaves, on the device of the pools: `Kept` of kernels/params.h.
+#[derive(Debug)]
+pub struct DeviceKept {
+    /// The pages of kept tokens, `[kv_heads, room]` u32.
+    pub pages: Tensor,
+    /// The frontier, and how many tokens of each head are kept, `[1 + kv_heads]` u32.
+    pub counts: Tensor,
+    /// A bit for each position that is decided, `[kv_heads, room for recent pages * 8]` u8.
+    pub masks: Tensor,
+    /// How many tokens of each head are kept before each [`PAGE_SIZE`] positions, up to the frontier, `[kv_heads, room for recent pages]`
+    /// u32.
+    pub ranks: Tensor,
 }
 
 impl LayerStore {
@@ -169,7 +184,7 @@ impl LayerStore {
     pub(super) fn reserve(&mut self, step: Step) -> Result<()> {
         // What a failed step left behind is written again.
         self.forget(step.start);
-        if self.admitted.is_none() && self.table.holds(step) {
+        if self.table.holds(step) && self.table.frontier(step) <= self.frontier {
             return self.reflect(); // nothing to do, unless it failed before
         }
         // On copies: if growing the pools fails, all is as it was.
@@ -197,32 +212,59 @@ impl LayerStore {
 
     /// Brings the page table to the device of the pools, if that is not the host.
     fn reflect(&mut self) -> Result<()> {
-        let device = self.k.values().device();
+        let device = self.k.values().device().clone();
         if device.is_cpu() || self.mirror.as_ref().is_some_and(|mirror| mirror.version == self.table.version()) {
             return Ok(());
         }
         let kv_heads = self.spec.shape.kv_heads();
-        let longest = (0..kv_heads).map(|head| self.table.recent(head).len()).max().unwrap_or(0);
-        // As much room as the pools have, so that it seldom moves.
-        let room = match &self.mirror {
-            Some(mirror) if mirror.pages.dim(1)? >= longest => mirror.pages.dim(1)?,
-            _ => longest.max(self.k.pages() / kv_heads).next_multiple_of(16),
+        let mut mirror = match self.mirror.take() {
+            Some(mirror) => mirror,
+            None => Mirror { pages: Tensor::zeros((kv_heads, 0), DType::U32, &Device::Cpu)?, kept: None, version: 0 },
         };
-        let mut pages = vec![0u32; kv_heads * room];
-        for (head, row) in pages.chunks_exact_mut(room).enumerate() {
-            let own = self.table.recent(head);
-            row[..own.len()].copy_from_slice(own);
-        }
-        let pages = Tensor::from_vec(pages, (kv_heads, room), device)?;
-        let version = self.table.version();
-        match &mut self.mirror {
-            Some(mirror) if mirror.pages.dim(1)? == room => {
-                mirror.pages.slice_set(&pages, 0, 0)?;
-                mirror.version = version;
+        // As much room as the pools have, so that it seldom moves.
+        let enough = self.k.pages() / kv_heads;
+        let recent = (0..kv_heads).map(|head| self.table.recent(head));
+        put_lists(&mut mirror.pages, recent, enough, &device)?;
+        if let Some(admitted) = &self.admitted {
+            let mut kept = match mirror.kept.take() {
+                Some(kept) => kept,
+                None => DeviceKept {
+                    pages: Tensor::zeros((kv_heads, 0), DType::U32, &Device::Cpu)?,
+                    counts: Tensor::zeros(1 + kv_heads, DType::U32, &device)?,
+                    masks: Tensor::zeros((kv_heads, 0), DType::U8, &Device::Cpu)?,
+                    ranks: Tensor::zeros((kv_heads, 0), DType::U32, &Device::Cpu)?,
+                },
+            };
+            put_lists(&mut kept.pages, (0..kv_heads).map(|head| self.table.kept(head)), enough, &device)?;
+            let counts = admitted.iter().map(|admitted| admitted.rank(self.frontier));
+            let counts: Vec<u32> = std::iter::once(self.frontier).chain(counts).map(|count| count as u32).collect();
+            kept.counts.slice_set(&Tensor::new(counts, &device)?, 0, 0)?;
+            let room = mirror.pages.dim(1)?;
+            if kept.masks.dim(1)? != room * (PAGE_SIZE / OCTET) {
+                kept.masks = Tensor::zeros((kv_heads, room * (PAGE_SIZE / OCTET)), DType::U8, &device)?;
+                self.put_masks(&kept.masks, 0)?;
             }
-            mirror => *mirror = Some(Mirror { pages, version }),
+            let up_to_frontier =
+                |admitted: &Admitted| (0..=self.frontier / PAGE_SIZE).map(|page| admitted.rank(page * PAGE_SIZE) as u32).collect();
+            let ranks: Vec<Vec<u32>> = admitted.iter().map(up_to_frontier).collect();
+            put_lists(&mut kept.ranks, ranks.iter().map(Vec::as_slice), room, &device)?;
+            mirror.kept = Some(kept);
         }
+        mirror.version = self.table.version();
+        self.mirror = Some(mirror);
         Ok(())
+    }
+
+    /// Puts what the host knows of the tokens from `position` on into `masks`, see [`DeviceKept`].
+    fn put_masks(&self, masks: &Tensor, position: usize) -> Result<()> {
+        let Some(admitted) = &self.admitted else { return Ok(()) };
+        let decided = admitted.iter().map(Admitted::len).max().unwrap_or(0);
+        let octets = position / OCTET..decided.div_ceil(OCTET);
+        if octets.is_empty() {
+            return Ok(());
+        }
+        let bits: Vec<u8> = admitted.iter().flat_map(|admitted| octets.clone().map(|octet| admitted.octet(octet * OCTET))).collect();
+        masks.slice_set(&Tensor::from_vec(bits, (admitted.len(), octets.len()), masks.device())?, 1, octets.start)
     }
 
     /// The page of each recent token on the device of the pools: `[kv_heads, room]`, u32, with anything beyond the last one. It stays
@@ -235,6 +277,11 @@ impl LayerStore {
             Some(mirror) => Ok(&mirror.pages),
             None => bail!("page table: it is on the host only"),
         }
+    }
+
+    /// What the token router leaves, on the device of the pools; `None`: all.
+    pub fn device_kept(&self) -> Option<&DeviceKept> {
+        self.mirror.as_ref()?.kept.as_ref()
     }
 
     /// The tokens that must move before this step is written.
@@ -266,7 +313,15 @@ impl LayerStore {
                 bits.push(step.start + token < sinks || admission.of(token, head, kv_heads));
             }
         }
-        Ok(())
+        self.device_kept().map_or(Ok(()), |kept| self.put_masks(&kept.masks, step.start))
+    }
+
+    /// Notes what the device decided on the token of `step`, which it wrote: whether each head keeps it.
+    pub fn admit_written(&mut self, step: Step, keeps: &[bool]) {
+        for (bits, keeps) in self.admitted.iter_mut().flatten().zip(keeps) {
+            bits.truncate(step.start);
+            bits.push(*keeps);
+        }
     }
 
     /// Positions whose keys are written, those of the running step included once it wrote them.
@@ -293,8 +348,8 @@ impl LayerStore {
             }
         };
         let missing = summaries.missing(self.written);
-        if !missing.is_empty() && self.admitted.is_none() && self.k.values().device().is_cuda() {
-            // Where the keys are; and for as many blocks as there is room for keys, or the summaries would often be copied.
+        if !missing.is_empty() && self.k.values().device().is_cuda() && missing.start * block_size >= self.frontier {
+            // Where the keys are, none of which has moved; and for as many blocks as there is room for keys, or the summaries would often be copied.
             let room = self.k.pages() / shape.kv_heads() * PAGE_SIZE / block_size;
             summaries.reserve(room.max(missing.end))?;
             cuda::summarise(self, &summaries, kind, missing.clone(), block_size)?;
@@ -308,8 +363,8 @@ impl LayerStore {
         Ok(())
     }
 
-    /// Gets ready for a token that the device writes by itself, with the summary of the block that it completes. Returns whether it
-    /// may: if not, blocks before it are not summarised, and a step that the host leads must come first.
+    /// Gets ready for a token that the device writes by itself, with the summary of the block that it completes: what left the window
+    /// moves. Returns whether it may: if not, blocks before it are not summarised, and a step that the host leads must come first.
     ///
     /// # Errors
     /// If the device has no memory for the summaries.
@@ -321,19 +376,30 @@ impl LayerStore {
                 return Ok(false);
             }
             let new = summaries.missing(step.end());
+            if !new.is_empty() && new.start * block_size < self.frontier {
+                return Ok(false);
+            }
             summaries.reserve(room.max(new.end))?;
             summaries.advance(new.len());
         }
+        let moves = self.take_moves();
+        self.k.apply(&moves)?;
+        self.v.apply(&moves)?;
         self.written = step.end();
         Ok(true)
     }
 
     /// What queries of `step` read where they read all that they see.
     pub fn count_visible(&self, step: Step) -> ReadCount {
-        let heads = self.spec.shape.kv_heads() as u64;
-        let visible = heads * (step.start..step.end()).map(|t| (t + 1 - self.first_visible(t)) as u64).sum::<u64>();
+        let heads = self.spec.shape.kv_heads();
+        let visible = heads as u64 * (step.start..step.end()).map(|t| (t + 1 - self.first_visible(t)) as u64).sum::<u64>();
+        let of_query = |t: usize, window: usize| {
+            let window = (t + 1).saturating_sub(window);
+            (0..heads).map(|head| (self.count_admitted(head, 0..window) + t + 1 - window) as u64).sum::<u64>()
+        };
+        let read = self.local_window().map_or(visible, |window| (step.start..step.end()).map(|t| of_query(t, window)).sum());
         let row = |pool: &Pool| pool.dtype().row_bytes(pool.width()) as u64;
-        ReadCount { read: visible, visible, bytes: visible * (row(&self.k) + row(&self.v)) }
+        ReadCount { read, visible, bytes: read * (row(&self.k) + row(&self.v)) }
     }
 
     /// The summaries of complete blocks.
@@ -448,7 +514,15 @@ impl LayerStore {
             written: self.written,
             summaries: self.summaries.as_ref().map(Summaries::fork).transpose()?,
             mirror: match &self.mirror {
-                Some(Mirror { pages, version }) => Some(Mirror { pages: pages.copy()?, version: *version }),
+                Some(Mirror { pages, kept, version }) => {
+                    let kept = match kept {
+                        Some(DeviceKept { pages, counts, masks, ranks }) => {
+                            Some(DeviceKept { pages: pages.copy()?, counts: counts.copy()?, masks: masks.copy()?, ranks: ranks.copy()? })
+                        }
+                        None => None,
+                    };
+                    Some(Mirror { pages: pages.copy()?, kept, version: *version })
+                }
                 None => None,
             },
         })
@@ -458,7 +532,10 @@ impl LayerStore {
         let summaries = self.summaries.as_ref().map_or(0, Summaries::bytes);
         let admitted: usize = self.admitted.iter().flatten().map(Admitted::bytes).sum();
         let moves = self.moves.capacity() * size_of::<Move>();
-        let mirror = self.mirror.as_ref().map_or(0, |mirror| mirror.pages.elem_count() * size_of::<u32>());
+        let mirror = self.mirror.as_ref().map_or(0, |Mirror { pages, kept, .. }| {
+            let kept = kept.iter().flat_map(|DeviceKept { pages, counts, masks, ranks }| [pages, counts, masks, ranks]);
+            kept.chain([pages]).map(|tensor| tensor.elem_count() * tensor.dtype().size_in_bytes()).sum()
+        });
         self.k.bytes() + self.v.bytes() + self.table.bytes() + summaries + admitted + moves + mirror
     }
 
@@ -485,6 +562,24 @@ impl LayerStore {
         }
         Ok(())
     }
+}
+
+/// Puts lists of numbers into `to` `[lists, room]` on `device`, in place where they fit; if not, into a new one with room for `enough`.
+fn put_lists<'a>(to: &mut Tensor, lists: impl Iterator<Item = &'a [u32]> + Clone, enough: usize, device: &Device) -> Result<()> {
+    let (count, longest) = lists.clone().fold((0, 0), |(count, longest), list| (count + 1, list.len().max(longest)));
+    let has_room = to.dim(1)? > 0 && to.dim(1)? >= longest;
+    let room = if has_room { to.dim(1)? } else { longest.max(enough).next_multiple_of(16) };
+    let mut numbers = Vec::with_capacity(count * room);
+    for (index, list) in lists.enumerate() {
+        numbers.extend(list);
+        numbers.resize((index + 1) * room, 0);
+    }
+    let numbers = Tensor::from_vec(numbers, (count, room), device)?;
+    if has_room {
+        return to.slice_set(&numbers, 0, 0);
+    }
+    *to = numbers;
+    Ok(())
 }
 
 /// The rows of `slots`, `[slots, width]` f32, by reading the pages that hold them.

@@ -10,7 +10,7 @@ mod summary;
 
 pub use admitted::Admitted;
 pub use dtype::{GROUP, KvDtype, KvDtypes};
-pub use layer_store::{LayerSpec, LayerStore, Local, Move};
+pub use layer_store::{DeviceKept, LayerSpec, LayerStore, Local, Move};
 pub use page_table::{NO_PAGE, PAGE_SIZE, PageTable};
 pub use pool::{LANES, OCTET, Order, Pool};
 pub use summary::{Summaries, Summary};

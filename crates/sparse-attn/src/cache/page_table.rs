@@ -33,7 +33,7 @@ impl PageTable {
         self.version
     }
 
-    /// Whether every position of `step` has a place already, and none is to be recycled. For layers without a token router.
+    /// Whether every position of `step` has a place already, and none is to be recycled.
     pub fn holds(&self, step: Step) -> bool {
         let dead = self.frontier(step) / PAGE_SIZE;
         let is_recycled = |head: &Vec<u32>| dead == 0 || head.get(dead - 1) == Some(&NO_PAGE);

@@ -29,20 +29,19 @@ impl Summary {
     }
 
     /// How it is stored beside keys stored as `k`: minima and maxima of 16-bit keys are 16-bit numbers; means and deviations
-    /// are estimates anyway, and `packed` in 8 bits where the backend reads those.
-    fn dtype(self, k: KvDtype, packed: bool) -> KvDtype {
+    /// are estimates anyway, and 8 bits do.
+    fn dtype(self, k: KvDtype) -> KvDtype {
         match (self, k) {
-            (Self::MeanDeviation, KvDtype::F16 | KvDtype::Bf16 | KvDtype::Q8_0) if packed => KvDtype::Q8_0,
+            (Self::MeanDeviation, KvDtype::F16 | KvDtype::Bf16 | KvDtype::Q8_0) => KvDtype::Q8_0,
             (_, KvDtype::Q8_0) => KvDtype::F16,
             (_, k) => k,
         }
     }
 
-    /// Bytes for the blocks of `capacity` positions of a layer of `shape` whose keys are stored as `k`; `packed`: see
-    /// [`crate::backend::AttentionBackend::packs_summaries`].
-    pub fn planned_bytes(self, k: KvDtype, shape: HeadShape, capacity: usize, block_size: usize, packed: bool) -> usize {
+    /// Bytes for the blocks of `capacity` positions of a layer of `shape` whose keys are stored as `k`.
+    pub fn planned_bytes(self, k: KvDtype, shape: HeadShape, capacity: usize, block_size: usize) -> usize {
         let pages = capacity.div_ceil(block_size).div_ceil(PAGE_SIZE);
-        Pool::page_bytes(self.dtype(k, packed), self.width(shape.head_dim()), pages * shape.kv_heads())
+        Pool::page_bytes(self.dtype(k), self.width(shape.head_dim()), pages * shape.kv_heads())
     }
 
     /// The summary of `keys` `[n, head_dim]`, rounded so that what is stored as `dtype` is still a bound.
@@ -110,7 +109,7 @@ pub struct Summaries {
 
 impl Summaries {
     pub(super) fn new(kind: Summary, block_size: usize, [kv_heads, head_dim]: [usize; 2], keys: KvDtype, device: &Device) -> Result<Self> {
-        let pool = Pool::new(kind.dtype(keys, device.is_cpu()), Order::Tiles, kind.width(head_dim), 0, device)?;
+        let pool = Pool::new(kind.dtype(keys), Order::Tiles, kind.width(head_dim), 0, device)?;
         Ok(Self { kind, block_size, blocks: 0, kv_heads, head_dim, pool })
     }
 

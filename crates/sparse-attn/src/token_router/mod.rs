@@ -56,6 +56,11 @@ pub trait TokenRouter: std::fmt::Debug + Send + Sync {
     /// The part of the tokens that it admits, as far as it knows; 1 only if it always admits all.
     fn kept_fraction(&self) -> f32;
 
+    /// The gate that it is, for devices that compute gates themselves.
+    fn as_gate(&self) -> Option<&Gate> {
+        None
+    }
+
     /// # Errors
     /// If the tensors do not fit this router.
     fn admit(&self, layer: usize, input: RouterInput<'_>) -> Result<Admission>;

@@ -221,7 +221,7 @@ pub(super) fn activation_bytes(columns: usize) -> usize {
     (columns + columns / UNIT * 12).next_multiple_of(16)
 }
 
-/// Products of up to three matrices with few tokens.
+/// Products of up to four matrices with few tokens.
 ///
 /// # Safety
 /// The addresses must be of what layer_params.h says, and live until the kernel has run.

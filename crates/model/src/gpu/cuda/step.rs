@@ -4,7 +4,7 @@
 use super::super::{DecoderParts, LayerParts};
 use super::DeviceMatrix;
 use super::matrix::{activation_bytes, product};
-use super::params::{GatedParams, LikeliestParams, Matrix as MatrixParams, NormParams, WriteParams};
+use super::params::{GatedParams, LikeliestParams, Matrix as MatrixParams, NormParams, Verdict, WriteParams};
 use crate::arch::TokenStep;
 use crate::config::Activation;
 use crate::layers::{Linear, RmsNorm};
@@ -13,11 +13,12 @@ use candle_core::cuda_backend::WrapErr;
 use candle_core::cuda_backend::cudarc::driver::{CudaGraph, sys};
 use candle_core::{DType, Device, Result, Tensor, TensorId, bail};
 use sparse_attn::backend::cuda::{
-    Budgeted, DecodeCall, DecodeLists, DecodeScratch, Kernels, SelectCall, SelectScratch, Spread, address, decode, kind_of,
-    score_and_select,
+    Budgeted, DecodeCall, DecodeLists, DecodeScratch, Kernels, SelectCall, SelectScratch, Spread, address, decode, kind_of, queries_of,
+    scales_of, score_and_select,
 };
 use sparse_attn::cache::Summary;
 use sparse_attn::select::Limits;
+use sparse_attn::token_router::{Feedforward, GateLayer};
 use sparse_attn::{HeadShape, KvCache, LayerStore, RoutedAttention, Step};
 use std::sync::Arc;
 
@@ -45,6 +46,18 @@ struct Layer {
     up: Arc<DeviceMatrix>,
     down: Projection,
     post_mlp_norm: Option<Tensor>,
+    token_gate: TokenGate,
+}
+
+/// What decides on a layer's tokens when they leave the window.
+#[derive(Debug, Clone)]
+enum TokenGate {
+    /// Nothing: every token is kept.
+    None,
+    /// A token router that keeps all of this layer's, where it is not the model that forgets them.
+    Open,
+    /// A gate on the attention input, and where its first product goes.
+    Scored { gate: Feedforward, first: Arc<DeviceMatrix>, scores: Tensor },
 }
 
 #[derive(Debug, Clone)]
@@ -75,16 +88,17 @@ struct CudaStep {
 /// What the kernels of a step hand on.
 #[derive(Debug)]
 struct Buffers {
-    state: Tensor, // u32: token, position, then what each layer may take
+    state: Tensor, // u32: token, position, then what each layer and head may take
     x: Tensor,     // [hidden_size]
     normed: [Tensor; 2],
     qkv: Tensor,       // [q_heads + 2 kv_heads, head_dim]
-    q: Option<Tensor>, // [q_heads, head_dim], in the dtype of the keys
+    q: Option<Tensor>, // [q_heads, head_dim], see `queries_of`
     attended: [Tensor; 2],
     projected: Tensor, // [hidden_size]
     inner: [Tensor; 2],
     logits: Tensor,    // [vocab_size]
     likeliest: Tensor, // [2] u32
+    verdicts: Tensor,  // [2, layers, kv_heads] u32: whether a token router keeps the token; kept tokens of the chosen blocks
 }
 
 /// A graph, and what it holds for.
@@ -113,16 +127,20 @@ struct Key {
 /// A step of the decoder made of `parts`; `None` where some part has no kernel, and layers run one operation at a time.
 pub(crate) fn record(parts: &DecoderParts<'_>, attention: &RoutedAttention, cache: &KvCache) -> Result<Option<Box<dyn TokenStep>>> {
     let device = cache.device();
-    if !device.is_cuda() || attention.is_observed() || attention.routing().token_router.kept_fraction() < 1.0 {
+    if !device.is_cuda() || attention.is_observed() {
         return Ok(None);
     }
+    let Some(gates) = token_gates(attention, parts.layers.len())? else { return Ok(None) };
     let Some(layers) = parts.layers.iter().map(|layer| of_layer(layer, device)).collect::<Option<Result<Vec<Layer>>>>() else {
         return Ok(None);
     };
     let (Some(embedding), Some(head), Some(first)) = (on_device(parts.embedding), on_device(parts.head), parts.layers.first()) else {
         return Ok(None);
     };
-    let layers = layers?;
+    let mut layers = layers?;
+    for (layer, gate) in layers.iter_mut().zip(gates) {
+        layer.token_gate = gate;
+    }
     let (hidden_size, inner) = (embedding.columns(), layers[0].gate.height());
     if hidden_size > WIDEST || !inner.is_multiple_of(GATED_ROWS) {
         return Ok(None);
@@ -132,7 +150,7 @@ pub(crate) fn record(parts: &DecoderParts<'_>, attention: &RoutedAttention, cach
     let plain = |count: usize| Tensor::zeros(count, DType::F32, device);
     let both = |count: usize| Ok::<_, candle_core::Error>([plain(count)?, Tensor::zeros(activation_bytes(count), DType::U8, device)?]);
     let buffers = Buffers {
-        state: Tensor::zeros(2 + layers.len(), DType::U32, device)?,
+        state: Tensor::zeros(2 + layers.len() * kv_heads, DType::U32, device)?,
         x: plain(hidden_size)?,
         normed: both(hidden_size)?,
         qkv: plain((q_heads + 2 * kv_heads) * head_dim)?,
@@ -142,6 +160,7 @@ pub(crate) fn record(parts: &DecoderParts<'_>, attention: &RoutedAttention, cach
         inner: both(inner)?,
         logits: plain(head.height())?,
         likeliest: Tensor::zeros(2, DType::U32, device)?,
+        verdicts: Tensor::zeros((2, layers.len(), kv_heads), DType::U32, device)?,
     };
     Ok(Some(Box::new(CudaStep {
         kernels: Kernels::of(device)?,
@@ -162,6 +181,28 @@ pub(crate) fn record(parts: &DecoderParts<'_>, attention: &RoutedAttention, cach
         buffers,
         recorded: None,
     })))
+}
+
+/// What the token router does in each layer; `None`: something that there is no kernel for.
+fn token_gates(attention: &RoutedAttention, layers: usize) -> Result<Option<Vec<TokenGate>>> {
+    let router = &attention.routing().token_router;
+    if router.kept_fraction() >= 1.0 {
+        return Ok(Some(vec![TokenGate::None; layers]));
+    }
+    let Some(gate) = router.as_gate().filter(|gate| gate.layers().len() == layers) else { return Ok(None) };
+    let mut gates = Vec::with_capacity(layers);
+    for layer in gate.layers() {
+        gates.push(match layer {
+            GateLayer::Open => TokenGate::Open,
+            GateLayer::Feedforward(gate) if gate.weight.device().is_cuda() => {
+                let first = DeviceMatrix::from_tensor(gate.hidden.as_ref().map_or(&gate.weight, |(weight, _)| weight))?;
+                let scores = Tensor::zeros(first.height(), DType::F32, gate.weight.device())?;
+                TokenGate::Scored { gate: gate.clone(), first: Arc::new(first), scores }
+            }
+            _ => return Ok(None),
+        });
+    }
+    Ok(Some(gates))
 }
 
 fn on_device(matrix: &Matrix) -> Option<Arc<DeviceMatrix>> {
@@ -195,6 +236,7 @@ fn of_layer(parts: &LayerParts<'_>, device: &Device) -> Option<Result<Layer>> {
         up: bare(parts.up)?,
         down: projection(parts.down)?,
         post_mlp_norm: parts.post_mlp_norm.map(weight),
+        token_gate: TokenGate::None,
     }))
 }
 
@@ -222,8 +264,7 @@ impl TokenStep for CudaStep {
         }
         let mut state = vec![token, step.start as u32];
         for layer in 0..self.layers.len() {
-            let take = Budgeted::take(&routing.limits_of(layer), &(step.start..step.end()), false);
-            state.push(take as u32);
+            state.extend(Budgeted::takes(&routing.limits_of(layer), &(step.start..step.end()), false, cache.layer(layer)));
         }
         self.buffers.state.slice_set(&Tensor::new(state, &self.device)?, 0, 0)?;
         let key = self.key(cache, calls.iter().map(Option::is_some).collect(), step);
@@ -233,9 +274,16 @@ impl TokenStep for CudaStep {
         }
         let Some(recorded) = &self.recorded else { bail!("cuda: no step was recorded") };
         recorded.graph.launch().w()?;
-        for (layer, call) in calls.iter().enumerate() {
-            let count = match call {
-                Some(call) => call.count(cache.layer(layer)),
+        let kv_heads = self.heads.kv_heads();
+        let mut verdicts = vec![0u32; 2 * self.layers.len() * kv_heads];
+        if self.layers.iter().any(|layer| !matches!(layer.token_gate, TokenGate::None)) {
+            verdicts = self.buffers.verdicts.flatten_all()?.to_vec1()?;
+        }
+        let (kept, picked) = verdicts.split_at(self.layers.len() * kv_heads);
+        for (layer, (kept, picked)) in kept.chunks_exact(kv_heads).zip(picked.chunks_exact(kv_heads)).enumerate() {
+            cache.layer_mut(layer).admit_written(step, &kept.iter().map(|kept| *kept == 1).collect::<Vec<bool>>());
+            let count = match &calls[layer] {
+                Some(call) => call.count(cache.layer(layer), picked),
                 None => cache.layer(layer).count_visible(step),
             };
             cache.count_read(count);
@@ -262,8 +310,10 @@ impl CudaStep {
         let mut tensors = Vec::with_capacity(4 * self.layers.len());
         for layer in 0..self.layers.len() {
             let store = cache.layer(layer);
-            tensors.extend([store.k().values().id(), store.v().values().id()]);
+            tensors.extend(store.k().tensors().chain(store.v().tensors()).map(Tensor::id));
             tensors.extend(store.device_pages().ok().map(Tensor::id));
+            let kept = store.device_kept().into_iter().flat_map(|kept| [&kept.pages, &kept.counts, &kept.masks, &kept.ranks]);
+            tensors.extend(kept.map(Tensor::id));
             tensors.extend(store.summaries().ok().map(|summaries| summaries.pool().values().id()));
         }
         Key { tensors, selects, room: (step.end() + 1).next_multiple_of(ROOM) }
@@ -274,7 +324,7 @@ impl CudaStep {
         let first = cache.layer(0);
         let q = match &self.buffers.q {
             Some(q) => q.clone(),
-            None => Tensor::zeros(self.heads.q_heads() * self.heads.head_dim(), first.k().values().dtype(), &self.device)?,
+            None => Tensor::zeros(self.heads.q_heads() * self.heads.head_dim(), queries_of(first).tensor_dtype(), &self.device)?,
         };
         self.buffers.q = Some(q.clone());
         let scratch = DecodeScratch::new(&self.kernels, first, &self.device)?;
@@ -356,10 +406,14 @@ impl CudaStep {
 
     fn project_qkv(&self, layer: &Layer) -> Result<()> {
         let mut out = address(&self.buffers.qkv)?;
-        let mut matrices = [MatrixParams::default(); 3];
-        for (matrix, projection) in matrices.iter_mut().zip(&layer.qkv) {
-            *matrix = projection.weight.params(out, projection.bias.as_ref().map_or(Ok(0), address)?)?;
+        let mut matrices = Vec::with_capacity(4);
+        for projection in &layer.qkv {
+            matrices.push(projection.weight.params(out, projection.bias.as_ref().map_or(Ok(0), address)?)?);
             out += (projection.weight.height() * size_of::<f32>()) as u64;
+        }
+        if let TokenGate::Scored { gate, first, scores } = &layer.token_gate {
+            let bias = gate.hidden.as_ref().map_or(&gate.bias, |(_, bias)| bias);
+            matrices.push(first.params(address(scores)?, address(bias)?)?);
         }
         self.multiply(&matrices, &self.buffers.normed, layer.qkv[0].weight.columns())
     }
@@ -392,7 +446,11 @@ impl CudaStep {
             q: address(q)?,
             k: address(store.k().values())?,
             v: address(store.v().values())?,
+            k_scales: scales_of(store.k())?,
+            v_scales: scales_of(store.v())?,
             summaries: summaries.map_or(Ok(0), |summaries| address(summaries.pool().values()))?,
+            summary_scales: summaries.map_or(Ok(0), |summaries| scales_of(summaries.pool()))?,
+            verdict: self.verdict(index, layer, store)?,
             kind,
             block_size: block_size as i32,
             max_pages: pages.dim(1)? as i32,
@@ -406,6 +464,31 @@ impl CudaStep {
         unsafe { self.kernels.launch_following(&name, Spread::new([self.heads.kv_heads(), 1, 1], 256), &params) }
     }
 
+    /// Where the numbers of a layer lie among the verdicts: of the token, or of the chosen blocks.
+    fn verdicts_of(&self, index: usize, kind: usize) -> Result<u64> {
+        let verdicts = &self.buffers.verdicts;
+        Ok(address(verdicts)? + ((kind * self.layers.len() + index) * self.heads.kv_heads() * size_of::<u32>()) as u64)
+    }
+
+    /// How the token router decides on the token.
+    fn verdict(&self, index: usize, layer: &Layer, store: &LayerStore) -> Result<Verdict> {
+        let routing = self.attention.routing();
+        let (Some(kept), Some(gate)) = (store.device_kept(), routing.token_router.as_gate()) else { return Ok(Verdict::default()) };
+        let verdict = Verdict {
+            masks: address(&kept.masks)?,
+            kept: self.verdicts_of(index, 0)?,
+            sinks: routing.limits.sinks as i32,
+            tau: gate.tau(),
+            ..Verdict::default()
+        };
+        let TokenGate::Scored { gate, first, scores } = &layer.token_gate else { return Ok(verdict) };
+        let verdict = Verdict { scores: address(scores)?, ..verdict };
+        if gate.hidden.is_none() {
+            return Ok(verdict);
+        }
+        Ok(Verdict { weight: address(&gate.weight)?, bias: address(&gate.bias)?, width: first.height() as i32, ..verdict })
+    }
+
     fn select(&self, index: usize, store: &LayerStore, scratch: &SelectScratch, q: &Tensor, position: u64) -> Result<DecodeLists> {
         let routing = self.attention.routing();
         let lists = DecodeLists { octets: address(&scratch.octets)?, counts: address(&scratch.counts)?, most: scratch.most };
@@ -413,9 +496,10 @@ impl CudaStep {
             q: address(q)?,
             expanded: false,
             position,
-            takes: address(&self.buffers.state)? + 4 * (2 + index as u64),
+            takes: address(&self.buffers.state)? + ((2 + index * self.heads.kv_heads()) * size_of::<u32>()) as u64,
             scores: address(&scratch.scores)?,
             lists,
+            picked: self.verdicts_of(index, 1)?,
             blocks: 0,
             kind: kind_of(&*routing.block_router).unwrap_or(0),
             max_scores: scratch.max_scores,

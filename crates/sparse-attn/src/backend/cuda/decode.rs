@@ -1,8 +1,8 @@
 //! Attention of one query.
 
-use super::params::DecodeParams;
-use super::{Kernels, Spread, address, kernel};
-use crate::cache::LayerStore;
+use super::params::{DecodeParams, Kept};
+use super::{Kernels, Spread, address, kernel, scales_of};
+use crate::cache::{DeviceKept, LayerStore};
 use candle_core::{DType, Device, Result, Tensor};
 
 /// Query heads that a thread block takes.
@@ -36,6 +36,15 @@ impl DecodeScratch {
             tickets: Tensor::zeros(parts, DType::U32, device)?,
             splits,
         })
+    }
+}
+
+impl Kept {
+    /// Of a layer; nothing where every token is kept.
+    pub(super) fn of(store: &LayerStore) -> Result<Self> {
+        let Some(DeviceKept { pages, counts, masks, ranks }) = store.device_kept() else { return Ok(Self::default()) };
+        let max_pages = pages.dim(1)? as i32;
+        Ok(Self { pages: address(pages)?, counts: address(counts)?, masks: address(masks)?, ranks: address(ranks)?, max_pages })
     }
 }
 
@@ -82,7 +91,10 @@ pub unsafe fn decode(kernels: &Kernels, call: DecodeCall, scratch: &DecodeScratc
         q: call.q,
         k: address(store.k().values())?,
         v: address(store.v().values())?,
+        k_scales: scales_of(store.k())?,
+        v_scales: scales_of(store.v())?,
         pages: address(pages)?,
+        kept: Kept::of(store)?,
         octets: lists.octets,
         counts: lists.counts,
         position: call.position,
@@ -97,8 +109,10 @@ pub unsafe fn decode(kernels: &Kernels, call: DecodeCall, scratch: &DecodeScratc
         local_window: store.local_window().unwrap_or(0) as i32,
         scale: call.scale,
     };
-    // Stages of keys and values; then the warps' parts; then what each split counts for.
-    let shared_bytes = (4 * 3 * 2 * 16 * head_dim * 2).max(4 * QUERIES * (head_dim + 2) * 4).max(QUERIES * scratch.splits * 4);
+    // A warp's stages of keys and values, and, of bytes, a tile of them widened; then the warps' parts; then what each split counts for.
+    let row_bytes = store.k().dtype().row_bytes(head_dim);
+    let widened = if store.k().scales().is_some() { 2 * 16 * head_dim * 2 } else { 0 };
+    let shared_bytes = (4 * (3 * 2 * 16 * row_bytes + widened)).max(4 * QUERIES * (head_dim + 2) * 4).max(QUERIES * scratch.splits * 4);
     let spread = Spread { grid: [scratch.splits, shape.kv_heads(), shape.group_size().div_ceil(QUERIES)], threads: 128, shared_bytes };
     // SAFETY: the caller's, and the scratch is of this shape.
     unsafe { kernels.launch_following(&kernel("attend_decode", store.k(), head_dim), spread, &params) }

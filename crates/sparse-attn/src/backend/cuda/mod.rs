@@ -1,4 +1,4 @@
-//! The CUDA backend: keys and values of 16 bits in device memory, kernels of kernels/cuda.
+//! The CUDA backend: keys and values of 16 or 8 bits in device memory, kernels of kernels/cuda.
 
 mod decode;
 mod kernels;
@@ -9,6 +9,8 @@ mod select;
 
 pub use decode::{DecodeCall, DecodeLists, DecodeScratch, decode};
 pub use kernels::{Kernels, Spread, address};
+use rows::in_halves;
+pub use rows::scales_of;
 pub(crate) use rows::{move_rows, scatter_rows, summarise};
 pub use select::{Budgeted, SelectCall, SelectScratch, kind_of, score_and_select};
 
@@ -19,11 +21,15 @@ use crate::cache::{KvDtype, KvDtypes, LayerStore, Pool, Step, Summary};
 use crate::select::Selection;
 use candle_core::{DType, Device, Result, Tensor, bail};
 use lists::Lists;
-use params::PrefillParams;
+use params::{GateParams, Kept, PrefillParams};
 use std::sync::Arc;
 
 /// Rows (a query and a head of its group) of a thread block of prefill.
 const ROWS: usize = 128;
+
+/// Tokens and rows of a thread block of `gate_scores`.
+const GATE_TOKENS: usize = 32;
+const GATE_ROWS: usize = 8;
 
 /// Queries that share a selection, at the most, unless asked for more: a thread block would take twice as many, but the best blocks of 32
 /// cost twice the perplexity of those of 16 (SmolLM2, 8192 tokens: KL .0156, .0106, .0096, .0080 for 32, 16, 8, 4).
@@ -31,8 +37,8 @@ const SHARED_BY: usize = 16;
 
 /// Attention on an NVIDIA GPU.
 ///
-/// One query: the keys are split over the device, and the parts merged in order. Many: tiles of queries on the tensor cores. Scores and
-/// selection of blocks are made on the device where the token router keeps everything; otherwise on the host.
+/// One query: the keys are split over the device, and the parts merged in order. Many: tiles of queries on the tensor cores. Blocks are
+/// scored and selected on the device, too, for the routers that have kernels ([`Budgeted`]).
 #[derive(Debug)]
 pub struct Cuda {
     kernels: Arc<Kernels>,
@@ -51,7 +57,7 @@ impl Cuda {
     fn attend_lists(&self, q: &Tensor, scale: f32, store: &LayerStore, step: Step, lists: Option<&Lists>) -> Result<Tensor> {
         let shape = store.shape();
         check_store(store)?;
-        let q = q.to_dtype(store.k().values().dtype())?.contiguous()?; // [tokens, q_heads, head_dim]
+        let q = q.to_dtype(queries_of(store).tensor_dtype())?.contiguous()?; // [tokens, q_heads, head_dim]
         let out = uninitialised((step.len, shape.q_heads(), shape.head_dim()), DType::F32, q.device())?;
         if step.len == 1 {
             let position = Tensor::new(&[step.start as u32], q.device())?;
@@ -74,11 +80,14 @@ impl Cuda {
             Some(lists) => (Some(&lists.firsts), lists.pieces),
             None => (None, step.len.div_ceil(tile)),
         };
+        // Widening all is little beside what many queries read of it.
+        let (k, v) = (in_halves(store.k())?, in_halves(store.v())?);
         let params = PrefillParams {
             q: address(&q)?,
-            k: address(store.k().values())?,
-            v: address(store.v().values())?,
+            k: address(&k)?,
+            v: address(&v)?,
             pages: address(pages)?,
+            kept: Kept::of(store)?,
             octets: lists.map_or(Ok(0), |lists| address(&lists.octets))?,
             counts: lists.map_or(Ok(0), |lists| address(&lists.counts))?,
             firsts: firsts.map_or(Ok(0), address)?,
@@ -106,14 +115,14 @@ impl Cuda {
     fn prefill_kernel(&self, store: &LayerStore, rows: usize) -> (String, usize, usize) {
         let head_dim = store.shape().head_dim();
         let stem = if 2 * rows <= ROWS { "attend_prefill_wgmma_halves" } else { "attend_prefill_wgmma" };
-        let name = kernel(stem, store.k(), head_dim);
+        let name = format!("{stem}_{}_{head_dim}", queries_of(store).name());
         if head_dim <= 128 && self.kernels.has(&name) {
             // The queries, three stages of keys and of values, in tiles of 128 rows; and room to align them.
             return (name, 384, 7 * ROWS * head_dim * size_of::<u16>() + 1024);
         }
         // Two stages of keys and of values.
         let keys = if head_dim > 128 { 32 } else { 64 };
-        (kernel("attend_prefill", store.k(), head_dim), 256, 2 * 2 * keys * head_dim * size_of::<u16>())
+        (format!("attend_prefill_{}_{head_dim}", queries_of(store).name()), 256, 2 * 2 * keys * head_dim * size_of::<u16>())
     }
 }
 
@@ -130,10 +139,10 @@ impl AttentionBackend for Cuda {
 
     fn attend(&self, q: &Tensor, scale: f32, store: &LayerStore, step: Step, selection: &Selection) -> Result<Tensor> {
         store.check_queries(q, step)?;
-        // Where everything is read, the kernels go by the page table.
+        // Where everything is read, the kernels go by the page tables.
         let lists = match selection {
-            Selection::Every if store.local_window().is_none() => None,
-            _ => Some(Lists::of_selection(selection, store, step, queries_of_a_tile(store.shape().group_size()))?),
+            Selection::Every => None,
+            Selection::Blocks(_) => Some(Lists::of_selection(selection, store, step, queries_of_a_tile(store.shape().group_size()))?),
         };
         self.attend_lists(q, scale, store, step, lists.as_ref())
     }
@@ -147,11 +156,12 @@ impl AttentionBackend for Cuda {
         let Some(call) = Budgeted::new(router, limits, store, step) else { return Ok(None) };
         store.check_queries(q, step)?;
         check_store(store)?;
-        let rounded = q.to_dtype(store.k().values().dtype())?.contiguous()?;
+        let rounded = q.to_dtype(queries_of(store).tensor_dtype())?.contiguous()?;
         let selected = call.select_step(&self.kernels, &rounded, store, wants_selection)?;
         let out = self.attend_lists(&rounded, scale, store, step, Some(&selected.lists))?;
         let selection = if wants_selection { Some(call.read_back(&selected)?) } else { None };
-        Ok(Some(Routed { out, selection, count: call.count(store) }))
+        let picked = selected.picked.as_ref().map(|picked| picked.flatten_all()?.to_vec1::<u32>()).transpose()?;
+        Ok(Some(Routed { out, selection, count: call.count(store, &picked.unwrap_or_default()) }))
     }
 
     fn preferred_tile(&self, group_size: usize) -> usize {
@@ -162,16 +172,40 @@ impl AttentionBackend for Cuda {
         // Two kernels of about 5 us each, at 2.4 TB/s (H100).
         24 << 20
     }
-
-    fn packs_summaries(&self) -> bool {
-        false
-    }
 }
 
 /// Most queries that a thread block of prefill takes: a power of two, so that tiles of selections and these are cut alike.
 fn queries_of_a_tile(group_size: usize) -> usize {
     let most = (ROWS / group_size).max(1);
     if most.is_power_of_two() { most } else { most.next_power_of_two() / 2 }
+}
+
+/// `x weight' + bias` of a gate, `[tokens, columns]` -> `[tokens, rows]` f32, each sum from its token alone; of a hidden layer the GELU of it.
+/// All on one GPU, f32.
+///
+/// # Errors
+/// If a shape does not fit, or the device is out of memory.
+pub fn gate_scores(x: &Tensor, weight: &Tensor, bias: &Tensor, is_hidden: bool) -> Result<Tensor> {
+    let x = x.to_dtype(DType::F32)?.contiguous()?;
+    let ((tokens, columns), (rows, width)) = (x.dims2()?, weight.dims2()?);
+    if columns != width || bias.dims() != [rows] {
+        bail!("gate: made for a width of {width}, got {columns}; {rows} rows, a bias {:?}", bias.dims());
+    }
+    let out = uninitialised((tokens, rows), DType::F32, x.device())?;
+    let params = GateParams {
+        x: address(&x)?,
+        weight: address(weight)?,
+        bias: address(bias)?,
+        out: address(&out)?,
+        tokens: tokens as i32,
+        rows: rows as i32,
+        columns: columns as i32,
+        is_hidden: i32::from(is_hidden),
+    };
+    let spread = Spread::new([tokens.div_ceil(GATE_TOKENS), rows.div_ceil(GATE_ROWS), 1], GATE_TOKENS * GATE_ROWS);
+    // SAFETY: the tensors have these shapes, and live until the stream frees them.
+    unsafe { Kernels::of(x.device())?.launch("gate_scores", spread, &params) }?;
+    Ok(out)
 }
 
 /// Memory that a kernel fills.
@@ -185,10 +219,18 @@ fn kernel(stem: &str, pool: &Pool, head_dim: usize) -> String {
     format!("{stem}_{}_{head_dim}", pool.dtype().name())
 }
 
+/// How queries come that read these keys, and block summaries of 16 bits.
+pub fn queries_of(store: &LayerStore) -> KvDtype {
+    match store.k().dtype() {
+        KvDtype::Q8_0 => KvDtype::F16,
+        other => other,
+    }
+}
+
 /// Whether there are kernels for these keys, values and heads.
 fn check(shape: HeadShape, KvDtypes { k, v }: KvDtypes) -> Result<()> {
-    if k != v || !matches!(k, KvDtype::F16 | KvDtype::Bf16) {
-        bail!("cuda: keys are {} and values {}, there are kernels where both are f16 or both bf16", k.name(), v.name());
+    if k != v || k == KvDtype::F32 {
+        bail!("cuda: keys are {} and values {}, there are kernels where both are f16, both bf16 or both q8_0", k.name(), v.name());
     }
     if !matches!(shape.head_dim(), 64 | 128 | 256) {
         bail!("cuda: head_dim is {}, there are kernels for 64, 128 and 256", shape.head_dim());

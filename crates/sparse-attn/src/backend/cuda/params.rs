@@ -58,33 +58,39 @@ macro_rules! mirrors {
 }
 
 crate::mirrors! { "params.h":
+    /// What a token router keeps.
+    Kept { pages: u64, counts: u64, masks: u64, ranks: u64, max_pages: i32 }
     /// Attention of one query.
     DecodeParams {
-        q: u64, k: u64, v: u64, pages: u64, octets: u64, counts: u64, position: u64, partial: u64, tickets: u64, out: u64, out_q8: u64,
+        q: u64, k: u64, v: u64, k_scales: u64, v_scales: u64, pages: u64, kept: Kept, octets: u64, counts: u64, position: u64, partial: u64, tickets: u64, out: u64, out_q8: u64,
         max_pages: i32, max_octets: i32, group_size: i32, sliding_window: i32, local_window: i32, scale: f32,
     }
     /// Attention of many queries.
     PrefillParams {
-        q: u64, k: u64, v: u64, pages: u64, octets: u64, counts: u64, firsts: u64, lists: u64, out: u64,
+        q: u64, k: u64, v: u64, pages: u64, kept: Kept, octets: u64, counts: u64, firsts: u64, lists: u64, out: u64,
         max_pages: i32, max_octets: i32, start: i32, tokens: i32, tile: i32, kv_heads: i32, group_size: i32, sliding_window: i32,
         local_window: i32, scale: f32,
     }
     /// Scores of block summaries.
     ScoreParams {
-        q: u64, summaries: u64, position: u64, scores: u64,
+        q: u64, summaries: u64, scales: u64, position: u64, scores: u64,
         kind: i32, expanded: i32, group_size: i32, max_scores: i32, window: i32, block_size: i32, tile: i32, first_row: i32,
     }
     /// The best blocks.
     SelectParams {
-        scores: u64, pages: u64, position: u64, takes: u64, octets: u64, counts: u64, blocks: u64,
+        scores: u64, pages: u64, kept: Kept, position: u64, takes: u64, octets: u64, counts: u64, picked: u64, blocks: u64,
         max_scores: i32, max_pages: i32, max_octets: i32, rows: i32, tokens: i32, window: i32, block_size: i32, tile: i32, first_tile: i32,
     }
     /// Rows into slots.
-    ScatterParams { rows: u64, slots: u64, pool: u64, count: i32, width: i32 }
+    ScatterParams { rows: u64, slots: u64, pool: u64, scales: u64, count: i32, width: i32 }
+    /// Bytes and scales as 16-bit numbers.
+    WidenParams { values: u64, scales: u64, out: u64, count: i64 }
     /// Rows to other slots.
-    MoveParams { pool: u64, moves: u64, count: i32, width: i32 }
+    MoveParams { pool: u64, moves: u64, count: i32, each: i32, width: i32 }
     /// Summaries of complete blocks.
-    SummaryParams { k: u64, pages: u64, summaries: u64, kind: i32, max_pages: i32, block_size: i32, first: i32, head_dim: i32 }
+    SummaryParams { k: u64, k_scales: u64, pages: u64, masks: u64, summaries: u64, scales: u64, kind: i32, max_pages: i32, block_size: i32, first: i32, head_dim: i32 }
     /// Queries made ready to score.
     ExpandParams { q: u64, out: u64, kind: i32, start: i32, tokens: i32, tile: i32, first_row: i32, q_heads: i32, head_dim: i32 }
+    /// Scores of a gate.
+    GateParams { x: u64, weight: u64, bias: u64, out: u64, tokens: i32, rows: i32, columns: i32, is_hidden: i32 }
 }

@@ -1,16 +1,37 @@
 //! Rows in pools: written, moved, summarised.
 
-use super::params::{MoveParams, ScatterParams, SummaryParams};
-use super::{Kernels, Spread, address, summary_code};
+use super::params::{MoveParams, ScatterParams, SummaryParams, WidenParams};
+use super::{Kernels, Spread, address, summary_code, uninitialised};
 use crate::cache::{KvDtype, LayerStore, Move, Pool, Summaries, Summary};
 use candle_core::{DType, Result, Tensor, bail};
+use std::collections::HashSet;
 use std::ops::Range;
 
 fn name(stem: &str, pool: &Pool) -> Result<String> {
     match pool.dtype() {
-        dtype @ (KvDtype::F16 | KvDtype::Bf16) => Ok(format!("{stem}_{}", dtype.name())),
-        other => bail!("cuda: there are no kernels for keys and values in {}, only in f16 and bf16", other.name()),
+        dtype @ (KvDtype::F16 | KvDtype::Bf16 | KvDtype::Q8_0) => Ok(format!("{stem}_{}", dtype.name())),
+        other @ KvDtype::F32 => bail!("cuda: there are no kernels for keys and values in {}, only in f16, bf16 and q8_0", other.name()),
     }
+}
+
+/// Where the scales of a pool are; 0: it has none.
+pub fn scales_of(pool: &Pool) -> Result<u64> {
+    pool.scales().map_or(Ok(0), address)
+}
+
+/// Numbers that are widened by a thread block.
+const WIDENED: usize = 16 * 256;
+
+/// The rows of a pool in 16 bits, `[pages, PAGE_SIZE, width]`, for kernels that read no others: those of bytes, or the pool's own.
+pub(super) fn in_halves(pool: &Pool) -> Result<Tensor> {
+    let Some(scales) = pool.scales() else { return Ok(pool.values().clone()) };
+    let out = uninitialised(pool.values().shape(), DType::F16, pool.values().device())?;
+    let count = out.elem_count();
+    let params = WidenParams { values: address(pool.values())?, scales: address(scales)?, out: address(&out)?, count: count as i64 };
+    let kernels = Kernels::of(pool.values().device())?;
+    // SAFETY: all have `count` numbers, or a scale for each 32, and live until the stream frees them.
+    unsafe { kernels.launch("widen_bytes", Spread::new([count.div_ceil(WIDENED), 1, 1], 256), &params) }?;
+    Ok(out)
 }
 
 /// Stores `rows` `[slots, width]` into slots of `pool`, which the caller has checked to lie inside.
@@ -23,32 +44,49 @@ pub(crate) fn scatter_rows(pool: &Pool, rows: &Tensor, slots: &[u32]) -> Result<
         rows: address(&rows)?,
         slots: address(&slots)?,
         pool: address(pool.values())?,
+        scales: scales_of(pool)?,
         count: count as i32,
         width: pool.width() as i32,
     };
+    let threads = pool.width().min(256).next_multiple_of(32);
     // SAFETY: the slots lie inside the pool; what the kernel reads lives until the stream frees it.
-    unsafe { kernels.launch(&name("scatter_rows", pool)?, Spread::new([count, 1, 1], pool.width().min(256)), &params) }
+    unsafe { kernels.launch(&name("scatter_rows", pool)?, Spread::new([count, 1, 1], threads), &params) }
 }
 
-/// Copies slots of `pool` to others, one move after the other; the caller has checked that all lie inside.
+/// Copies slots of `pool` to others, as if one move followed the other; the caller has checked that all lie inside.
 pub(crate) fn move_rows(pool: &Pool, moves: &[Move]) -> Result<()> {
     let kernels = Kernels::of(pool.values().device())?;
+    // Where no slot is both left and taken, in any order.
+    let left: HashSet<u32> = moves.iter().map(|token| token.from).collect();
+    let each = if moves.iter().any(|token| left.contains(&token.to)) { moves.len() } else { 1 };
     let list: Vec<u32> = moves.iter().flat_map(|token| [token.from, token.to]).collect();
     let list = Tensor::new(list, pool.values().device())?;
-    let params =
-        MoveParams { pool: address(pool.values())?, moves: address(&list)?, count: moves.len() as i32, width: pool.width() as i32 };
-    // SAFETY: the slots lie inside the pool; what the kernel reads lives until the stream frees it.
-    unsafe { kernels.launch(&name("move_rows", pool)?, Spread::new([1, 1, 1], pool.width().min(1024)), &params) }
+    for tensor in pool.tensors() {
+        let halves = tensor.dim(2)? * tensor.dtype().size_in_bytes() / size_of::<u16>();
+        let params = MoveParams {
+            pool: address(tensor)?,
+            moves: address(&list)?,
+            count: moves.len() as i32,
+            each: each as i32,
+            width: halves as i32,
+        };
+        // SAFETY: the slots lie inside the pool; what the kernel reads lives until the stream frees it.
+        unsafe { kernels.launch("move_rows", Spread::new([moves.len().div_ceil(each), 1, 1], halves.min(1024)), &params) }?;
+    }
+    Ok(())
 }
 
-/// Summarises `blocks` of a layer that keeps every token, for which `summaries` has room.
+/// Summarises what a token router keeps of `blocks`, for which `summaries` has room.
 pub(crate) fn summarise(store: &LayerStore, summaries: &Summaries, kind: Summary, blocks: Range<usize>, block_size: usize) -> Result<()> {
     let kernels = Kernels::of(store.k().values().device())?;
     let (pages, head_dim) = (store.device_pages()?, store.shape().head_dim());
     let params = SummaryParams {
         k: address(store.k().values())?,
+        k_scales: scales_of(store.k())?,
         pages: address(pages)?,
+        masks: store.device_kept().map_or(Ok(0), |kept| address(&kept.masks))?,
         summaries: address(summaries.pool().values())?,
+        scales: scales_of(summaries.pool())?,
         kind: summary_code(kind),
         max_pages: pages.dim(1)? as i32,
         block_size: block_size as i32,

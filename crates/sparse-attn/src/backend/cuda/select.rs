@@ -1,8 +1,8 @@
 //! Scores and selection of blocks on the device.
 
 use super::lists::Lists;
-use super::params::{ExpandParams, ScoreParams, SelectParams};
-use super::{DecodeLists, Kernels, Spread, address, kernel, queries_of_a_tile, summary_code, uninitialised};
+use super::params::{ExpandParams, Kept, ScoreParams, SelectParams};
+use super::{DecodeLists, Kernels, Spread, address, queries_of, queries_of_a_tile, scales_of, summary_code, uninitialised};
 use crate::block_router::BlockRouter;
 use crate::cache::{LayerStore, OCTET, PAGE_SIZE, ReadCount, Step};
 use crate::select::{BlockSelection, Limits, Selection, tiles};
@@ -30,8 +30,11 @@ pub(super) fn most_scores(len: usize, block_size: usize) -> usize {
     (len / block_size + 1).next_multiple_of(4)
 }
 
-/// A step whose queries read a budget of blocks, of a layer that keeps every token: what they read follows from the scores alone, and
-/// how much from the limits.
+/// The most shared memory that a selection takes, in bytes; and positions more than there are now that it must have room for.
+const SHARED_BYTES: usize = 200 << 10;
+const SPARE: usize = 32 << 10;
+
+/// A step whose queries read a budget of blocks: which, follows from the scores alone.
 #[derive(Debug)]
 pub struct Budgeted {
     limits: Limits,
@@ -44,16 +47,22 @@ pub struct Budgeted {
 #[derive(Debug)]
 pub(super) struct Selected {
     pub(super) lists: Lists,
-    blocks: Option<Tensor>, // [tiles, kv_heads, most_scores] u32, u32::MAX beyond those chosen
+    pub(super) picked: Option<Tensor>, // [tiles, kv_heads] u32, where a token router drops some
+    blocks: Option<Tensor>,            // [tiles, kv_heads, most_scores] u32, u32::MAX beyond those chosen
 }
 
 impl Budgeted {
-    /// `None` where the host must do it: the token router keeps some tokens only, blocks are no octets, the router's scores are no
-    /// products with summaries, or the queries of a tile score by the best of them.
+    /// `None` where the host must do it: blocks are no octets, or longer than the window where a token router drops tokens, the router's
+    /// scores are no products with summaries, or the queries of a tile score by the best of them; or there are too many blocks.
     pub fn new(router: &dyn BlockRouter, limits: Limits, store: &LayerStore, step: Step) -> Option<Self> {
         let kind = kind_of(router)?;
         let blocks = step.end() / limits.block_size;
-        if store.local_window().is_some() || !limits.block_size.is_multiple_of(OCTET) || blocks >= SELECT_THREADS * MOST_BLOCKS_OF_A_THREAD
+        let is_short = store.local_window().is_none_or(|window| limits.block_size <= window);
+        let shared_bytes = select_bytes(most_scores(step.end() + SPARE, limits.block_size), limits.block_size, store);
+        if !is_short
+            || !limits.block_size.is_multiple_of(OCTET)
+            || blocks >= SELECT_THREADS * MOST_BLOCKS_OF_A_THREAD
+            || shared_bytes > SHARED_BYTES
         {
             return None;
         }
@@ -61,21 +70,26 @@ impl Budgeted {
         joins.then(|| Self { limits, step, kind, tiles: tiles(step, limits.tile) })
     }
 
-    /// Blocks beside the forced ones that the budget has room for, in the tile of these queries.
-    pub fn take(limits: &Limits, queries: &Range<usize>, is_dense: bool) -> usize {
+    /// Tokens of each head that the budget has room for in the tile of these queries, beside those of the forced blocks.
+    pub fn takes(limits: &Limits, queries: &Range<usize>, is_dense: bool, store: &LayerStore) -> Vec<u32> {
+        let heads = 0..store.shape().kv_heads();
         if is_dense {
-            return i32::MAX as usize;
+            return vec![i32::MAX as u32; heads.len()];
         }
         let edges = |t: usize| limits.edge(t);
         let (first, last) = (queries.clone().find_map(edges), edges(queries.end - 1));
-        let (Some(first), Some(last)) = (first, last) else { return 0 };
-        let forced = last - first + 1 + usize::from(first > 0);
-        let budget = limits.budget.limit(queries.end.saturating_sub(limits.window));
-        budget.saturating_sub(forced * limits.block_size).min(i32::MAX as usize) / limits.block_size
-    }
-
-    fn takes(&self) -> Vec<usize> {
-        self.tiles.iter().map(|tile| Self::take(&self.limits, tile, self.limits.is_dense(tile, self.step))).collect()
+        let (Some(first), Some(last)) = (first, last) else { return vec![0; heads.len()] };
+        let beyond = queries.end.saturating_sub(limits.window);
+        let kept = |head: usize, range: Range<usize>| match store.admitted(head) {
+            Some(_) => store.count_admitted(head, range),
+            None => range.len(),
+        };
+        let take = |head: usize| {
+            let block_0 = if first > 0 { kept(head, 0..limits.block_size) } else { 0 };
+            let forced = block_0 + kept(head, first * limits.block_size..(last + 1) * limits.block_size);
+            limits.budget.limit(kept(head, 0..beyond)).saturating_sub(forced).min(i32::MAX as usize) as u32
+        };
+        heads.map(take).collect()
     }
 
     /// Scores, selects, and lists what each tile reads. `q`: in the dtype of the keys.
@@ -83,16 +97,24 @@ impl Budgeted {
         let (shape, device, limits, step) = (store.shape(), q.device(), self.limits, self.step);
         let (kv_heads, count) = (shape.kv_heads(), self.tiles.len());
         let max_scores = most_scores(step.end(), limits.block_size);
-        let takes = self.takes();
-        let listed = |take: usize, tile: &Range<usize>| {
+        let takes = |tile: &Range<usize>| Self::takes(&limits, tile, limits.is_dense(tile, step), store);
+        let takes: Vec<u32> = self.tiles.iter().flat_map(takes).collect();
+        let kept = (0..kv_heads).map(|head| store.count_admitted(head, 0..store.frontier())).max().unwrap_or(0);
+        let is_thinned = store.local_window().is_some();
+        let listed = |take: u32, tile: &Range<usize>| {
+            if is_thinned {
+                return kept.div_ceil(OCTET) + tile.end.div_ceil(OCTET) - store.frontier() / OCTET;
+            }
             let edge = limits.edge(tile.start).unwrap_or(0);
-            (take.min(edge) + 1) * (limits.block_size / OCTET) + tile.end.div_ceil(OCTET) - edge * (limits.block_size / OCTET)
+            let chosen = (take as usize / limits.block_size).min(edge) + 1;
+            chosen * (limits.block_size / OCTET) + tile.end.div_ceil(OCTET) - edge * (limits.block_size / OCTET)
         };
-        let most = takes.iter().zip(&self.tiles).map(|(take, tile)| listed(*take, tile)).max().unwrap_or(0);
+        let most = takes.iter().step_by(kv_heads).zip(&self.tiles).map(|(take, tile)| listed(*take, tile)).max().unwrap_or(0);
         let octets = uninitialised((count, kv_heads, most, 2), DType::U32, device)?;
         let counts = uninitialised((count, kv_heads), DType::U32, device)?;
         let blocks = keeps_blocks.then(|| uninitialised((count, kv_heads, max_scores), DType::U32, device)).transpose()?;
-        let takes = Tensor::new(takes.iter().map(|take| *take as u32).collect::<Vec<u32>>(), device)?;
+        let picked = is_thinned.then(|| uninitialised((count, kv_heads), DType::U32, device)).transpose()?;
+        let takes = Tensor::new(takes, device)?;
         let position = Tensor::new(&[step.start as u32], device)?;
         let tile = if step.len == 1 { 1 } else { limits.tile };
         let at_once = (SCORE_BYTES / (kv_heads * max_scores * 4)).clamp(1, count);
@@ -113,7 +135,7 @@ impl Budgeted {
             };
             let spread = Spread::new([tiles, shape.q_heads(), 1], shape.head_dim());
             // SAFETY: the tensors have these shapes and live until the stream frees them.
-            unsafe { kernels.launch(&format!("expand_queries_{}", store.k().dtype().name()), spread, &params) }?;
+            unsafe { kernels.launch(&format!("expand_queries_{}", queries_of(store).name()), spread, &params) }?;
             let call = SelectCall {
                 q: address(&expanded)?,
                 expanded: true,
@@ -121,6 +143,7 @@ impl Budgeted {
                 takes: address(&takes)?,
                 scores: address(&scores)?,
                 lists: DecodeLists { octets: address(&octets)?, counts: address(&counts)?, most },
+                picked: picked.as_ref().map_or(Ok(0), address)?,
                 blocks: blocks.as_ref().map_or(Ok(0), address)?,
                 kind: self.kind,
                 max_scores,
@@ -144,7 +167,7 @@ impl Budgeted {
             tile: self.limits.tile.min(most_queries),
             most,
         };
-        Ok(Selected { lists, blocks })
+        Ok(Selected { lists, picked, blocks })
     }
 
     /// The queries of thread blocks, and the tile of each.
@@ -178,30 +201,46 @@ impl Budgeted {
         Ok(Selection::Blocks(BlockSelection::new(self.limits, tiles)))
     }
 
-    /// The keys that are read.
-    pub fn count(&self, store: &LayerStore) -> ReadCount {
+    /// The keys that are read. `picked`: `[tiles, kv_heads]` kept tokens of block 0 and the chosen ones, see params.h; needed where a token
+    /// router drops some.
+    pub fn count(&self, store: &LayerStore, picked: &[u32]) -> ReadCount {
         let (kv_heads, limits) = (store.shape().kv_heads(), self.limits);
         let (mut read, mut visible) = (0u64, 0u64);
-        for (tile, take) in self.tiles.iter().zip(self.takes()) {
+        for (index, tile) in self.tiles.iter().enumerate() {
             let edge = limits.edge(tile.start).unwrap_or(0);
-            // Block 0 and the chosen ones; then everything from the edge on.
-            let chosen = if edge == 0 { 0 } else { take.min(edge - 1) + 1 };
-            for t in tile.clone() {
-                read += (chosen * limits.block_size + t + 1 - edge * limits.block_size) as u64;
-                visible += t as u64 + 1;
+            let takes = Self::takes(&limits, tile, limits.is_dense(tile, self.step), store);
+            for (head, take) in takes.into_iter().enumerate() {
+                // Block 0 and the chosen ones; then everything from the edge on.
+                let chosen = match store.local_window() {
+                    Some(_) => picked.get(index * kv_heads + head).map_or(0, |picked| *picked as usize),
+                    None if edge == 0 => 0,
+                    None => ((take as usize / limits.block_size).min(edge - 1) + 1) * limits.block_size,
+                };
+                for t in tile.clone() {
+                    let tail = edge * limits.block_size;
+                    let window = store.local_window().map_or(tail, |window| (t + 1).saturating_sub(window).max(tail));
+                    let beyond = if window > tail { store.count_admitted(head, tail..window) } else { 0 };
+                    read += (chosen + beyond + t + 1 - window) as u64;
+                }
             }
+            visible += tile.clone().map(|t| kv_heads as u64 * (t as u64 + 1)).sum::<u64>();
         }
         let scored = match store.summaries() {
             Ok(summaries) => {
-                (self.step.len * summaries.blocks()) as u64 * summaries.pool().dtype().row_bytes(summaries.pool().width()) as u64
+                (self.step.len * kv_heads * summaries.blocks()) as u64 * summaries.pool().dtype().row_bytes(summaries.pool().width()) as u64
             }
             Err(_) => 0,
         };
         let row = |pool: &crate::cache::Pool| pool.dtype().row_bytes(pool.width()) as u64;
-        let bytes = read * (row(store.k()) + row(store.v())) + scored;
-        let heads = kv_heads as u64;
-        ReadCount { read: heads * read, visible: heads * visible, bytes: heads * bytes }
+        ReadCount { read, visible, bytes: read * (row(store.k()) + row(store.v())) + scored }
     }
+}
+
+/// Shared memory of a selection.
+fn select_bytes(max_scores: usize, block_size: usize, store: &LayerStore) -> usize {
+    // A bit for each kept token.
+    let bits = if store.local_window().is_some() { (max_scores * block_size).div_ceil(32) * 4 } else { 0 };
+    (max_scores + 1) * 4 + bits
 }
 
 /// Addresses of what scoring and selecting take and make; see params.h.
@@ -213,12 +252,14 @@ pub struct SelectCall {
     pub expanded: bool,
     /// Position of the step's first query, i32.
     pub position: u64,
-    /// Blocks to take beside the forced ones, i32 for each tile of the step.
+    /// Tokens to take beside those of the forced blocks, `[tiles of the step, kv_heads]` i32.
     pub takes: u64,
     /// Room for `[rows, kv_heads, max_scores]` f32.
     pub scores: u64,
     /// Room for the lists of all tiles of the step.
     pub lists: DecodeLists,
+    /// Room for how many kept tokens block 0 and the chosen ones have, `[tiles, kv_heads]` i32; 0: not wanted.
+    pub picked: u64,
     /// Room for the chosen blocks `[tiles, kv_heads, max_scores]`; 0: not wanted.
     pub blocks: u64,
     /// See [`kind_of`].
@@ -246,6 +287,7 @@ pub unsafe fn score_and_select(kernels: &Kernels, call: &SelectCall, limits: &Li
     let params = ScoreParams {
         q: call.q,
         summaries: address(summaries.pool().values())?,
+        scales: scales_of(summaries.pool())?,
         position: call.position,
         scores: call.scores,
         kind: call.kind,
@@ -258,16 +300,20 @@ pub unsafe fn score_and_select(kernels: &Kernels, call: &SelectCall, limits: &Li
         first_row: first as i32,
     };
     let spread = Spread::new([call.max_scores.div_ceil(SCORED_AT_ONCE), kv_heads, call.tiles.len()], 128);
+    let stored = if summaries.pool().scales().is_some() { "bytes" } else { "blocks" };
+    let name = format!("score_{stored}_{}_{}", queries_of(store).name(), shape.head_dim());
     // SAFETY: the caller's.
-    unsafe { kernels.launch_following(&kernel("score_blocks", store.k(), shape.head_dim()), spread, &params) }?;
+    unsafe { kernels.launch_following(&name, spread, &params) }?;
     let of_tile = |address: u64, bytes: usize| if address == 0 { 0 } else { address + (first * kv_heads * bytes) as u64 };
     let params = SelectParams {
         scores: call.scores,
         pages: address(pages)?,
+        kept: Kept::of(store)?,
         position: call.position,
         takes: call.takes,
         octets: of_tile(call.lists.octets, call.lists.most * 8),
         counts: of_tile(call.lists.counts, 4),
+        picked: of_tile(call.picked, 4),
         blocks: of_tile(call.blocks, call.max_scores * 4),
         max_scores: call.max_scores as i32,
         max_pages: pages.dim(1)? as i32,
@@ -284,9 +330,11 @@ pub unsafe fn score_and_select(kernels: &Kernels, call: &SelectCall, limits: &Li
     let Some(each) = BLOCKS_OF_A_THREAD.iter().find(|each| **each * SELECT_THREADS >= candidates) else {
         bail!("cuda: {} blocks are more than can be selected from: {}", call.max_scores, MOST_BLOCKS_OF_A_THREAD * SELECT_THREADS);
     };
-    let spread = Spread { grid: [kv_heads, call.tiles.len(), 1], threads: SELECT_THREADS, shared_bytes: (call.max_scores + 1) * 4 };
+    let shared_bytes = select_bytes(call.max_scores, limits.block_size, store);
+    let spread = Spread { grid: [kv_heads, call.tiles.len(), 1], threads: SELECT_THREADS, shared_bytes };
+    let stem = if store.local_window().is_some() { "select_kept" } else { "select_blocks" };
     // SAFETY: the caller's.
-    unsafe { kernels.launch_following(&format!("select_blocks_{each}"), spread, &params) }
+    unsafe { kernels.launch_following(&format!("{stem}_{each}"), spread, &params) }
 }
 
 /// Room on the device for what one query's selection makes.

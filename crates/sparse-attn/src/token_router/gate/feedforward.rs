@@ -1,7 +1,8 @@
 use super::rows::{affine, numbers};
-use candle_core::{DType, Result, Tensor, bail};
+use crate::backend::cuda;
+use candle_core::{DType, Device, Result, Tensor, bail};
 
-/// One or two layers on the attention input: what `train-router` makes. f32.
+/// One or two layers on the attention input: what `train-router` makes. f32, on the host, or all on the model's GPU.
 #[derive(Debug, Clone)]
 pub struct Feedforward {
     /// `[width, hidden_size]` and `[width]`, of the hidden layer where there is one.
@@ -19,12 +20,29 @@ impl Feedforward {
     /// # Errors
     /// If the widths differ.
     pub fn score(&self, x: &Tensor) -> Result<Tensor> {
+        if self.weight.device().is_cuda() {
+            let x = match &self.hidden {
+                Some((weight, bias)) => cuda::gate_scores(x, weight, bias, true)?,
+                None => x.clone(),
+            };
+            return cuda::gate_scores(&x, &self.weight, &self.bias, false);
+        }
         let x = x.to_dtype(DType::F32)?;
         let x = match &self.hidden {
             Some((weight, bias)) => affine(&x, weight, &numbers(bias)?)?.gelu_erf()?,
             None => x,
         };
         affine(&x, &self.weight, &numbers(&self.bias)?)
+    }
+
+    /// The same, computed on `device`.
+    ///
+    /// # Errors
+    /// If it has no memory for it.
+    pub fn to_device(&self, device: &Device) -> Result<Self> {
+        let of = |tensor: &Tensor| tensor.to_dtype(DType::F32)?.contiguous()?.to_device(device);
+        let hidden = self.hidden.as_ref().map(|(weight, bias)| Ok::<_, candle_core::Error>((of(weight)?, of(bias)?)));
+        Ok(Self { hidden: hidden.transpose()?, weight: of(&self.weight)?, bias: of(&self.bias)? })
     }
 
     /// `[kv_heads, hidden_size]`

@@ -10,7 +10,7 @@ pub use keys::KeyGate;
 pub use sink::SinkGate;
 
 use super::{Admission, RouterInput, TokenRouter};
-use candle_core::{Result, Tensor, bail};
+use candle_core::{Device, Result, Tensor, bail};
 
 /// A trained gate: a token is kept where its score reaches `tau`.
 #[derive(Debug, Clone)]
@@ -83,6 +83,28 @@ impl Gate {
         }
         Ok(Self { layers, tau, kept_fraction: kept_fraction.clamp(0.0, 0.999) })
     }
+
+    /// The same, computed where the model is, as far as there are kernels: for one layer or two on the attention input.
+    ///
+    /// # Errors
+    /// If the device has no memory for it.
+    pub fn to_device(&self, device: &Device) -> Result<Self> {
+        let of = |layer: &GateLayer| match layer {
+            GateLayer::Feedforward(gate) if device.is_cuda() => gate.to_device(device).map(GateLayer::Feedforward),
+            other => Ok(other.clone()),
+        };
+        Ok(Self { layers: self.layers.iter().map(of).collect::<Result<_>>()?, ..*self })
+    }
+
+    /// The gate of each decoder layer.
+    pub fn layers(&self) -> &[GateLayer] {
+        &self.layers
+    }
+
+    /// The score from which a token is kept.
+    pub fn tau(&self) -> f32 {
+        self.tau
+    }
 }
 
 impl TokenRouter for Gate {
@@ -92,6 +114,10 @@ impl TokenRouter for Gate {
 
     fn kept_fraction(&self) -> f32 {
         self.kept_fraction
+    }
+
+    fn as_gate(&self) -> Option<&Gate> {
+        Some(self)
     }
 
     fn admit(&self, layer: usize, input: RouterInput<'_>) -> Result<Admission> {
@@ -109,7 +135,7 @@ impl TokenRouter for Gate {
 mod tests {
     use super::*;
     use crate::Step;
-    use candle_core::{DType, Device};
+    use candle_core::DType;
 
     fn random(shape: &[usize]) -> Tensor {
         Tensor::randn(0f32, 1.0, shape, &Device::Cpu).unwrap()
