@@ -121,3 +121,16 @@ struct LikeliestParams {
     int *id;               // one more: whether a logit is NaN or infinite
     int count;
 };
+
+// The likeliest tokens, in no order: all whose logit is at least that of the `wanted`th, and a few that are as near as makes no bin of a
+// histogram. One thread block, after LikeliestParams.
+struct BestParams {
+    const float *logits;   // [count]
+    const int *likeliest;  // as `id` there
+    int *found;            // how many; -1: more than `room`, or some of the wanted are far below the likeliest
+    int *ids;              // [room]
+    float *scores;         // [room]
+    int count;
+    int wanted;
+    int room;
+};

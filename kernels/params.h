@@ -136,12 +136,10 @@ struct WidenParams {
     int64_t count;         // a multiple of 32
 };
 
-// Rows of a pool that move to other slots. grid ceil(count / each): those of a thread block one after the other.
+// Rows of a pool that move to other slots, of which none is left and taken. grid moves
 struct MoveParams {
     void *pool;            // [.., width] of 16 bits each
-    const int *moves;      // [count, 2] from, to
-    int count;
-    int each;
+    const int *moves;      // [moves, 2] from, to
     int width;
 };
 

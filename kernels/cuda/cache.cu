@@ -10,12 +10,10 @@ template <typename S> __device__ void scatter(const ScatterParams &p) {
     for (int i = threadIdx.x; i < p.width; i += blockDim.x) store_at<S>(p.pool, p.scales, p.slots[blockIdx.x], p.width, i, from[i]);
 }
 
-// A thread moves its own columns, in order: a slot may be left and taken again.
 __device__ __forceinline__ void move(const MoveParams &p) {
     uint16_t *pool = (uint16_t *)p.pool;
-    const int first = blockIdx.x * p.each, end = min(p.count, first + p.each);
-    for (int column = threadIdx.x; column < p.width; column += blockDim.x)
-        for (int i = first; i < end; ++i) pool[(int64_t)p.moves[2 * i + 1] * p.width + column] = pool[(int64_t)p.moves[2 * i] * p.width + column];
+    const int64_t from = (int64_t)p.moves[2 * blockIdx.x] * p.width, to = (int64_t)p.moves[2 * blockIdx.x + 1] * p.width;
+    for (int column = threadIdx.x; column < p.width; column += blockDim.x) pool[to + column] = pool[from + column];
 }
 
 // The smallest number of T that is not below x.
@@ -135,8 +133,8 @@ __device__ __forceinline__ void widen(const WidenParams &p) {
     const int64_t at = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * 16;
     if (at >= p.count) return;
     const uint4 bytes = *(const uint4 *)((const int8_t *)p.values + at);
-    const half2 scale = __half2half2(((const half *)p.scales)[at / GROUP]);
-    const uint2 wide[4] = {widened(bytes.x, scale), widened(bytes.y, scale), widened(bytes.z, scale), widened(bytes.w, scale)};
+    const half scale = ((const half *)p.scales)[at / GROUP];
+    const uint2 wide[4] = {widened<half>(bytes.x, scale), widened<half>(bytes.y, scale), widened<half>(bytes.z, scale), widened<half>(bytes.w, scale)};
     uint4 *to = (uint4 *)((half *)p.out + at);
     to[0] = make_uint4(wide[0].x, wide[0].y, wide[1].x, wide[1].y);
     to[1] = make_uint4(wide[2].x, wide[2].y, wide[3].x, wide[3].y);

@@ -102,19 +102,26 @@ template <typename S> __device__ __forceinline__ void store_at(void *values, voi
     } else narrow(((S *)values)[row * width + d], x);
 }
 
-// Four signed bytes as half, times a scale.
-__device__ __forceinline__ uint2 widened(uint32_t bytes, half2 scale) {
-    // Bytes with the sign turned are 0 to 255; as low bits of 1024 they are that much more.
+// Four signed bytes as T, times a scale.
+template <typename T> __device__ __forceinline__ uint2 widened(uint32_t bytes, half scale) {
+    // Bytes with the sign turned are 0 to 255; as low bits of 1024, or of 2^23, they are that much more.
     const uint32_t shifted = bytes ^ 0x80808080u;
-    uint32_t pairs[2] = {__byte_perm(shifted, 0x64646464u, 0x4140), __byte_perm(shifted, 0x64646464u, 0x4342)};
-    uint2 out;
-    const half2 less = __float2half2_rn(1152.f);
+    uint32_t out[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-        const half2 x = __hmul2(__hsub2(*(half2 *)(pairs + i), less), scale);
-        (i ? out.y : out.x) = *(const uint32_t *)&x;
+        if constexpr (std::is_same_v<T, half>) {
+            const uint32_t pair = __byte_perm(shifted, 0x64646464u, i ? 0x4342 : 0x4140);
+            const half2 x = __hmul2(__hsub2(*(const half2 *)&pair, __float2half2_rn(1152.f)), __half2half2(scale));
+            out[i] = *(const uint32_t *)&x;
+        } else {
+            float x[2];
+#pragma unroll
+            for (int j = 0; j < 2; ++j)
+                x[j] = (__uint_as_float(__byte_perm(shifted, 0x4b000000u, 0x7650 + 2 * i + j)) - 8388736.f) * __half2float(scale);
+            out[i] = pack<T>(x[0], x[1]);
+        }
     }
-    return out;
+    return make_uint2(out[0], out[1]);
 }
 
 // Waits until the kernel before this one is done, and lets the next one be put on the GPU meanwhile: launches overlap.

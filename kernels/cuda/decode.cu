@@ -26,8 +26,9 @@ template <typename S, int D> __device__ void attend(const DecodeParams &p) {
     const int head = blockIdx.y, split = blockIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int first_query = head * p.group_size + blockIdx.z * QUERIES, G = min(QUERIES, p.group_size - (int)blockIdx.z * QUERIES);
     const int part = head * gridDim.z + blockIdx.z; // of the partial results
-    follow();
     const int t = *p.position;
+    // The kernel before makes the list; or it writes the newest token, and all others are there already.
+    if (p.octets) follow();
     const Reads reads(p, head, head, t, t);
     const int tiles = (reads.count + 1) / 2;
     const int splits = min((int)gridDim.x, max(1, tiles / TILES_OF_A_SPLIT));
@@ -61,6 +62,15 @@ template <typename S, int D> __device__ void attend(const DecodeParams &p) {
         asm volatile("cp.async.commit_group;");
     };
 
+    auto fetch_first = [&] {
+#pragma unroll
+        for (int stage = 0; stage < STAGES - 1; ++stage) fetch(first + warp + stage * WARPS, stage);
+    };
+    const bool is_early = !p.octets && min(end - 1, first + warp + (STAGES - 2) * WARPS) < tiles - 1;
+    if (is_early) fetch_first();
+    if (!p.octets) follow();
+    if (!is_early) fetch_first();
+
     // Queries as the right-hand matrix: column lane / 4, rows 2 (lane % 4) and on.
     uint32_t q[D / 16][2];
     {
@@ -76,8 +86,6 @@ template <typename S, int D> __device__ void attend(const DecodeParams &p) {
     float maximum[2] = {-INFINITY, -INFINITY}, weight[2] = {0.f, 0.f};
     const float scale = p.scale * LOG2_E;
 
-#pragma unroll
-    for (int stage = 0; stage < STAGES - 1; ++stage) fetch(first + warp + stage * WARPS, stage);
     int stage = 0;
     for (int tile = first + warp; tile < end; tile += WARPS) {
         fetch(tile + (STAGES - 1) * WARPS, (stage + STAGES - 1) % STAGES);
@@ -92,8 +100,8 @@ template <typename S, int D> __device__ void attend(const DecodeParams &p) {
                 const int index = (lane + 32 * i) % (TILE * CHUNKS), of_values = (lane + 32 * i) / (TILE * CHUNKS), row = index / CHUNKS, chunk = index % CHUNKS;
                 const unsigned char *from = base + stage * 2 * STORED_BYTES + of_values * STORED_BYTES;
                 const uint4 bytes = *(const uint4 *)(from + index * 16);
-                const half2 scale = __half2half2(*(const half *)(from + TILE * ROW_BYTES + row * SCALE_BYTES + chunk * 16 / GROUP * 2));
-                const uint2 wide[4] = {widened(bytes.x, scale), widened(bytes.y, scale), widened(bytes.z, scale), widened(bytes.w, scale)};
+                const half scale = *(const half *)(from + TILE * ROW_BYTES + row * SCALE_BYTES + chunk * 16 / GROUP * 2);
+                const uint2 wide[4] = {widened<T>(bytes.x, scale), widened<T>(bytes.y, scale), widened<T>(bytes.z, scale), widened<T>(bytes.w, scale)};
                 unsigned char *to = base + STAGES * 2 * STORED_BYTES + of_values * TILE_BYTES + row * D * 2;
                 *(uint4 *)(to + ((2 * chunk) ^ (row & 7)) * 16) = make_uint4(wide[0].x, wide[0].y, wide[1].x, wide[1].y);
                 *(uint4 *)(to + ((2 * chunk + 1) ^ (row & 7)) * 16) = make_uint4(wide[2].x, wide[2].y, wide[3].x, wide[3].y);
@@ -249,7 +257,7 @@ __device__ __forceinline__ int first_of(int start, int tile, int size) { return 
 template <typename S, typename T, int D> __device__ void score(const ScoreParams &p) {
     const int head = blockIdx.y, warp = threadIdx.x / 32, lane = threadIdx.x % 32, kv_heads = gridDim.y, group = p.group_size;
     const int first = (blockIdx.x * WARPS + warp) * TILE;
-    follow();
+    // Summaries before the edge do not depend on the kernel before, which writes the newest one.
     const int blocks = edge_of(first_of(*p.position, p.first_row + blockIdx.z, p.tile), p.window, p.block_size);
     if (first >= blocks) return;
     const int width = p.kind ? 2 * D : D;
@@ -275,6 +283,7 @@ template <typename S, typename T, int D> __device__ void score(const ScoreParams
             } else a[r][i] = __ldcs((const uint4 *)(from + 64 * i));
         }
     }
+    follow();
     float best[2] = {-INFINITY, -INFINITY};
     for (int queries = 0; queries < group; queries += QUERIES) {
         const int member = queries + row;
@@ -304,8 +313,8 @@ template <typename S, typename T, int D> __device__ void score(const ScoreParams
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
                 if constexpr (IS_BYTES) {
-                    const half2 scale = __half2half2(scales[r][i]);
-                    const uint2 first = widened(a[r][i].x, scale), second = widened(a[r][i].y, scale);
+                    const half scale = scales[r][i];
+                    const uint2 first = widened<T>(a[r][i].x, scale), second = widened<T>(a[r][i].y, scale);
                     wide[r] = make_uint4(first.x, first.y, second.x, second.y);
                 } else wide[r] = a[r][i];
             }
@@ -448,12 +457,19 @@ template <int K, bool KEPT> __device__ void select(const SelectParams &p) {
     extern __shared__ int chosen_blocks[];
     __shared__ Shared shared;
     const int head = blockIdx.x, kv_heads = gridDim.x, first = threadIdx.x * K;
-    follow();
     const int start = *p.position, tile_first = first_of(start, p.first_tile + blockIdx.y, p.tile);
     const int newest = min(start + p.tokens, (tile_first / p.tile + 1) * p.tile) - 1;
     const int edge = edge_of(tile_first, p.window, p.block_size);
     const int *pages = p.pages + (int64_t)head * p.max_pages;
     const int budget = p.takes[(p.first_tile + blockIdx.y) * kv_heads + head]; // tokens
+    // What a block counts for: its tokens, where a token router keeps some.
+    int weights[KEPT ? K : 1] = {};
+    if constexpr (KEPT) {
+        const KeptTokens kept(p, head);
+#pragma unroll
+        for (int i = 0; i < K; ++i) weights[i] = first + i >= 1 && first + i < edge ? kept.of_block(first + i, p.block_size) : 0;
+    }
+    follow();
     // This thread's blocks; only those of 1 to edge - 1 take part.
     uint32_t keys[K];
     {
@@ -478,13 +494,6 @@ template <int K, bool KEPT> __device__ void select(const SelectParams &p) {
         }
 #pragma unroll
         for (int i = 0; i < K; ++i) keys[i] = ordered(own[i]);
-    }
-    // What a block counts for: its tokens, where a token router keeps some.
-    int weights[KEPT ? K : 1] = {};
-    if constexpr (KEPT) {
-        const KeptTokens kept(p, head);
-#pragma unroll
-        for (int i = 0; i < K; ++i) weights[i] = first + i >= 1 && first + i < edge ? kept.of_block(first + i, p.block_size) : 0;
     }
     auto weight = [&](int i) { return KEPT ? weights[KEPT ? i : 0] : 1; };
     auto takes_part = [&](int i) { return KEPT ? weight(i) > 0 : first + i >= 1 && first + i < edge; };

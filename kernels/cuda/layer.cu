@@ -200,3 +200,56 @@ extern "C" __global__ void __launch_bounds__(1024) likeliest(const LikeliestPara
     }
     if (threadIdx.x == 0) p.id[0] = at, p.id[1] = broken;
 }
+
+namespace layer {
+
+// Bins of logits from the largest down, and how far they reach: what lies further down has a probability of less than e^-32.
+constexpr int BEST_BINS = 2048;
+constexpr float BEST_DEPTH = 32.f;
+
+} // namespace layer
+
+extern "C" __global__ void __launch_bounds__(1024) best_tokens(const BestParams p) {
+    using namespace layer;
+    __shared__ int bins[BEST_BINS], least, taken;
+    follow();
+    const float largest = p.logits[p.likeliest[0]];
+    for (int i = threadIdx.x; i < BEST_BINS; i += 1024) bins[i] = 0;
+    if (threadIdx.x == 0) least = BEST_BINS, taken = 0;
+    __syncthreads();
+    auto bin_of = [&](float x) { return (int)fminf((largest - x) * (BEST_BINS / BEST_DEPTH), (float)BEST_BINS); };
+#pragma unroll 8
+    for (int i = threadIdx.x; i < p.count; i += 1024) {
+        const int bin = bin_of(p.logits[i]);
+        if (bin < BEST_BINS) atomicAdd(bins + bin, 1);
+    }
+    __syncthreads();
+    // The first bin by which there are enough: each thread adds up to a bin of its own.
+    if (threadIdx.x < 32) {
+        constexpr int OWN = BEST_BINS / 32;
+        int own = 0;
+        for (int i = 0; i < OWN; ++i) own += bins[threadIdx.x * OWN + i];
+        int before = own;
+#pragma unroll
+        for (int step = 1; step < 32; step *= 2) {
+            const int other = __shfl_up_sync(~0u, before, step);
+            if (threadIdx.x >= step) before += other;
+        }
+        before -= own;
+        if (before < p.wanted && before + own >= p.wanted) {
+            int bin = threadIdx.x * OWN;
+            while (before + bins[bin] < p.wanted) before += bins[bin++];
+            least = bin;
+        }
+    }
+    __syncthreads();
+#pragma unroll 8
+    for (int i = threadIdx.x; i < p.count; i += 1024) {
+        const float x = p.logits[i];
+        if (bin_of(x) > least || least == BEST_BINS) continue;
+        const int at = atomicAdd(&taken, 1);
+        if (at < p.room) p.ids[at] = i, p.scores[at] = x;
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) *p.found = least == BEST_BINS || taken > p.room ? -1 : taken;
+}

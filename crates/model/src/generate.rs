@@ -191,8 +191,9 @@ impl Session {
         Ok(done)
     }
 
-    /// The likeliest token that follows, where a device finds it by itself: it feeds the newest token if that is not in the cache yet.
-    fn likeliest(&mut self) -> Result<Option<u32>> {
+    /// At least the `count` likeliest tokens that follow, where a device finds them by itself: it feeds the newest token if that is not in
+    /// the cache yet.
+    fn best(&mut self, count: usize) -> Result<Option<Vec<(u32, f32)>>> {
         if self.next_logits.is_some() || self.tokens.len() != self.cache.len() + 1 {
             return Ok(None);
         }
@@ -204,10 +205,12 @@ impl Session {
         if !fed? {
             return Ok(None);
         }
-        match &mut self.token_step {
-            OneToken::Step(step) => step.likeliest().map(Some),
-            _ => Ok(None),
+        let OneToken::Step(step) = &mut self.token_step else { return Ok(None) };
+        let best = if count == 1 { Some(vec![(step.likeliest()?, 0.0)]) } else { step.best(count)? };
+        if best.is_none() {
+            self.next_logits = Some(step.logits()?);
         }
+        Ok(best)
     }
 
     fn last_logits(&self, hidden: &Tensor) -> Result<Vec<f32>> {
@@ -302,9 +305,10 @@ impl Generation<'_> {
     }
 
     fn step(&mut self) -> Result<Token> {
-        let likeliest = if self.sampler.takes_likeliest() && self.options.logprobs == 0 { self.session.likeliest()? } else { None };
-        let (id, logits) = match likeliest {
-            Some(id) => (id, Vec::new()),
+        let enough = self.sampler.enough().filter(|_| self.options.logprobs == 0);
+        let best = enough.map(|count| self.session.best(count)).transpose()?.flatten();
+        let (id, logits) = match best {
+            Some(best) => (self.sampler.sample_of(best)?, Vec::new()),
             None => {
                 let logits = self.session.logits()?.to_vec();
                 (self.sampler.sample(&logits, &self.session.tokens)?, logits)

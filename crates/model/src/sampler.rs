@@ -87,21 +87,35 @@ impl Sampler {
         if let Some(id) = logits.iter().position(|logit| logit.is_nan() || *logit == f32::INFINITY) {
             bail!("the logit of token {id} is {}: the weights are damaged, or a kernel is wrong", logits[id]);
         }
-        if logits.is_empty() {
-            bail!("no logits to sample from");
-        }
         let mut candidates: Vec<(u32, f32)> = (0u32..).zip(logits.iter().copied()).collect();
         self.penalise(&mut candidates, history);
+        self.sample_of(candidates)
+    }
+
+    /// How many of the likeliest tokens are enough to choose from, whatever came before; `None`: all.
+    pub fn enough(&self) -> Option<usize> {
+        match (self.options.temperature, self.options.top_k) {
+            _ if self.penalises() => None,
+            (0.0, _) => Some(1),
+            (_, 0) => None,
+            (_, top_k) => Some(top_k),
+        }
+    }
+
+    /// The next token, where `candidates` are at least the [`Sampler::enough`] likeliest and their logits: the one that
+    /// [`Sampler::sample`] takes of all.
+    ///
+    /// # Errors
+    /// If there is none.
+    pub fn sample_of(&mut self, mut candidates: Vec<(u32, f32)>) -> Result<u32> {
+        if candidates.is_empty() {
+            bail!("no logits to sample from");
+        }
         if self.options.temperature == 0.0 {
             return Ok(likeliest(&candidates));
         }
         self.filter(&mut candidates);
         Ok(self.draw(&candidates))
-    }
-
-    /// Whether it takes the likeliest token, whatever came before.
-    pub fn takes_likeliest(&self) -> bool {
-        self.options.temperature == 0.0 && !self.penalises()
     }
 
     fn penalises(&self) -> bool {
@@ -168,7 +182,8 @@ fn weights(candidates: &[(u32, f32)], temperature: f32) -> Vec<f64> {
 
 /// The highest logit; of equal ones the lowest id.
 fn likeliest(candidates: &[(u32, f32)]) -> u32 {
-    candidates.iter().fold(candidates[0], |best, other| if other.1 > best.1 { *other } else { best }).0
+    let better = |a: (u32, f32), b: (u32, f32)| b.1 > a.1 || b.1 == a.1 && b.0 < a.0;
+    candidates.iter().fold(candidates[0], |best, other| if better(best, *other) { *other } else { best }).0
 }
 
 /// The `n` likeliest tokens and their log-probabilities, likeliest first, and that of `id`.
@@ -207,6 +222,23 @@ mod tests {
     #[test]
     fn greedy_takes_the_first_of_the_highest() {
         assert_eq!(Sampler::new(SamplerOptions::greedy()).unwrap().sample(&LOGITS, &[]).unwrap(), 1);
+    }
+
+    #[test]
+    fn the_likeliest_are_enough() {
+        let logits: Vec<f32> = (0..200).map(|i| ((i * 7919) % 257) as f32 / 20.0).collect();
+        for options in [SamplerOptions::default(), SamplerOptions { top_k: 7, top_p: 1.0, ..open() }, SamplerOptions::greedy()] {
+            let (mut whole, mut part) = (Sampler::new(options.clone()).unwrap(), Sampler::new(options).unwrap());
+            let mut best: Vec<(u32, f32)> = (0u32..).zip(logits.iter().copied()).collect();
+            best.sort_by(|a, b| b.1.total_cmp(&a.1));
+            best.truncate(part.enough().unwrap() + 5);
+            best.reverse();
+            for _ in 0..500 {
+                assert_eq!(whole.sample(&logits, &[]).unwrap(), part.sample_of(best.clone()).unwrap());
+            }
+        }
+        assert_eq!(Sampler::new(SamplerOptions { repeat_penalty: 1.1, ..SamplerOptions::default() }).unwrap().enough(), None);
+        assert_eq!(Sampler::new(open()).unwrap().enough(), None);
     }
 
     #[test]

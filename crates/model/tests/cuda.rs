@@ -179,6 +179,16 @@ fn a_recorded_step_is_what_single_operations_make() -> Result<()> {
                 assert!(cosine > least, "{model_type} {quantize:?} at {}: {cosine}", recorded.len());
                 let best = (0u32..).zip(&got).fold((0, f32::NEG_INFINITY), |best, (id, x)| if *x > best.1 { (id, *x) } else { best });
                 assert_eq!(step.likeliest()?, best.0);
+                let mut all: Vec<(u32, f32)> = (0u32..).zip(got.iter().copied()).collect();
+                all.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
+                for count in [1, 40, 200] {
+                    let Some(mut best) = step.best(count)? else {
+                        assert!(all[0].1 - all[count - 1].1 > 31.9, "{count} at {}: not found, and near", recorded.len());
+                        continue;
+                    };
+                    best.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
+                    assert!(best.len() >= count && best[..] == all[..best.len()], "{count} at {}", recorded.len());
+                }
                 assert_eq!(plain.read_count(), recorded.read_count());
             }
         }

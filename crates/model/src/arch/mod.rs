@@ -77,6 +77,12 @@ pub trait TokenStep: std::fmt::Debug {
     /// If a logit is NaN or infinite: the weights or a kernel are broken.
     fn likeliest(&mut self) -> Result<u32>;
 
+    /// At least the `count` likeliest tokens and their scores, in no order; `None`: only [`TokenStep::logits`] can tell.
+    ///
+    /// # Errors
+    /// As [`TokenStep::likeliest`].
+    fn best(&mut self, count: usize) -> Result<Option<Vec<(u32, f32)>>>;
+
     /// The scores of all tokens, `[vocab_size]`.
     ///
     /// # Errors

@@ -16,7 +16,7 @@ impl AttentionBackend for Reference {
 
     fn write(&self, k: &Tensor, v: &Tensor, step: Step, store: &mut LayerStore) -> Result<()> {
         store.check_step(k, v, step)?;
-        for token in store.take_moves() {
+        for token in store.take_moves().into_iter().flatten() {
             for pool in [store.k(), store.v()] {
                 for tensor in pool.tensors() {
                     set_row(pool, tensor, token.to, &row(pool, tensor, token.from)?)?;

@@ -11,9 +11,7 @@ thread_local! {
 
 /// Moves what left the window to the kept tokens, then stores `k` and `v` `[step.len, kv_heads, head_dim]`.
 pub(super) fn write_rows(k: &Tensor, v: &Tensor, step: Step, store: &mut LayerStore) -> Result<()> {
-    let moves = store.take_moves();
-    store.k().apply(&moves)?;
-    store.v().apply(&moves)?;
+    store.apply_moves()?;
     let kv_heads = store.shape().kv_heads();
     // Row after row: token, then head.
     let mut slots = SLOTS.take();

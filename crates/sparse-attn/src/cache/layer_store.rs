@@ -1,7 +1,8 @@
 //! Keys and values of one layer.
 
 use super::admitted::Admitted;
-use super::{KvDtypes, NO_PAGE, OCTET, Order, PAGE_SIZE, PageTable, Pool, ReadCount, Step, Summaries, Summary};
+use super::mirror::{DeviceKept, Mirror, Tables};
+use super::{KvDtypes, NO_PAGE, Order, PAGE_SIZE, PageTable, Pool, ReadCount, Step, Summaries, Summary};
 use crate::HeadShape;
 use crate::backend::cuda;
 use crate::simd::with_rows;
@@ -81,32 +82,10 @@ pub struct LayerStore {
     table: PageTable,
     admitted: Option<Vec<Admitted>>, // per head, where the token router decides
     frontier: usize,
-    moves: Vec<Move>,
+    moves: Vec<Vec<Move>>, // of each step that reserved and has not written
     written: usize,
     summaries: Option<Summaries>,
     mirror: Option<Mirror>,
-}
-
-/// Where tokens lie, on the device of the pools, for kernels. Tensors stay where they are until there is no more room.
-#[derive(Debug)]
-struct Mirror {
-    pages: Tensor, // [kv_heads, room] u32, of recent tokens
-    kept: Option<DeviceKept>,
-    version: u64,
-}
-
-/// What a token router leaves, on the device of the pools: `Kept` of kernels/params.h.
-#[derive(Debug)]
-pub struct DeviceKept {
-    /// The pages of kept tokens, `[kv_heads, room]` u32.
-    pub pages: Tensor,
-    /// The frontier, and how many tokens of each head are kept, `[1 + kv_heads]` u32.
-    pub counts: Tensor,
-    /// A bit for each position that is decided, `[kv_heads, room for recent pages * 8]` u8.
-    pub masks: Tensor,
-    /// How many tokens of each head are kept before each [`PAGE_SIZE`] positions, up to the frontier, `[kv_heads, room for recent pages]`
-    /// u32.
-    pub ranks: Tensor,
 }
 
 impl LayerStore {
@@ -184,6 +163,11 @@ impl LayerStore {
     pub(super) fn reserve(&mut self, step: Step) -> Result<()> {
         // What a failed step left behind is written again.
         self.forget(step.start);
+        self.make_room(step)
+    }
+
+    /// Gives the tokens of `step` places, and what leaves the window before it one among the kept ones.
+    fn make_room(&mut self, step: Step) -> Result<()> {
         if self.table.holds(step) && self.table.frontier(step) <= self.frontier {
             return self.reflect(); // nothing to do, unless it failed before
         }
@@ -206,65 +190,23 @@ impl LayerStore {
         }
         self.table = table;
         self.frontier = frontier;
-        self.moves.extend(moves);
+        if !moves.is_empty() {
+            self.moves.push(moves);
+        }
         self.reflect()
     }
 
-    /// Brings the page table to the device of the pools, if that is not the host.
+    /// Brings the page tables to the device of the pools, if that is not the host.
     fn reflect(&mut self) -> Result<()> {
-        let device = self.k.values().device().clone();
-        if device.is_cpu() || self.mirror.as_ref().is_some_and(|mirror| mirror.version == self.table.version()) {
+        let device = self.k.values().device();
+        if device.is_cpu() || self.mirror.as_ref().is_some_and(|mirror| mirror.is_of(&self.table)) {
             return Ok(());
         }
         let kv_heads = self.spec.shape.kv_heads();
-        let mut mirror = match self.mirror.take() {
-            Some(mirror) => mirror,
-            None => Mirror { pages: Tensor::zeros((kv_heads, 0), DType::U32, &Device::Cpu)?, kept: None, version: 0 },
-        };
+        let tables = Tables { kv_heads, table: &self.table, admitted: self.admitted.as_deref(), frontier: self.frontier };
         // As much room as the pools have, so that it seldom moves.
-        let enough = self.k.pages() / kv_heads;
-        let recent = (0..kv_heads).map(|head| self.table.recent(head));
-        put_lists(&mut mirror.pages, recent, enough, &device)?;
-        if let Some(admitted) = &self.admitted {
-            let mut kept = match mirror.kept.take() {
-                Some(kept) => kept,
-                None => DeviceKept {
-                    pages: Tensor::zeros((kv_heads, 0), DType::U32, &Device::Cpu)?,
-                    counts: Tensor::zeros(1 + kv_heads, DType::U32, &device)?,
-                    masks: Tensor::zeros((kv_heads, 0), DType::U8, &Device::Cpu)?,
-                    ranks: Tensor::zeros((kv_heads, 0), DType::U32, &Device::Cpu)?,
-                },
-            };
-            put_lists(&mut kept.pages, (0..kv_heads).map(|head| self.table.kept(head)), enough, &device)?;
-            let counts = admitted.iter().map(|admitted| admitted.rank(self.frontier));
-            let counts: Vec<u32> = std::iter::once(self.frontier).chain(counts).map(|count| count as u32).collect();
-            kept.counts.slice_set(&Tensor::new(counts, &device)?, 0, 0)?;
-            let room = mirror.pages.dim(1)?;
-            if kept.masks.dim(1)? != room * (PAGE_SIZE / OCTET) {
-                kept.masks = Tensor::zeros((kv_heads, room * (PAGE_SIZE / OCTET)), DType::U8, &device)?;
-                self.put_masks(&kept.masks, 0)?;
-            }
-            let up_to_frontier =
-                |admitted: &Admitted| (0..=self.frontier / PAGE_SIZE).map(|page| admitted.rank(page * PAGE_SIZE) as u32).collect();
-            let ranks: Vec<Vec<u32>> = admitted.iter().map(up_to_frontier).collect();
-            put_lists(&mut kept.ranks, ranks.iter().map(Vec::as_slice), room, &device)?;
-            mirror.kept = Some(kept);
-        }
-        mirror.version = self.table.version();
-        self.mirror = Some(mirror);
+        self.mirror = Some(Mirror::new(tables, self.mirror.take(), self.k.pages() / kv_heads, device)?);
         Ok(())
-    }
-
-    /// Puts what the host knows of the tokens from `position` on into `masks`, see [`DeviceKept`].
-    fn put_masks(&self, masks: &Tensor, position: usize) -> Result<()> {
-        let Some(admitted) = &self.admitted else { return Ok(()) };
-        let decided = admitted.iter().map(Admitted::len).max().unwrap_or(0);
-        let octets = position / OCTET..decided.div_ceil(OCTET);
-        if octets.is_empty() {
-            return Ok(());
-        }
-        let bits: Vec<u8> = admitted.iter().flat_map(|admitted| octets.clone().map(|octet| admitted.octet(octet * OCTET))).collect();
-        masks.slice_set(&Tensor::from_vec(bits, (admitted.len(), octets.len()), masks.device())?, 1, octets.start)
     }
 
     /// The page of each recent token on the device of the pools: `[kv_heads, room]`, u32, with anything beyond the last one. It stays
@@ -284,9 +226,17 @@ impl LayerStore {
         self.mirror.as_ref()?.kept.as_ref()
     }
 
-    /// The tokens that must move before this step is written.
-    pub fn take_moves(&mut self) -> Vec<Move> {
+    /// The tokens that must move before this step is written: lists, one after the other, of which each leaves no slot that it takes.
+    pub fn take_moves(&mut self) -> Vec<Vec<Move>> {
         std::mem::take(&mut self.moves)
+    }
+
+    /// Moves them, in place.
+    ///
+    /// # Errors
+    /// If a slot is beyond the pools.
+    pub fn apply_moves(&mut self) -> Result<()> {
+        self.take_moves().iter().try_for_each(|moves| Pool::apply([&self.k, &self.v], moves))
     }
 
     /// Notes the token router's verdict on the tokens of `step`; those before position `sinks` are always admitted.
@@ -313,14 +263,17 @@ impl LayerStore {
                 bits.push(step.start + token < sinks || admission.of(token, head, kv_heads));
             }
         }
-        self.device_kept().map_or(Ok(()), |kept| self.put_masks(&kept.masks, step.start))
+        match (self.mirror.as_ref().and_then(|mirror| mirror.kept.as_ref()), &self.admitted) {
+            (Some(kept), Some(admitted)) => kept.put_masks(admitted, step.start),
+            _ => Ok(()),
+        }
     }
 
     /// Notes what the device decided on the token of `step`, which it wrote: whether each head keeps it.
-    pub fn admit_written(&mut self, step: Step, keeps: &[bool]) {
+    pub fn admit_written(&mut self, step: Step, keeps: impl Iterator<Item = bool>) {
         for (bits, keeps) in self.admitted.iter_mut().flatten().zip(keeps) {
             bits.truncate(step.start);
-            bits.push(*keeps);
+            bits.push(keeps);
         }
     }
 
@@ -382,9 +335,7 @@ impl LayerStore {
             summaries.reserve(room.max(new.end))?;
             summaries.advance(new.len());
         }
-        let moves = self.take_moves();
-        self.k.apply(&moves)?;
-        self.v.apply(&moves)?;
+        self.apply_moves()?;
         self.written = step.end();
         Ok(true)
     }
@@ -483,20 +434,19 @@ impl LayerStore {
 
     /// Gives memory back that the step before took and the next ones will not need, where a token router is at work.
     pub(super) fn trim(&mut self) -> Result<()> {
+        if self.admitted.is_none() || self.written == 0 {
+            return Ok(());
+        }
+        // What a step after the newest token will not see moves now; that token may still be taken back and fed again.
+        self.make_room(Step { start: self.written - 1, len: 1 })?;
+        self.apply_moves()?;
         let free = self.table.free_pages() + (self.k.pages() - self.table.pages());
-        if self.admitted.is_none() || free * 32 < self.table.pages() {
+        if free * 32 < self.table.pages() {
             return Ok(());
         }
         let mut table = self.table.clone();
         let used = table.compact();
-        let renamed: std::collections::HashMap<u32, u32> = used.iter().zip(0..).map(|(old, new)| (*old, new)).collect();
-        let slot = |slot: u32| renamed[&(slot / PAGE_SIZE as u32)] * PAGE_SIZE as u32 + slot % PAGE_SIZE as u32;
-        // A token that has yet to move may lie in a page that is free already: nothing is given back then.
-        if self.moves.iter().any(|token| !renamed.contains_key(&(token.from / PAGE_SIZE as u32))) {
-            return Ok(());
-        }
         let (k, v) = (self.k.selected(&used)?, self.v.selected(&used)?);
-        self.moves.iter_mut().for_each(|token| *token = Move { from: slot(token.from), to: slot(token.to) });
         (self.k, self.v, self.table) = (k, v, table);
         self.reflect()
     }
@@ -513,29 +463,15 @@ impl LayerStore {
             moves: self.moves.clone(),
             written: self.written,
             summaries: self.summaries.as_ref().map(Summaries::fork).transpose()?,
-            mirror: match &self.mirror {
-                Some(Mirror { pages, kept, version }) => {
-                    let kept = match kept {
-                        Some(DeviceKept { pages, counts, masks, ranks }) => {
-                            Some(DeviceKept { pages: pages.copy()?, counts: counts.copy()?, masks: masks.copy()?, ranks: ranks.copy()? })
-                        }
-                        None => None,
-                    };
-                    Some(Mirror { pages: pages.copy()?, kept, version: *version })
-                }
-                None => None,
-            },
+            mirror: self.mirror.as_ref().map(Mirror::fork).transpose()?,
         })
     }
 
     pub(super) fn allocated_bytes(&self) -> usize {
         let summaries = self.summaries.as_ref().map_or(0, Summaries::bytes);
         let admitted: usize = self.admitted.iter().flatten().map(Admitted::bytes).sum();
-        let moves = self.moves.capacity() * size_of::<Move>();
-        let mirror = self.mirror.as_ref().map_or(0, |Mirror { pages, kept, .. }| {
-            let kept = kept.iter().flat_map(|DeviceKept { pages, counts, masks, ranks }| [pages, counts, masks, ranks]);
-            kept.chain([pages]).map(|tensor| tensor.elem_count() * tensor.dtype().size_in_bytes()).sum()
-        });
+        let moves = self.moves.iter().map(Vec::capacity).sum::<usize>() * size_of::<Move>();
+        let mirror = self.mirror.as_ref().map_or(0, Mirror::bytes);
         self.k.bytes() + self.v.bytes() + self.table.bytes() + summaries + admitted + moves + mirror
     }
 
@@ -562,24 +498,6 @@ impl LayerStore {
         }
         Ok(())
     }
-}
-
-/// Puts lists of numbers into `to` `[lists, room]` on `device`, in place where they fit; if not, into a new one with room for `enough`.
-fn put_lists<'a>(to: &mut Tensor, lists: impl Iterator<Item = &'a [u32]> + Clone, enough: usize, device: &Device) -> Result<()> {
-    let (count, longest) = lists.clone().fold((0, 0), |(count, longest), list| (count + 1, list.len().max(longest)));
-    let has_room = to.dim(1)? > 0 && to.dim(1)? >= longest;
-    let room = if has_room { to.dim(1)? } else { longest.max(enough).next_multiple_of(16) };
-    let mut numbers = Vec::with_capacity(count * room);
-    for (index, list) in lists.enumerate() {
-        numbers.extend(list);
-        numbers.resize((index + 1) * room, 0);
-    }
-    let numbers = Tensor::from_vec(numbers, (count, room), device)?;
-    if has_room {
-        return to.slice_set(&numbers, 0, 0);
-    }
-    *to = numbers;
-    Ok(())
 }
 
 /// The rows of `slots`, `[slots, width]` f32, by reading the pages that hold them.

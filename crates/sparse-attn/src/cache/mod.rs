@@ -3,6 +3,7 @@
 mod admitted;
 mod dtype;
 mod layer_store;
+mod mirror;
 mod page_table;
 mod pool;
 mod scatter;
@@ -10,7 +11,8 @@ mod summary;
 
 pub use admitted::Admitted;
 pub use dtype::{GROUP, KvDtype, KvDtypes};
-pub use layer_store::{DeviceKept, LayerSpec, LayerStore, Local, Move};
+pub use layer_store::{LayerSpec, LayerStore, Local, Move};
+pub use mirror::DeviceKept;
 pub use page_table::{NO_PAGE, PAGE_SIZE, PageTable};
 pub use pool::{LANES, OCTET, Order, Pool};
 pub use summary::{Summaries, Summary};

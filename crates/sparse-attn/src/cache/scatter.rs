@@ -34,19 +34,22 @@ impl Pool {
         self.tensors().zip(encoded).try_for_each(|(tensor, rows)| tensor.inplace_op2(&rows, &write))
     }
 
-    /// Copies slots to other slots, one move after the other.
+    /// Copies slots of all `pools`, which are of as many pages, to other slots: none that is left is taken.
     ///
     /// # Errors
-    /// If a slot is beyond the pool.
-    pub fn apply(&self, moves: &[Move]) -> Result<()> {
+    /// If a slot is beyond the pools.
+    pub fn apply(pools: [&Self; 2], moves: &[Move]) -> Result<()> {
         if moves.is_empty() {
             return Ok(());
         }
-        if self.values().device().is_cuda() {
-            self.check_slots(moves.iter().map(|token| token.from.max(token.to)))?;
-            return cuda::move_rows(self, moves);
+        if pools[0].values().device().is_cuda() {
+            for pool in pools {
+                pool.check_slots(moves.iter().map(|token| token.from.max(token.to)))?;
+            }
+            return cuda::move_rows(pools, moves);
         }
-        self.tensors().try_for_each(|tensor| tensor.inplace_op1(&Apply { order: self.order(), moves }))
+        let move_in = |pool: &Self| pool.tensors().try_for_each(|tensor| tensor.inplace_op1(&Apply { order: pool.order(), moves }));
+        pools.into_iter().try_for_each(move_in)
     }
 }
 

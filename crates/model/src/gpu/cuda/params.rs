@@ -26,4 +26,6 @@ sparse_attn::mirrors! { "layer_params.h":
     RoundParams { x: u64, out: u64, count: i64 }
     /// The likeliest token.
     LikeliestParams { logits: u64, id: u64, count: i32 }
+    /// The likeliest tokens.
+    BestParams { logits: u64, likeliest: u64, found: u64, ids: u64, scores: u64, count: i32, wanted: i32, room: i32 }
 }

@@ -4,7 +4,7 @@
 use super::super::{DecoderParts, LayerParts};
 use super::DeviceMatrix;
 use super::matrix::{activation_bytes, product};
-use super::params::{GatedParams, LikeliestParams, Matrix as MatrixParams, NormParams, Verdict, WriteParams};
+use super::params::{BestParams, GatedParams, LikeliestParams, Matrix as MatrixParams, NormParams, Verdict, WriteParams};
 use crate::arch::TokenStep;
 use crate::config::Activation;
 use crate::layers::{Linear, RmsNorm};
@@ -30,6 +30,9 @@ const GATED_ROWS: usize = 32;
 
 /// Positions that selection makes room for at a time: with more, everything is recorded anew.
 const ROOM: usize = 16 * 1024;
+
+/// Room for the likeliest tokens; some more than asked for are found.
+const MOST_BEST: usize = 512;
 
 /// A layer's weights. Tensors are handles: the memory is the model's.
 #[derive(Debug, Clone)]
@@ -83,6 +86,8 @@ struct CudaStep {
     attention: RoutedAttention,
     buffers: Buffers,
     recorded: Option<Recorded>,
+    /// Of the newest step, if it was fetched.
+    report: Option<Report>,
 }
 
 /// What the kernels of a step hand on.
@@ -96,9 +101,29 @@ struct Buffers {
     attended: [Tensor; 2],
     projected: Tensor, // [hidden_size]
     inner: [Tensor; 2],
-    logits: Tensor,    // [vocab_size]
-    likeliest: Tensor, // [2] u32
-    verdicts: Tensor,  // [2, layers, kv_heads] u32: whether a token router keeps the token; kept tokens of the chosen blocks
+    logits: Tensor, // [vocab_size]
+    report: Tensor, // u32, see `Report`
+    best: Tensor,   // [1 + 2 MOST_BEST] u32: how many, ids, bits of scores
+}
+
+/// What a step tells the host, all numbers in one list: the likeliest token, whether a logit is broken, then for each layer and head
+/// whether a token router keeps the token, then how many kept tokens the chosen blocks have.
+#[derive(Debug)]
+struct Report(Vec<u32>);
+
+impl Report {
+    fn likeliest(&self) -> Result<u32> {
+        if self.0[1] != 0 {
+            bail!("a logit is NaN or infinite: the weights are damaged, or a kernel is wrong");
+        }
+        Ok(self.0[0])
+    }
+
+    /// Of a layer: the verdicts, and the tokens of chosen blocks.
+    fn of_layer(&self, layer: usize, kv_heads: usize) -> [&[u32]; 2] {
+        let (kept, picked) = self.0[2..].split_at((self.0.len() - 2) / 2);
+        [kept, picked].map(|numbers| &numbers[layer * kv_heads..][..kv_heads])
+    }
 }
 
 /// A graph, and what it holds for.
@@ -159,8 +184,8 @@ pub(crate) fn record(parts: &DecoderParts<'_>, attention: &RoutedAttention, cach
         projected: plain(hidden_size)?,
         inner: both(inner)?,
         logits: plain(head.height())?,
-        likeliest: Tensor::zeros(2, DType::U32, device)?,
-        verdicts: Tensor::zeros((2, layers.len(), kv_heads), DType::U32, device)?,
+        report: Tensor::zeros(2 + 2 * layers.len() * kv_heads, DType::U32, device)?,
+        best: Tensor::zeros(1 + 2 * MOST_BEST, DType::U32, device)?,
     };
     Ok(Some(Box::new(CudaStep {
         kernels: Kernels::of(device)?,
@@ -180,6 +205,7 @@ pub(crate) fn record(parts: &DecoderParts<'_>, attention: &RoutedAttention, cach
         attention: attention.clone(),
         buffers,
         recorded: None,
+        report: None,
     })))
 }
 
@@ -274,30 +300,53 @@ impl TokenStep for CudaStep {
         }
         let Some(recorded) = &self.recorded else { bail!("cuda: no step was recorded") };
         recorded.graph.launch().w()?;
-        let kv_heads = self.heads.kv_heads();
-        let mut verdicts = vec![0u32; 2 * self.layers.len() * kv_heads];
-        if self.layers.iter().any(|layer| !matches!(layer.token_gate, TokenGate::None)) {
-            verdicts = self.buffers.verdicts.flatten_all()?.to_vec1()?;
-        }
-        let (kept, picked) = verdicts.split_at(self.layers.len() * kv_heads);
-        for (layer, (kept, picked)) in kept.chunks_exact(kv_heads).zip(picked.chunks_exact(kv_heads)).enumerate() {
-            cache.layer_mut(layer).admit_written(step, &kept.iter().map(|kept| *kept == 1).collect::<Vec<bool>>());
-            let count = match &calls[layer] {
-                Some(call) => call.count(cache.layer(layer), picked),
-                None => cache.layer(layer).count_visible(step),
-            };
+        self.report = None;
+        // While it runs.
+        for layer in (0..self.layers.len()).filter(|layer| calls[*layer].is_none()) {
+            let count = cache.layer(layer).count_visible(step);
             cache.count_read(count);
+        }
+        let routes_tokens = self.layers.iter().any(|layer| !matches!(layer.token_gate, TokenGate::None));
+        for (layer, call) in calls.iter().enumerate() {
+            let mut picked = Vec::new();
+            if routes_tokens {
+                let [kept, of_blocks] = self.report()?.of_layer(layer, cache.layer(layer).shape().kv_heads());
+                picked = of_blocks.to_vec();
+                cache.layer_mut(layer).admit_written(step, kept.iter().map(|kept| *kept == 1));
+            }
+            if let Some(call) = call {
+                let count = call.count(cache.layer(layer), &picked);
+                cache.count_read(count);
+            }
         }
         cache.commit(step)?;
         Ok(true)
     }
 
     fn likeliest(&mut self) -> Result<u32> {
-        let found = self.buffers.likeliest.to_vec1::<u32>()?;
-        if found[1] != 0 {
-            bail!("a logit is NaN or infinite: the weights are damaged, or a kernel is wrong");
-        }
-        Ok(found[0])
+        self.report()?.likeliest()
+    }
+
+    fn best(&mut self, count: usize) -> Result<Option<Vec<(u32, f32)>>> {
+        let Buffers { logits, report, best, .. } = &self.buffers;
+        let (found, ids) = (address(best)?, address(best)? + size_of::<u32>() as u64);
+        let params = BestParams {
+            logits: address(logits)?,
+            likeliest: address(report)?,
+            found,
+            ids,
+            scores: ids + (MOST_BEST * size_of::<u32>()) as u64,
+            count: logits.elem_count() as i32,
+            wanted: count.min(logits.elem_count()) as i32,
+            room: MOST_BEST as i32,
+        };
+        // SAFETY: the buffers are of these shapes, and live as long as `self`.
+        unsafe { self.kernels.launch("best_tokens", Spread::new([1, 1, 1], 1024), &params) }?;
+        self.likeliest()?; // fails where the logits are broken
+        let best = self.buffers.best.to_vec1::<u32>()?;
+        let (ids, scores) = best[1..].split_at(MOST_BEST);
+        let found = best[0] as usize;
+        Ok((found <= MOST_BEST).then(|| ids.iter().copied().zip(scores.iter().map(|bits| f32::from_bits(*bits))).take(found).collect()))
     }
 
     fn logits(&mut self) -> Result<Vec<f32>> {
@@ -306,6 +355,15 @@ impl TokenStep for CudaStep {
 }
 
 impl CudaStep {
+    /// What the newest step tells: fetched once.
+    fn report(&mut self) -> Result<&Report> {
+        let report = match self.report.take() {
+            Some(report) => report,
+            None => Report(self.buffers.report.to_vec1()?),
+        };
+        Ok(self.report.insert(report))
+    }
+
     fn key(&self, cache: &KvCache, selects: Vec<bool>, step: Step) -> Key {
         let mut tensors = Vec::with_capacity(4 * self.layers.len());
         for layer in 0..self.layers.len() {
@@ -349,7 +407,7 @@ impl CudaStep {
     }
 
     fn launch_all(&self, key: &Key, cache: &KvCache, q: &Tensor, scratch: &DecodeScratch, select: Option<&SelectScratch>) -> Result<()> {
-        let Buffers { state, x, normed, attended, projected, logits, likeliest, .. } = &self.buffers;
+        let Buffers { state, x, normed, attended, projected, logits, report, .. } = &self.buffers;
         let (token, position) = (address(state)?, address(state)? + 4);
         // SAFETY: here and below: the buffers were made for this model's shapes, and live as long as `self`, which the graph does
         // not outlive; weights are kept by `self`, keys and values by the cache, whose tensors the graph is keyed by.
@@ -382,7 +440,7 @@ impl CudaStep {
         }
         self.add_norm(pending, &self.norm)?;
         self.multiply(&[self.head.params(address(logits)?, 0)?], normed, self.head.columns())?;
-        let params = LikeliestParams { logits: address(logits)?, id: address(likeliest)?, count: logits.elem_count() as i32 };
+        let params = LikeliestParams { logits: address(logits)?, id: address(report)?, count: logits.elem_count() as i32 };
         // SAFETY: as above.
         unsafe { self.kernels.launch_following("likeliest", Spread::new([1, 1, 1], 1024), &params) }
     }
@@ -464,10 +522,10 @@ impl CudaStep {
         unsafe { self.kernels.launch_following(&name, Spread::new([self.heads.kv_heads(), 1, 1], 256), &params) }
     }
 
-    /// Where the numbers of a layer lie among the verdicts: of the token, or of the chosen blocks.
-    fn verdicts_of(&self, index: usize, kind: usize) -> Result<u64> {
-        let verdicts = &self.buffers.verdicts;
-        Ok(address(verdicts)? + ((kind * self.layers.len() + index) * self.heads.kv_heads() * size_of::<u32>()) as u64)
+    /// Where the report has numbers of a layer: verdicts (0), or tokens of chosen blocks (1).
+    fn reported(&self, index: usize, kind: usize) -> Result<u64> {
+        let number = 2 + (kind * self.layers.len() + index) * self.heads.kv_heads();
+        Ok(address(&self.buffers.report)? + (number * size_of::<u32>()) as u64)
     }
 
     /// How the token router decides on the token.
@@ -476,7 +534,7 @@ impl CudaStep {
         let (Some(kept), Some(gate)) = (store.device_kept(), routing.token_router.as_gate()) else { return Ok(Verdict::default()) };
         let verdict = Verdict {
             masks: address(&kept.masks)?,
-            kept: self.verdicts_of(index, 0)?,
+            kept: self.reported(index, 0)?,
             sinks: routing.limits.sinks as i32,
             tau: gate.tau(),
             ..Verdict::default()
@@ -499,7 +557,7 @@ impl CudaStep {
             takes: address(&self.buffers.state)? + ((2 + index * self.heads.kv_heads()) * size_of::<u32>()) as u64,
             scores: address(&scratch.scores)?,
             lists,
-            picked: self.verdicts_of(index, 1)?,
+            picked: self.reported(index, 1)?,
             blocks: 0,
             kind: kind_of(&*routing.block_router).unwrap_or(0),
             max_scores: scratch.max_scores,

@@ -4,7 +4,6 @@ use super::params::{MoveParams, ScatterParams, SummaryParams, WidenParams};
 use super::{Kernels, Spread, address, summary_code, uninitialised};
 use crate::cache::{KvDtype, LayerStore, Move, Pool, Summaries, Summary};
 use candle_core::{DType, Result, Tensor, bail};
-use std::collections::HashSet;
 use std::ops::Range;
 
 fn name(stem: &str, pool: &Pool) -> Result<String> {
@@ -53,25 +52,17 @@ pub(crate) fn scatter_rows(pool: &Pool, rows: &Tensor, slots: &[u32]) -> Result<
     unsafe { kernels.launch(&name("scatter_rows", pool)?, Spread::new([count, 1, 1], threads), &params) }
 }
 
-/// Copies slots of `pool` to others, as if one move followed the other; the caller has checked that all lie inside.
-pub(crate) fn move_rows(pool: &Pool, moves: &[Move]) -> Result<()> {
-    let kernels = Kernels::of(pool.values().device())?;
-    // Where no slot is both left and taken, in any order.
-    let left: HashSet<u32> = moves.iter().map(|token| token.from).collect();
-    let each = if moves.iter().any(|token| left.contains(&token.to)) { moves.len() } else { 1 };
+/// Copies slots of `pools` to others, all at once; the caller has checked that they lie inside, and that none that is left is taken.
+pub(crate) fn move_rows(pools: [&Pool; 2], moves: &[Move]) -> Result<()> {
+    let device = pools[0].values().device();
+    let kernels = Kernels::of(device)?;
     let list: Vec<u32> = moves.iter().flat_map(|token| [token.from, token.to]).collect();
-    let list = Tensor::new(list, pool.values().device())?;
-    for tensor in pool.tensors() {
+    let list = Tensor::new(list, device)?;
+    for tensor in pools.into_iter().flat_map(Pool::tensors) {
         let halves = tensor.dim(2)? * tensor.dtype().size_in_bytes() / size_of::<u16>();
-        let params = MoveParams {
-            pool: address(tensor)?,
-            moves: address(&list)?,
-            count: moves.len() as i32,
-            each: each as i32,
-            width: halves as i32,
-        };
+        let params = MoveParams { pool: address(tensor)?, moves: address(&list)?, width: halves as i32 };
         // SAFETY: the slots lie inside the pool; what the kernel reads lives until the stream frees it.
-        unsafe { kernels.launch("move_rows", Spread::new([moves.len().div_ceil(each), 1, 1], halves.min(1024)), &params) }?;
+        unsafe { kernels.launch("move_rows", Spread::new([moves.len(), 1, 1], halves.min(1024)), &params) }?;
     }
     Ok(())
 }
