@@ -293,7 +293,8 @@ def test(lib):
                 parts = (q.clamp(min=0), q.clamp(max=0)) if ranges else (q, q.abs())
                 want = (parts[0] @ summaries[..., :dim].mT + parts[1] @ summaries[..., dim:].mT).amax(1)
                 difference = far(layer.scores[:, :edge], want[:, :edge])
-                assert difference < 1e-3 * want.abs().max().item(), (dtype, block, ranges, difference)
+                # Widened bytes are rounded once more.
+                assert difference < (1e-3 if dtype == torch.float16 else 8e-3) * want.abs().max().item(), (dtype, block, ranges, difference)
             # Equal scores: the later block wins. Scores of very different sizes, and infinite ones.
             layer.scores[0, 1:edge] = (layer.scores[0, 1:edge] * 2).round() / 2
             layer.scores[1, 1 : edge : 3] *= 1e-30

@@ -95,28 +95,52 @@ template <typename T> __device__ void expand(const ExpandParams &p) {
     narrow(to[p.head_dim + d], b / (end - first));
 }
 
-constexpr int GATE_TOKENS = 32, GATE_ROWS = 8, GATE_COLUMNS = 32;
+constexpr int GATE_TOKENS = 16, GATE_ROWS = 8, GATE_COLUMNS = 64, GATE_THREADS = GATE_TOKENS * GATE_ROWS;
 
 __device__ __forceinline__ float gelu(float x) { return 0.5f * x * (1.f + erff(x * 0.70710678118654752f)); }
+
+// A tile of a matrix, which is on its way while the one before is used.
+template <int ROWS> struct GateTile {
+    static constexpr int EACH = ROWS * GATE_COLUMNS / GATE_THREADS;
+    float next[EACH];
+
+    __device__ __forceinline__ void fetch(const float *from, int first, int rows, int column, int columns) {
+#pragma unroll
+        for (int i = 0; i < EACH; ++i) {
+            const int at = threadIdx.x + i * GATE_THREADS, row = first + at / GATE_COLUMNS, c = column + at % GATE_COLUMNS;
+            next[i] = row < rows && c < columns ? from[(int64_t)row * columns + c] : 0.f;
+        }
+    }
+
+    __device__ __forceinline__ void put(float (&to)[ROWS][GATE_COLUMNS + 1]) const {
+#pragma unroll
+        for (int i = 0; i < EACH; ++i) {
+            const int at = threadIdx.x + i * GATE_THREADS;
+            to[at / GATE_COLUMNS][at % GATE_COLUMNS] = next[i];
+        }
+    }
+};
 
 } // namespace cache
 
 // grid (ceil(tokens / GATE_TOKENS), ceil(rows / GATE_ROWS)), a thread for each sum: always in the order of the columns.
-extern "C" __global__ void __launch_bounds__(cache::GATE_TOKENS * cache::GATE_ROWS) gate_scores(const GateParams p) {
+extern "C" __global__ void __launch_bounds__(cache::GATE_THREADS) gate_scores(const GateParams p) {
     using namespace cache;
     __shared__ float x[GATE_TOKENS][GATE_COLUMNS + 1], weight[GATE_ROWS][GATE_COLUMNS + 1];
     const int first_token = blockIdx.x * GATE_TOKENS, first_row = blockIdx.y * GATE_ROWS;
     const int token = threadIdx.x / GATE_ROWS, row = threadIdx.x % GATE_ROWS;
+    GateTile<GATE_TOKENS> next_x;
+    GateTile<GATE_ROWS> next_weight;
+    auto fetch = [&](int column) {
+        next_x.fetch(p.x, first_token, p.tokens, column, p.columns);
+        next_weight.fetch(p.weight, first_row, p.rows, column, p.columns);
+    };
+    fetch(0);
     float sum = 0.f;
     for (int column = 0; column < p.columns; column += GATE_COLUMNS) {
-        auto load = [&](float *to, const float *from, int row, int rows, int c) {
-            *to = row < rows && column + c < p.columns ? from[(int64_t)row * p.columns + column + c] : 0.f;
-        };
-        for (int i = threadIdx.x; i < GATE_TOKENS * GATE_COLUMNS; i += GATE_TOKENS * GATE_ROWS)
-            load(&x[i / GATE_COLUMNS][i % GATE_COLUMNS], p.x, first_token + i / GATE_COLUMNS, p.tokens, i % GATE_COLUMNS);
-        for (int i = threadIdx.x; i < GATE_ROWS * GATE_COLUMNS; i += GATE_TOKENS * GATE_ROWS)
-            load(&weight[i / GATE_COLUMNS][i % GATE_COLUMNS], p.weight, first_row + i / GATE_COLUMNS, p.rows, i % GATE_COLUMNS);
+        next_x.put(x), next_weight.put(weight);
         __syncthreads();
+        fetch(column + GATE_COLUMNS);
 #pragma unroll
         for (int c = 0; c < GATE_COLUMNS; ++c) sum = fmaf(x[token][c], weight[row][c], sum);
         __syncthreads();

@@ -193,6 +193,8 @@ impl RoutedAttention {
         let Routing { token_router, block_router, .. } = &self.routing;
         let limits = self.routing.limits_of(layer);
         let store = cache.layer_mut(layer);
+        // First, so that a device is at work while the host waits for the verdict.
+        store.apply_moves()?;
         let admission =
             token_router.admit(layer, RouterInput { hidden: input.hidden, k: input.k, k_before_rope: input.k_before_rope, step })?;
         store.admit(step, &admission, limits.sinks)?;

@@ -177,9 +177,9 @@ impl LayerStore {
         let mut moves = Vec::new();
         for (head, admitted) in self.admitted.iter().flatten().enumerate() {
             table.reserve_kept(head, admitted.rank(frontier));
-            for position in (self.frontier..frontier).filter(|position| admitted.contains(*position)) {
-                let to = table.kept_slot(head, admitted.rank(position));
-                moves.push(Move { from: self.table.recent_slot(head, position), to });
+            let leaving = (self.frontier..frontier).filter(|position| admitted.contains(*position));
+            for (position, index) in leaving.zip(admitted.rank(self.frontier)..) {
+                moves.push(Move { from: self.table.recent_slot(head, position), to: table.kept_slot(head, index) });
             }
         }
         table.reserve(step);
@@ -433,12 +433,13 @@ impl LayerStore {
     }
 
     /// Gives memory back that the step before took and the next ones will not need, where a token router is at work.
-    pub(super) fn trim(&mut self) -> Result<()> {
-        if self.admitted.is_none() || self.written == 0 {
+    /// `len`: tokens that are committed.
+    pub(super) fn trim(&mut self, len: usize) -> Result<()> {
+        if self.admitted.is_none() || len == 0 {
             return Ok(());
         }
         // What a step after the newest token will not see moves now; that token may still be taken back and fed again.
-        self.make_room(Step { start: self.written - 1, len: 1 })?;
+        self.make_room(Step { start: len - 1, len: 1 })?;
         self.apply_moves()?;
         let free = self.table.free_pages() + (self.k.pages() - self.table.pages());
         if free * 32 < self.table.pages() {

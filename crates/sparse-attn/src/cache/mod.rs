@@ -175,7 +175,7 @@ impl KvCache {
     /// # Errors
     /// If memory for the copy runs out; the cache is then as it was.
     pub fn trim(&mut self) -> Result<()> {
-        self.layers.iter_mut().try_for_each(LayerStore::trim)
+        self.layers.iter_mut().try_for_each(|layer| layer.trim(self.len))
     }
 
     /// A copy of the sequence so far, to go on from in another direction: a shared prefix is computed once.

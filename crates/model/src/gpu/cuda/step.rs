@@ -86,6 +86,8 @@ struct CudaStep {
     attention: RoutedAttention,
     buffers: Buffers,
     recorded: Option<Recorded>,
+    /// The kernels that were run before: of a step without selections, and of those for that many scores.
+    loaded: Vec<Option<usize>>,
     /// Of the newest step, if it was fetched.
     report: Option<Report>,
 }
@@ -205,6 +207,7 @@ pub(crate) fn record(parts: &DecoderParts<'_>, attention: &RoutedAttention, cach
         attention: attention.clone(),
         buffers,
         recorded: None,
+        loaded: Vec::new(),
         report: None,
     })))
 }
@@ -393,8 +396,11 @@ impl CudaStep {
             .then(|| SelectScratch::new(self.heads.kv_heads(), key.room, block_size, &self.device))
             .transpose()?;
         // Kernels load when they first run, and not while a graph is recorded: run the step once. It is written again, the same.
-        self.launch_all(&key, cache, &q, &scratch, select.as_ref())?;
-        self.device.synchronize()?;
+        let kind = select.as_ref().map(|select| select.max_scores);
+        if !self.loaded.contains(&kind) {
+            self.launch_all(&key, cache, &q, &scratch, select.as_ref())?;
+            self.device.synchronize()?;
+        }
         let stream = self.kernels.stream();
         stream.begin_capture(sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).w()?;
         let launched = self.launch_all(&key, cache, &q, &scratch, select.as_ref());
@@ -403,6 +409,7 @@ impl CudaStep {
         launched?;
         let Some(graph) = graph? else { bail!("cuda: the recorded step is empty") };
         graph.upload().w()?;
+        self.loaded.push(kind);
         Ok(Recorded { graph, key, _scratch: scratch, _select: select })
     }
 

@@ -28,7 +28,7 @@ use std::sync::Arc;
 const ROWS: usize = 128;
 
 /// Tokens and rows of a thread block of `gate_scores`.
-const GATE_TOKENS: usize = 32;
+const GATE_TOKENS: usize = 16;
 const GATE_ROWS: usize = 8;
 
 /// Queries that share a selection, at the most, unless asked for more: a thread block would take twice as many, but the best blocks of 32
