@@ -63,6 +63,7 @@ struct PrefillParams {
     const int *counts;    // [lists, kv_heads] octets of the lists
     const int *firsts;    // [tiles + 1] first query of each tile; null: tiles of `tile` queries from the first one
     const int *lists;     // [tiles] number of each tile's list; null: its own
+    const int *windows;   // [lists] local windows; null: local_window
     float *out;           // [tokens, q_heads, head_dim]
     int max_pages;
     int max_octets;

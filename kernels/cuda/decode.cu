@@ -409,7 +409,7 @@ struct KeptTokens {
 // Lists octets of the chosen blocks before the edge, and everything from there on: kept tokens lie packed, so that an octet may hold
 // tokens of several blocks, chosen or not. `bits`: a word for 32 kept tokens.
 __device__ __forceinline__ int list_kept(const SelectParams &p, const KeptTokens &kept, const int *chosen_blocks, int listed, int edge, int newest, const int *pages,
-                                         Octet *octets, uint32_t *bits, Shared &shared) {
+                                         bool whole, Octet *octets, uint32_t *bits, Shared &shared) {
     for (int i = threadIdx.x; i < (kept.count + 31) / 32; i += SELECT) bits[i] = 0;
     __syncthreads();
     for (int i = threadIdx.x; i <= listed; i += SELECT) {
@@ -424,8 +424,12 @@ __device__ __forceinline__ int list_kept(const SelectParams &p, const KeptTokens
     __syncthreads();
     // Octets of kept tokens, then of recent ones before the edge whose blocks were chosen, neighbours for each thread.
     const int packed = (kept.count + OCTET - 1) / OCTET, tail = max(kept.frontier, edge * p.block_size) / OCTET, all = packed + tail - kept.frontier / OCTET;
+    // The kept tokens of an octet, or -1: it is left out. Where all is read, a query may see dropped ones, too.
     auto mask_of = [&](int i) {
-        if (i < packed) return (int)(bits[i / 4] >> i % 4 * OCTET & 0xff);
+        if (i < packed) {
+            const int mask = bits[i / 4] >> i % 4 * OCTET & 0xff;
+            return mask ? mask : -1;
+        }
         const int octet = kept.frontier / OCTET + i - packed, block = octet * OCTET / p.block_size;
         // Chosen blocks ascend.
         int low = 0, high = listed;
@@ -434,15 +438,16 @@ __device__ __forceinline__ int list_kept(const SelectParams &p, const KeptTokens
             if (chosen_blocks[middle] < block) low = middle + 1;
             else high = middle;
         }
-        return low < listed && chosen_blocks[low] == block ? (int)kept.masks[octet] : 0;
+        const int mask = kept.masks[octet];
+        return low < listed && chosen_blocks[low] == block && (mask || whole) ? mask : -1;
     };
     const int each = (all + SELECT - 1) / SELECT, first = threadIdx.x * each, end = min(all, first + each);
     int own = 0, total;
-    for (int i = first; i < end; ++i) own += mask_of(i) != 0;
+    for (int i = first; i < end; ++i) own += mask_of(i) >= 0;
     int at = before(own, shared, total);
     for (int i = first; i < end; ++i) {
         const int mask = mask_of(i), octet = kept.frontier / OCTET + i - packed;
-        if (!mask) continue;
+        if (mask < 0) continue;
         octets[at++] = i < packed ? Octet{Reads::row(kept.pages, i) | mask, -1} : Octet{Reads::row(pages, octet) | mask, octet * OCTET};
     }
     for (int octet = tail + threadIdx.x; octet <= newest / OCTET; octet += SELECT)
@@ -585,7 +590,7 @@ template <int K, bool KEPT> __device__ void select(const SelectParams &p) {
         const KeptTokens kept(p, head);
         int picked;
         before(tokens, shared, picked);
-        const int octets_of_all = list_kept(p, kept, chosen_blocks, listed, edge, newest, pages, octets, (uint32_t *)(chosen_blocks + p.max_scores + 1), shared);
+        const int octets_of_all = list_kept(p, kept, chosen_blocks, listed, edge, newest, pages, budget == 0x7fffffff, octets, (uint32_t *)(chosen_blocks + p.max_scores + 1), shared);
         if (threadIdx.x == 0) p.counts[of_head] = octets_of_all;
         if (threadIdx.x == 0 && p.picked) p.picked[of_head] = edge > 0 ? picked + kept.of_block(0, p.block_size) : 0;
         return;

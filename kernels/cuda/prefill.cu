@@ -26,6 +26,7 @@ template <typename T, int D> __device__ void attend(const PrefillParams &p) {
     const int queries = (p.firsts ? p.firsts[tile + 1] : min(first + p.tile, p.tokens)) - first;
     const int row_of_list = (p.lists ? p.lists[tile] : tile) * p.kv_heads + head;
     const int eldest = p.start + first, newest = eldest + queries - 1; // positions of the queries
+    const int local_window = p.windows ? p.windows[row_of_list / p.kv_heads] : p.local_window;
     const Reads reads(p, head, row_of_list, eldest, newest);
     const int steps = (reads.count + OCTETS - 1) / OCTETS;
     const uint32_t base = shared_address(shared);
@@ -105,7 +106,7 @@ template <typename T, int D> __device__ void attend(const PrefillParams &p) {
                 const Octet octet = listed[step & 1][n];
 #pragma unroll
                 for (int r = 0; r < 2; ++r) {
-                    const uint32_t bits = visible(octet, position[r], p.sliding_window, p.local_window) >> 2 * (lane % 4);
+                    const uint32_t bits = visible(octet, position[r], p.sliding_window, local_window) >> 2 * (lane % 4);
                     if (!(bits & 1)) c[n][2 * r] = -INFINITY;
                     if (!(bits & 2)) c[n][2 * r + 1] = -INFINITY;
                 }

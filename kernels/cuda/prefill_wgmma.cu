@@ -107,12 +107,12 @@ struct Shared {
 struct Tile {
     int first, queries, eldest, newest; // of the step; and positions
     Reads reads;
-    int steps;
+    int steps, local_window;
 
     __device__ __forceinline__ Tile(const PrefillParams &p, int tile, int head)
         : first(p.firsts ? p.firsts[tile] : tile * p.tile), queries((p.firsts ? p.firsts[tile + 1] : min(first + p.tile, p.tokens)) - first),
           eldest(p.start + first), newest(eldest + queries - 1), reads(p, head, (p.lists ? p.lists[tile] : tile) * p.kv_heads + head, eldest, newest),
-          steps((reads.count + OCTETS - 1) / OCTETS) {}
+          steps((reads.count + OCTETS - 1) / OCTETS), local_window(p.windows ? p.windows[p.lists ? p.lists[tile] : tile] : p.local_window) {}
 };
 
 // Where queries, then all stages of keys, then of values lie.
@@ -214,7 +214,7 @@ template <typename T, int D, bool HALVES> __device__ __forceinline__ void comput
             const Octet octet = shared.listed[step % LISTED][first_octet + n];
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
-                const uint32_t bits = visible(octet, position[r], p.sliding_window, p.local_window) >> 2 * (lane % 4);
+                const uint32_t bits = visible(octet, position[r], p.sliding_window, tile.local_window) >> 2 * (lane % 4);
                 if (!(bits & 1)) c[n][2 * r] = -INFINITY;
                 if (!(bits & 2)) c[n][2 * r + 1] = -INFINITY;
             }

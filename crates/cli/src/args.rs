@@ -233,9 +233,13 @@ pub(crate) struct AttentionArgs {
     /// Positions per routing block
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
     pub(crate) block: Option<u32>,
-    /// Newest tokens, always read and always kept
+    /// Newest tokens, always read
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1 << 28))]
     pub(crate) window: Option<u32>,
+    /// Newest tokens that stay in memory whatever the token router says [default: four times what a trained one was
+    /// trained for, else --window]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1 << 28))]
+    pub(crate) token_window: Option<u32>,
     /// First tokens, which no token router drops [default: 4]
     #[arg(long, value_name = "N")]
     pub(crate) sinks: Option<u32>,

@@ -165,7 +165,7 @@ impl Checkpoint {
     pub(crate) fn attention_of(&self, args: &AttentionArgs) -> Result<RoutedAttention> {
         let known = routing::Known {
             router: self.located.manifest.and_then(|manifest| manifest.router()),
-            // On a GPU a step that drops tokens is led by the host, operation by operation.
+            // On a GPU small models are a little slower with one, and their memory is seldom short.
             drops_freely: self.device.is_cpu(),
             config: self.config(),
             device: &self.device,

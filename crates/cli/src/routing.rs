@@ -22,6 +22,10 @@ const LEAST_GAIN: usize = 2;
 /// Tokens of the first positions that no token router drops (StreamingLLM, arXiv:2309.17453).
 const SINKS: usize = 4;
 
+/// The newest tokens that a trained token router leaves alone, as a multiple of the window that it was trained for: of equal bytes, more
+/// of these and fewer older ones have half the KL (models/README.md).
+const WINDOWS_LEFT_ALONE: usize = 4;
+
 /// The `[routing]` table of a manifest: what was measured to be good for that model.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -122,12 +126,9 @@ pub(crate) fn resolve(args: &AttentionArgs, known: &Known<'_>) -> Result<Routing
     let built_in = RoutingDefaults::default();
     let defaults = known.defaults.unwrap_or(&built_in);
     let (token_router, trained) = token_router(args, known)?;
-    let window = args.window.map_or_else(|| trained.map_or(defaults.window, |(window, _)| window), |window| window as usize);
+    let window = args.window.map_or(defaults.window, |window| window as usize);
     let sinks = args.sinks.map_or_else(|| trained.map_or(SINKS, |(_, sinks)| sinks), |sinks| sinks as usize);
-    if let Some((trained, _)) = trained.filter(|(trained, _)| *trained > window) {
-        let what = format!("--window {window} is narrower than the {trained} that the token router was trained with");
-        return Err(Failure::new(Kind::Usage, what).hint(format!("--window {trained}, or more")).into());
-    }
+    let token_window = token_window(args, window, trained.map(|(trained, _)| trained))?;
     let name = args.block_router.as_deref();
     // Global layers of models that also have sliding ones attend diffusely: dense unless asked.
     let diffuse = args.attn == AttentionChoice::Auto && name.is_none() && known.config.sliding_window.iter().any(Option::is_some);
@@ -155,7 +156,21 @@ pub(crate) fn resolve(args: &AttentionArgs, known: &Known<'_>) -> Result<Routing
     let limits = Limits { window, sinks, block_size, budget, dense_len, tile: args.tile.map_or(known.tile, |tile| tile as usize) };
     let dense_layers = args.dense_layers.map_or(defaults.dense_layers, |n| n as usize);
     let layer_budgets = args.layer_budgets.clone().unwrap_or_else(|| defaults.layer_budgets.clone());
-    Ok(Routing { token_router, block_router, limits, dense_layers, layer_budgets })
+    Ok(Routing { token_router, block_router, limits, token_window, dense_layers, layer_budgets })
+}
+
+/// The newest tokens that no router drops; `trained`: as far as the router that is used learnt to leave them alone.
+fn token_window(args: &AttentionArgs, window: usize, trained: Option<usize>) -> Result<Option<usize>> {
+    let Some(tokens) = args.token_window.map(|tokens| tokens as usize) else {
+        return Ok(trained.map(|trained| (WINDOWS_LEFT_ALONE * trained).max(window)));
+    };
+    let least = trained.unwrap_or(0).max(window);
+    if tokens < least {
+        let why = if least == window { "queries read" } else { "the token router was trained with" };
+        let what = format!("--token-window {tokens} is narrower than the {least} that {why}");
+        return Err(Failure::new(Kind::Usage, what).hint(format!("--token-window {least}, or more")).into());
+    }
+    Ok(Some(tokens))
 }
 
 /// Positions per block that hold about as many kept tokens as `block` would of all: what a query reads lies in as many pieces, and
@@ -221,7 +236,8 @@ pub(crate) fn is_routed(attention: &RoutedAttention) -> bool {
 
 /// A few words on it, for people; empty where it is dense.
 pub(crate) fn describe(attention: &RoutedAttention) -> String {
-    let Routing { token_router, block_router, limits, .. } = attention.routing();
+    let routing = attention.routing();
+    let Routing { token_router, block_router, limits, .. } = routing;
     let mut parts = Vec::new();
     if limits.dense_len < usize::MAX {
         let size = budget(limits.budget);
@@ -229,7 +245,7 @@ pub(crate) fn describe(attention: &RoutedAttention) -> String {
     }
     if token_router.kept_fraction() < 1.0 {
         let keeps = 100.0 * token_router.kept_fraction();
-        parts.push(format!("{} keeps about {keeps:.0} % beyond {} tokens", token_router.name(), limits.window));
+        parts.push(format!("{} keeps about {keeps:.0} % beyond {} tokens", token_router.name(), routing.token_window()));
     }
     parts.join(" · ")
 }
@@ -247,7 +263,7 @@ fn budget(budget: Budget) -> String {
 
 /// As in JSON.
 pub(crate) fn document(attention: &RoutedAttention) -> Value {
-    let Routing { token_router, block_router, limits, dense_layers, layer_budgets } = attention.routing();
+    let Routing { token_router, block_router, limits, token_window: _, dense_layers, layer_budgets } = attention.routing();
     let mut document = json!({"mode": if limits.dense_len < usize::MAX { "routed" } else { "dense" }, "token_router": token_router.name()});
     if limits.dense_len < usize::MAX {
         document["block_router"] = block_router.name().into();
@@ -260,6 +276,7 @@ pub(crate) fn document(attention: &RoutedAttention) -> Value {
     }
     if is_routed(attention) {
         document["window"] = limits.window.into();
+        document["token_window"] = attention.routing().token_window().into();
         document["sinks"] = limits.sinks.into();
         document["kept_fraction"] = token_router.kept_fraction().into();
     }
@@ -277,7 +294,7 @@ pub(crate) fn short(attention: &RoutedAttention, dtypes: KvDtypes) -> String {
         parts.push("dense".to_string());
     }
     if token_router.kept_fraction() < 1.0 {
-        parts.push(format!("{} {:.2} W{}", token_router.name(), token_router.kept_fraction(), limits.window));
+        parts.push(format!("{} {:.2} W{}", token_router.name(), token_router.kept_fraction(), attention.routing().token_window()));
     }
     match (dtypes.k, dtypes.v) {
         (KvDtype::F16, KvDtype::F16) => {}

@@ -764,7 +764,10 @@ fn a_router_that_was_trained_here_is_used_here_and_nowhere_else() {
         case.json(&[&args[..], extra].concat())
     };
     let (half, some) = (generate(&[]), generate(&["--keep", "0.2"]));
-    assert_eq!((&half["attn"]["token_router"], &half["attn"]["window"]), (&"gate".into(), &64.into()));
+    assert_eq!((&half["attn"]["token_router"], &half["attn"]["token_window"]), (&"gate".into(), &256.into()));
+    let narrow = generate(&["--token-window", "64", "--window", "32"]);
+    assert_eq!((&narrow["attn"]["window"], &narrow["attn"]["token_window"]), (&32.into(), &64.into()));
+    assert!(narrow["memory"]["kv_bytes"].as_u64() < half["memory"]["kv_bytes"].as_u64(), "{narrow}");
     assert!(some["memory"]["kv_bytes"].as_u64() < half["memory"]["kv_bytes"].as_u64(), "{some}");
     // A system message is never dropped.
     let system = (0..60).map(|i| format!("rule{i}")).collect::<Vec<_>>().join(" ");
@@ -790,8 +793,8 @@ fn a_router_that_was_trained_here_is_used_here_and_nowhere_else() {
     let deep: Value = serde_json::from_slice(&deep.stdout).unwrap();
     assert_ne!(deep["tau"], trained["tau"]);
     assert_ne!(generate(&[])["token_ids"], Value::Null, "a router with a hidden layer is read and used");
-    let narrow = run(&mut case.llama(&["generate", "hi", "--token-router", &router, "--window", "8"]), 2);
-    assert!(stderr(&narrow).contains("--window 64"), "{}", stderr(&narrow));
+    let narrow = run(&mut case.llama(&["generate", "hi", "--token-router", &router, "--window", "8", "--token-window", "32"]), 2);
+    assert!(stderr(&narrow).contains("--token-window 64"), "{}", stderr(&narrow));
     run(&mut case.llama(&["generate", "hi", "--token-router", &router, "--keep", "0.01"]), 2);
     let mut other = foveate(case.home.path());
     other.args(["generate", "hi", "-m"]).arg(tiny("qwen2")).args(["--token-router", &router]);

@@ -35,6 +35,9 @@ pub struct Routing {
     pub block_router: Arc<dyn BlockRouter>,
     /// Window, block, budget, and the length below which all is dense.
     pub limits: Limits,
+    /// The newest tokens that stay in memory whatever the token router says of them: at least the window of `limits`, and that if `None`.
+    /// A query that selects blocks sees the dropped ones in its own window only; where it reads everything, all that are there.
+    pub token_window: Option<usize>,
     /// The first layers stay dense: their attention is diffuse (Quest, arXiv:2406.10774).
     pub dense_layers: usize,
     /// What the budget is multiplied by in each layer; 1 where the list is over. Layers that attend diffusely want more.
@@ -42,10 +45,17 @@ pub struct Routing {
 }
 
 impl Routing {
-    /// The limits in a layer.
+    /// The newest tokens that stay in memory, of any verdict.
+    pub fn token_window(&self) -> usize {
+        self.token_window.unwrap_or(self.limits.window)
+    }
+
+    /// The limits in a layer. What fits a budget that is filled is read whole, as what is short is: it needs no scores.
     pub fn limits_of(&self, layer: usize) -> Limits {
         let factor = self.layer_budgets.get(layer).copied().unwrap_or(1.0);
-        Limits { budget: self.limits.budget.times(factor), ..self.limits }
+        let budget = self.limits.budget.times(factor);
+        let fits = if self.block_router.fills_budget() { budget.limit(0) } else { 0 };
+        Limits { budget, dense_len: self.limits.dense_len.max(fits), ..self.limits }
     }
 
     /// Every token kept, every block read.
@@ -54,6 +64,7 @@ impl Routing {
             token_router: Arc::new(token_router::All),
             block_router: Arc::new(block_router::All),
             limits: Limits { window: 256, sinks: 4, block_size: 32, budget: Budget::ALL, dense_len: usize::MAX, tile: TILE },
+            token_window: None,
             dense_layers: 0,
             layer_budgets: Vec::new(),
         }
@@ -106,6 +117,9 @@ impl RoutedAttention {
         if window == 0 || block_size == 0 || tile == 0 {
             bail!("routing: window {window}, block {block_size} and tile {tile} must be above 0");
         }
+        if let Some(tokens) = routing.token_window.filter(|tokens| *tokens < window) {
+            bail!("routing: the token router's window of {tokens} must hold that of queries, {window}");
+        }
         Ok(Self { routing, backend, observer: None })
     }
 
@@ -140,7 +154,7 @@ impl RoutedAttention {
     /// What a cache must store for this attention, where the model's layers are `specs`.
     pub fn layer_specs(&self, specs: &[LayerSpec]) -> Vec<LayerSpec> {
         let kept_fraction = self.routing.token_router.kept_fraction();
-        let local = (kept_fraction < 1.0).then_some(Local { window: self.routing.limits.window, kept_fraction });
+        let local = (kept_fraction < 1.0).then_some(Local { window: self.routing.token_window(), kept_fraction });
         specs.iter().map(|spec| LayerSpec { local, ..*spec }).collect()
     }
 
@@ -232,10 +246,9 @@ impl RoutedAttention {
         layer >= self.routing.dense_layers && store.sliding_window().is_none()
     }
 
-    /// Whether queries of `step` read some blocks only in `layer`, if its keys are summarised: what fits needs no scores.
+    /// Whether queries of `step` read some blocks only in `layer`, if its keys are summarised.
     pub fn reads_by_score(&self, layer: usize, step: Step) -> bool {
-        let limits = self.routing.limits_of(layer);
-        step.end() > limits.dense_len && !(self.routing.block_router.fills_budget() && limits.budget.limit(0) >= step.end())
+        step.end() > self.routing.limits_of(layer).dense_len
     }
 
     fn show(&self, layer: usize, input: &AttentionInput<'_>, step: Step, store: &LayerStore, selection: &Selection) -> Result<()> {
@@ -261,9 +274,10 @@ impl RoutedAttention {
             selection.set_ranges(queries.start, head, queries.end, store, &mut ranges);
             let Some((tail, blocks)) = ranges.split_last() else { return (0, 0) };
             let blocks: usize = blocks.iter().map(|range| store.count_admitted(head, range.clone())).sum();
+            let local_window = selection.local_window(queries.start, store);
             let count = |t: usize| {
                 let from = tail.start.max(store.first_visible(t));
-                let in_tail = match store.local_window() {
+                let in_tail = match local_window {
                     None => t + 1 - from,
                     Some(window) => {
                         let window = (t + 1).saturating_sub(window).max(from);

@@ -163,10 +163,21 @@ impl Selection {
         }
     }
 
+    /// The newest positions of which the query at `t` sees what a token router drops; `None`: nothing is dropped.
+    pub(crate) fn local_window(&self, t: usize, store: &LayerStore) -> Option<usize> {
+        let selects = |blocks: &BlockSelection| blocks.tile_of(t).is_some_and(|tile| tile.heads.is_some());
+        let own = match self {
+            Self::Blocks(blocks) if selects(blocks) => blocks.limits.window,
+            _ => usize::MAX,
+        };
+        store.local_window().map(|window| window.min(own))
+    }
+
     /// The positions that the query at `t` reads, ascending: selected, visible, and admitted or still in the window.
     pub fn positions(&self, store: &LayerStore, t: usize, kv_head: usize) -> Vec<usize> {
+        let local_window = self.local_window(t, store);
         let read = |position: &usize| {
-            let in_window = store.local_window().is_some_and(|window| position + window > t);
+            let in_window = local_window.is_some_and(|window| position + window > t);
             in_window || store.admitted(kv_head).is_none_or(|admitted| admitted.contains(*position))
         };
         let (from, mut ranges) = (store.first_visible(t), Vec::new());

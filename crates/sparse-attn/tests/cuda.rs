@@ -362,7 +362,8 @@ fn generated() -> impl Strategy<Value = Generated> {
 impl Generated {
     fn routing(&self) -> Routing {
         let (token_router, block_router) = (token_router::all()[self.token_router].clone(), block_router::all()[self.block_router].clone());
-        Routing { token_router, block_router, limits: self.limits, ..Routing::dense() }
+        let token_window = self.tokens.is_multiple_of(2).then_some(self.limits.window + self.tokens / 5);
+        Routing { token_router, block_router, limits: self.limits, token_window, ..Routing::dense() }
     }
 
     fn laws(&self, device: &Device) -> Result<()> {

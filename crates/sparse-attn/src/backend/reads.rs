@@ -1,6 +1,7 @@
 //! Which keys an item reads: octets of slots, and which lanes of each a query sees.
 
 use crate::cache::{LANES, LayerStore, OCTET, PAGE_SIZE};
+use crate::select::Selection;
 use std::ops::Range;
 
 /// `position` of an octet of kept tokens: all are before every window.
@@ -23,6 +24,8 @@ pub(super) struct Reads<'a> {
     pub(super) store: &'a LayerStore,
     pub(super) kv_head: usize,
     pub(super) queries: Range<usize>,
+    /// See [`Selection::local_window`].
+    pub(super) local_window: Option<usize>,
     pub(super) octets: &'a [OctetRef],
 }
 
@@ -36,7 +39,14 @@ fn lanes(range: Range<usize>, first: usize) -> u8 {
 /// The octets of `head` that hold positions of `ranges`, which ascend: kept ones, then recent ones, in place of what was in
 /// `octets`. Those of which none of `queries` sees a lane are left out: what is read, not how it was selected, then
 /// decides how sums are cut.
-pub(super) fn set_octets(store: &LayerStore, head: usize, queries: &Range<usize>, ranges: &[Range<usize>], octets: &mut Vec<OctetRef>) {
+pub(super) fn set_octets(
+    store: &LayerStore,
+    head: usize,
+    queries: &Range<usize>,
+    selection: &Selection,
+    ranges: &[Range<usize>],
+    octets: &mut Vec<OctetRef>,
+) {
     octets.clear();
     let mut push = |pages: &[u32], slots: Range<usize>, recent: bool| {
         let mut first = slots.start / OCTET * OCTET;
@@ -65,7 +75,8 @@ pub(super) fn set_octets(store: &LayerStore, head: usize, queries: &Range<usize>
     for range in ranges.iter().filter(|range| range.end > frontier) {
         push(store.table().recent(head), range.start.max(frontier)..range.end, true);
     }
-    let reads = Reads { store, kv_head: head, queries: queries.clone(), octets: &[] };
+    let local_window = selection.local_window(queries.start, store);
+    let reads = Reads { store, kv_head: head, queries: queries.clone(), local_window, octets: &[] };
     octets.retain(|octet| queries.clone().any(|t| reads.visible(*octet, t) != 0));
 }
 
@@ -83,7 +94,7 @@ impl Reads<'_> {
 
     /// Some of the octets.
     pub(super) fn some(&self, octets: Range<usize>) -> Self {
-        Self { store: self.store, kv_head: self.kv_head, queries: self.queries.clone(), octets: &self.octets[octets] }
+        Self { queries: self.queries.clone(), octets: &self.octets[octets], ..*self }
     }
 
     /// Whether all queries of the item see the same lanes of `octet`.
@@ -99,7 +110,7 @@ impl Reads<'_> {
             return octet.mask;
         }
         let mask = octet.mask & lanes(self.store.first_visible(t)..t + 1, octet.position);
-        match (self.store.admitted(self.kv_head), self.store.local_window()) {
+        match (self.store.admitted(self.kv_head), self.local_window) {
             (Some(admitted), Some(window)) => {
                 let in_window = lanes((t + 1).saturating_sub(window)..t + 1, octet.position);
                 mask & (in_window | admitted.octet(octet.position))

@@ -556,7 +556,12 @@ impl CudaStep {
 
     fn select(&self, index: usize, store: &LayerStore, scratch: &SelectScratch, q: &Tensor, position: u64) -> Result<DecodeLists> {
         let routing = self.attention.routing();
-        let lists = DecodeLists { octets: address(&scratch.octets)?, counts: address(&scratch.counts)?, most: scratch.most };
+        let lists = DecodeLists {
+            octets: address(&scratch.octets)?,
+            counts: address(&scratch.counts)?,
+            most: scratch.most,
+            local_window: store.local_window().map_or(0, |window| window.min(routing.limits.window)),
+        };
         let call = SelectCall {
             q: address(q)?,
             expanded: false,

@@ -38,6 +38,7 @@ pub(super) struct Workspace {
 struct List {
     ranges: Vec<Range<usize>>,
     octets: Vec<OctetRef>,
+    local_window: Option<usize>,
 }
 
 /// A piece of work.
@@ -78,6 +79,7 @@ impl Workspace {
             store: input.store,
             kv_head: list / pieces.len(),
             queries: pieces[list % pieces.len()].clone(),
+            local_window: lists[list].local_window,
             octets: &lists[list].octets[octets],
         };
         // Every query reads itself at least, so every piece has keys, and all of the list is written.
@@ -116,14 +118,15 @@ impl Workspace {
         parallel::for_each_mut(
             &mut lists[..wanted],
             || (),
-            |(), index, List { ranges, octets }| {
+            |(), index, List { ranges, octets, local_window }| {
                 let (head, queries) = (index / pieces.len(), &pieces[index % pieces.len()]);
                 selection.set_ranges(queries.start, head, queries.end, store, ranges);
-                set_octets(store, head, queries, ranges, octets);
+                set_octets(store, head, queries, selection, ranges, octets);
+                *local_window = selection.local_window(queries.start, store);
             },
         );
         let mut count = 0;
-        for (list, List { octets, .. }) in lists[..wanted].iter().enumerate() {
+        for (list, List { octets, local_window, .. }) in lists[..wanted].iter().enumerate() {
             let mut push = |octets: Range<usize>, split: bool| {
                 if count == items.len() {
                     items.push(Item::default());
@@ -137,7 +140,7 @@ impl Workspace {
                 continue;
             }
             let (kv_head, queries) = (list / pieces.len(), pieces[list % pieces.len()].clone());
-            let reads = Reads { store, kv_head, queries, octets };
+            let reads = Reads { store, kv_head, queries, local_window: *local_window, octets };
             reads.parts(SPLIT_OCTETS).for_each(|part| push(part.clone(), part.len() < octets.len()));
         }
         count

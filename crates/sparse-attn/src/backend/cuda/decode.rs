@@ -57,6 +57,8 @@ pub struct DecodeLists {
     pub counts: u64,
     /// Room for octets.
     pub most: usize,
+    /// The newest positions of which the query sees what a token router drops; 0: nothing is dropped.
+    pub local_window: usize,
 }
 
 /// Addresses of what one query's attention takes and makes.
@@ -86,7 +88,8 @@ pub struct DecodeCall {
 pub unsafe fn decode(kernels: &Kernels, call: DecodeCall, scratch: &DecodeScratch, store: &LayerStore) -> Result<()> {
     let (shape, pages) = (store.shape(), store.device_pages()?);
     let head_dim = shape.head_dim();
-    let lists = call.lists.unwrap_or(DecodeLists { octets: 0, counts: 0, most: 0 });
+    let local_window = store.local_window().unwrap_or(0);
+    let lists = call.lists.unwrap_or(DecodeLists { octets: 0, counts: 0, most: 0, local_window });
     let params = DecodeParams {
         q: call.q,
         k: address(store.k().values())?,
@@ -106,7 +109,7 @@ pub unsafe fn decode(kernels: &Kernels, call: DecodeCall, scratch: &DecodeScratc
         max_octets: lists.most as i32,
         group_size: shape.group_size() as i32,
         sliding_window: store.sliding_window().unwrap_or(0) as i32,
-        local_window: store.local_window().unwrap_or(0) as i32,
+        local_window: lists.local_window as i32,
         scale: call.scale,
     };
     // A warp's stages of keys and values, and, of bytes, a tile of them widened; then the warps' parts; then what each split counts for.

@@ -5,7 +5,7 @@ use crate::backend::reads::set_octets;
 use crate::cache::{LayerStore, Step};
 use crate::parallel;
 use crate::select::Selection;
-use candle_core::{Result, Tensor};
+use candle_core::{Device, Result, Tensor};
 
 /// The lists of a step.
 #[derive(Debug)]
@@ -17,6 +17,22 @@ pub(super) struct Lists {
     pub(super) pieces: usize,
     pub(super) tile: usize, // most queries of a piece
     pub(super) most: usize,
+    pub(super) windows: Windows,
+}
+
+/// The newest positions of which queries see what a token router drops, for each list.
+#[derive(Debug)]
+pub(super) struct Windows {
+    pub(super) on_device: Option<Tensor>, // [lists] u32; `None`: nothing is dropped
+    pub(super) first: usize,              // that of the first list; 0: nothing is dropped
+}
+
+impl Windows {
+    pub(super) fn new(windows: impl Iterator<Item = Option<usize>>, device: &Device) -> Result<Self> {
+        let windows = windows.map(|window| window.map(|window| window as u32)).collect::<Option<Vec<u32>>>();
+        let first = windows.iter().flatten().next().map_or(0, |window| *window as usize);
+        Ok(Self { on_device: windows.map(|windows| Tensor::new(windows, device)).transpose()?, first })
+    }
 }
 
 impl Lists {
@@ -29,7 +45,7 @@ impl Lists {
             let (queries, head) = (&pieces[index / kv_heads], index % kv_heads);
             let (mut ranges, mut octets) = (Vec::new(), Vec::new());
             selection.set_ranges(queries.start, head, queries.end, store, &mut ranges);
-            set_octets(store, head, queries, &ranges, &mut octets);
+            set_octets(store, head, queries, selection, &ranges, &mut octets);
             octets.into_iter().flat_map(|octet| octet.on_device(store, head)).collect::<Vec<u32>>()
         });
         let longest = lists.iter().map(Vec::len).max().unwrap_or(0);
@@ -54,11 +70,17 @@ impl Lists {
             pieces: pieces.len(),
             tile,
             most: longest / 2,
+            windows: Windows::new(pieces.iter().map(|queries| selection.local_window(queries.start, store)), device)?,
         })
     }
 
     /// The lists of a step of one query.
     pub(super) fn of_decode(&self) -> Result<DecodeLists> {
-        Ok(DecodeLists { octets: address(&self.octets)?, counts: address(&self.counts)?, most: self.most })
+        Ok(DecodeLists {
+            octets: address(&self.octets)?,
+            counts: address(&self.counts)?,
+            most: self.most,
+            local_window: self.windows.first,
+        })
     }
 }

@@ -92,6 +92,7 @@ impl Cuda {
             counts: lists.map_or(Ok(0), |lists| address(&lists.counts))?,
             firsts: firsts.map_or(Ok(0), address)?,
             lists: lists.map_or(Ok(0), |lists| address(&lists.of_pieces))?,
+            windows: lists.and_then(|lists| lists.windows.on_device.as_ref()).map_or(Ok(0), address)?,
             out: address(&out)?,
             max_pages: pages.dim(1)? as i32,
             max_octets: lists.map_or(0, |lists| lists.most) as i32,

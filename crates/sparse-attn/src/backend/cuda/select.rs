@@ -1,6 +1,6 @@
 //! Scores and selection of blocks on the device.
 
-use super::lists::Lists;
+use super::lists::{Lists, Windows};
 use super::params::{ExpandParams, Kept, ScoreParams, SelectParams};
 use super::{DecodeLists, Kernels, Spread, address, queries_of, queries_of_a_tile, scales_of, summary_code, uninitialised};
 use crate::block_router::BlockRouter;
@@ -57,7 +57,7 @@ impl Budgeted {
     pub fn new(router: &dyn BlockRouter, limits: Limits, store: &LayerStore, step: Step) -> Option<Self> {
         let kind = kind_of(router)?;
         let blocks = step.end() / limits.block_size;
-        let is_short = store.local_window().is_none_or(|window| limits.block_size <= window);
+        let is_short = store.local_window().is_none_or(|_| limits.block_size <= limits.window);
         let shared_bytes = select_bytes(most_scores(step.end() + SPARE, limits.block_size), limits.block_size, store);
         if !is_short
             || !limits.block_size.is_multiple_of(OCTET)
@@ -142,7 +142,7 @@ impl Budgeted {
                 position: address(&position)?,
                 takes: address(&takes)?,
                 scores: address(&scores)?,
-                lists: DecodeLists { octets: address(&octets)?, counts: address(&counts)?, most },
+                lists: DecodeLists { octets: address(&octets)?, counts: address(&counts)?, most, local_window: 0 },
                 picked: picked.as_ref().map_or(Ok(0), address)?,
                 blocks: blocks.as_ref().map_or(Ok(0), address)?,
                 kind: self.kind,
@@ -166,8 +166,15 @@ impl Budgeted {
             pieces: pieces.len(),
             tile: self.limits.tile.min(most_queries),
             most,
+            windows: Windows::new(self.tiles.iter().map(|tile| self.local_window(tile, store)), device)?,
         };
         Ok(Selected { lists, picked, blocks })
+    }
+
+    /// See [`Selection::local_window`].
+    fn local_window(&self, tile: &Range<usize>, store: &LayerStore) -> Option<usize> {
+        let own = if self.limits.is_dense(tile, self.step) { usize::MAX } else { self.limits.window };
+        store.local_window().map(|window| window.min(own))
     }
 
     /// The queries of thread blocks, and the tile of each.
@@ -208,17 +215,21 @@ impl Budgeted {
         let (mut read, mut visible) = (0u64, 0u64);
         for (index, tile) in self.tiles.iter().enumerate() {
             let edge = limits.edge(tile.start).unwrap_or(0);
-            let takes = Self::takes(&limits, tile, limits.is_dense(tile, self.step), store);
+            let is_dense = limits.is_dense(tile, self.step);
+            let takes = Self::takes(&limits, tile, is_dense, store);
+            let local_window = self.local_window(tile, store);
             for (head, take) in takes.into_iter().enumerate() {
                 // Block 0 and the chosen ones; then everything from the edge on.
-                let chosen = match store.local_window() {
+                let chosen = match local_window {
+                    // Everything is the tail then.
+                    Some(_) if is_dense => 0,
                     Some(_) => picked.get(index * kv_heads + head).map_or(0, |picked| *picked as usize),
                     None if edge == 0 => 0,
                     None => ((take as usize / limits.block_size).min(edge - 1) + 1) * limits.block_size,
                 };
                 for t in tile.clone() {
-                    let tail = edge * limits.block_size;
-                    let window = store.local_window().map_or(tail, |window| (t + 1).saturating_sub(window).max(tail));
+                    let tail = if is_dense && local_window.is_some() { 0 } else { edge * limits.block_size };
+                    let window = local_window.map_or(tail, |window| (t + 1).saturating_sub(window).max(tail));
                     let beyond = if window > tail { store.count_admitted(head, tail..window) } else { 0 };
                     read += (chosen + beyond + t + 1 - window) as u64;
                 }
