@@ -99,10 +99,10 @@ struct Tile {
 }
 
 impl BlockSelection {
-    /// The blocks of each tile: its queries, and per head the blocks, ascending.
+    /// The blocks of each tile: its queries, and per head the blocks, ascending; `None`: everything.
     #[cfg_attr(not(feature = "cuda"), expect(dead_code, reason = "for backends that select themselves"))]
-    pub(crate) fn new(limits: Limits, tiles: impl Iterator<Item = (Range<usize>, Vec<Vec<usize>>)>) -> Self {
-        Self { limits, tiles: tiles.map(|(queries, heads)| Tile { queries, heads: Some(heads) }).collect() }
+    pub(crate) fn new(limits: Limits, tiles: impl Iterator<Item = (Range<usize>, Option<Vec<Vec<usize>>>)>) -> Self {
+        Self { limits, tiles: tiles.map(|(queries, heads)| Tile { queries, heads }).collect() }
     }
 
     /// The selected blocks of the query at `t`, ascending, up to its edge; `None`: it reads everything.

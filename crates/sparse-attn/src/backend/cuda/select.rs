@@ -203,7 +203,8 @@ impl Budgeted {
                 let chosen = head.into_iter().take_while(|block| *block != u32::MAX).map(|block| block as usize);
                 chosen.chain(edge..last.map_or(0, |last| last + 1)).collect()
             };
-            (queries, heads.into_iter().map(all).collect())
+            let reads_all = self.limits.is_dense(&queries, self.step);
+            (queries, (!reads_all).then(|| heads.into_iter().map(all).collect()))
         });
         Ok(Selection::Blocks(BlockSelection::new(self.limits, tiles)))
     }
