@@ -424,13 +424,14 @@ __device__ __forceinline__ int list_kept(const SelectParams &p, const KeptTokens
     __syncthreads();
     // Octets of kept tokens, then of recent ones before the edge whose blocks were chosen, neighbours for each thread.
     const int packed = (kept.count + OCTET - 1) / OCTET, tail = max(kept.frontier, edge * p.block_size) / OCTET, all = packed + tail - kept.frontier / OCTET;
-    // The kept tokens of an octet, or -1: it is left out. Where all is read, a query may see dropped ones, too.
+    // The kept tokens of an octet, or -1: it is left out. Where all is read, a query may see dropped ones, too, of blocks that keep none.
     auto mask_of = [&](int i) {
         if (i < packed) {
             const int mask = bits[i / 4] >> i % 4 * OCTET & 0xff;
             return mask ? mask : -1;
         }
-        const int octet = kept.frontier / OCTET + i - packed, block = octet * OCTET / p.block_size;
+        const int octet = kept.frontier / OCTET + i - packed, block = octet * OCTET / p.block_size, mask = kept.masks[octet];
+        if (whole) return mask;
         // Chosen blocks ascend.
         int low = 0, high = listed;
         while (low < high) {
@@ -438,8 +439,7 @@ __device__ __forceinline__ int list_kept(const SelectParams &p, const KeptTokens
             if (chosen_blocks[middle] < block) low = middle + 1;
             else high = middle;
         }
-        const int mask = kept.masks[octet];
-        return low < listed && chosen_blocks[low] == block && (mask || whole) ? mask : -1;
+        return low < listed && chosen_blocks[low] == block && mask ? mask : -1;
     };
     const int each = (all + SELECT - 1) / SELECT, first = threadIdx.x * each, end = min(all, first + each);
     int own = 0, total;

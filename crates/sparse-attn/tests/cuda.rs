@@ -105,7 +105,9 @@ impl Case {
             cache.commit(*step)?;
             let error = far(&part(got)?, &want)?;
             if error >= tolerance(dtype) {
-                bail!("{:?} {dtype:?} {:?}, {step:?}: off by {error}", self.spec, routing.limits);
+                let of_query = |t| far(&part(got)?.narrow(0, t, 1)?, &want.narrow(0, t, 1)?);
+                let each: Vec<f32> = (0..step.len).map(of_query).collect::<Result<_>>()?;
+                bail!("{:?} {dtype:?} {:?}, {step:?}: off by {error} ({each:?}), reading {selection:?}", self.spec, routing.limits);
             }
         }
         Ok(())
