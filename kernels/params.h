@@ -3,7 +3,7 @@
 //
 // T: half or bf16. Rows of keys, values and summaries lie one after the other; a slot of a head is row
 // `pages[head][slot / 64] * 64 + slot % 64` of the pool. S: T, or signed bytes, of which each 32 neighbours of a row have a scale, half,
-// in a pool of their own; T is half then.
+// in a pool of their own; T is half then, and keys are stored as the Hadamard transform of each 32 neighbours.
 
 #pragma once
 
@@ -54,7 +54,7 @@ struct DecodeParams {
 
 // The same of many queries, in tiles that share a list.
 struct PrefillParams {
-    const void *q;        // [tokens, q_heads, head_dim] T
+    const void *q;        // [tokens, q_heads, head_dim] T, transformed where keys are
     const void *k;
     const void *v;
     const int *pages;
@@ -127,6 +127,14 @@ struct ScatterParams {
     void *scales;          // [.., width / 32]; null: there are none
     int count;
     int width;
+    int transforms;        // whether the Hadamard transform of each 32 neighbours is stored
+};
+
+// The Hadamard transform of each 32 neighbours. grid ceil(count / 256)
+struct TransformParams {
+    const void *x;         // [count] half
+    void *out;             // [count] half
+    int64_t count;         // a multiple of 32
 };
 
 // Numbers of a pool of bytes and scales, as half. grid ceil(count / 16 / 256)

@@ -7,7 +7,8 @@ namespace cache {
 // grid count; whole warps.
 template <typename S> __device__ void scatter(const ScatterParams &p) {
     const float *from = p.rows + (int64_t)blockIdx.x * p.width;
-    for (int i = threadIdx.x; i < p.width; i += blockDim.x) store_at<S>(p.pool, p.scales, p.slots[blockIdx.x], p.width, i, from[i]);
+    for (int i = threadIdx.x; i < p.width; i += blockDim.x)
+        store_at<S>(p.pool, p.scales, p.slots[blockIdx.x], p.width, i, p.transforms ? hadamard(from[i]) : from[i]);
 }
 
 __device__ __forceinline__ void move(const MoveParams &p) {
@@ -34,7 +35,10 @@ __device__ __forceinline__ void summarise(const void *k, const void *k_scales, c
     float sum = 0.f, high = -INFINITY, low = INFINITY;
     int count = 0;
     auto is_kept = [&](int slot) { return !masks || masks[slot / OCTET] >> slot % OCTET & 1; };
-    auto key = [&](int slot) { return number_at<S>(k, k_scales, (int64_t)pages[slot / PAGE] * PAGE + slot % PAGE, head_dim, d); };
+    auto key = [&](int slot) {
+        const float x = number_at<S>(k, k_scales, (int64_t)pages[slot / PAGE] * PAGE + slot % PAGE, head_dim, d);
+        return std::is_same_v<S, Bytes> ? hadamard(x) : x;
+    };
     for (int slot = block * block_size; slot < (block + 1) * block_size; ++slot) {
         if (!is_kept(slot)) continue;
         const float x = key(slot);
@@ -164,8 +168,15 @@ __device__ __forceinline__ void widen(const WidenParams &p) {
     to[1] = make_uint4(wide[2].x, wide[2].y, wide[3].x, wide[3].y);
 }
 
+// A number for each thread, whole warps.
+__device__ __forceinline__ void transform(const TransformParams &p) {
+    const int64_t at = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (at < p.count) ((half *)p.out)[at] = __float2half_rn(hadamard(wide(((const half *)p.x)[at])));
+}
+
 } // namespace cache
 
+extern "C" __global__ void __launch_bounds__(256) transform_f16(const TransformParams p) { cache::transform(p); }
 extern "C" __global__ void __launch_bounds__(256) widen_bytes(const WidenParams p) { cache::widen(p); }
 
 #define ROWS(NAME, S)                                                                                                                      \

@@ -72,14 +72,19 @@ template <> __device__ __forceinline__ uint32_t pack<__nv_bfloat16>(float a, flo
     __nv_bfloat162 h = __floats2bfloat162_rn(a, b);
     return *reinterpret_cast<uint32_t *>(&h);
 }
+template <typename T> __device__ __forceinline__ float2 unpack(uint32_t x);
+template <> __device__ __forceinline__ float2 unpack<half>(uint32_t x) { return __half22float2(*reinterpret_cast<const half2 *>(&x)); }
+template <> __device__ __forceinline__ float2 unpack<__nv_bfloat16>(uint32_t x) { return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162 *>(&x)); }
 __device__ __forceinline__ float wide(half x) { return __half2float(x); }
 __device__ __forceinline__ float wide(__nv_bfloat16 x) { return __bfloat162float(x); }
 __device__ __forceinline__ void narrow(half &to, float x) { to = __float2half_rn(x); }
 __device__ __forceinline__ void narrow(__nv_bfloat16 &to, float x) { to = __float2bfloat16_rn(x); }
 
-// Storage of rows in signed bytes, with a scale for each GROUP neighbours (ggml's q8_0).
+// Storage of rows in signed bytes, with a scale for each GROUP neighbours (ggml's q8_0). Keys are stored as the Hadamard transform of each
+// group, and what is multiplied with them is transformed, too.
 struct Bytes {};
 constexpr int GROUP = 32;
+constexpr float HADAMARD_FACTOR = 0.17677669529663687f; // 1 / sqrt(GROUP)
 
 // What is computed with, where rows are stored as S.
 template <typename S> struct ComputedAs { using T = S; };
@@ -184,6 +189,17 @@ struct Reads {
         return Octet{row(pages, octet) | (masks ? masks[octet] : 0xff), octet * OCTET};
     }
 };
+
+// The lane's number of the Hadamard transform of a warp's numbers: 32 neighbours of a row. Its own inverse.
+__device__ __forceinline__ float hadamard(float x) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+        const float other = __shfl_xor_sync(~0u, x, step);
+        x = lane & step ? other - x : x + other;
+    }
+    return x * HADAMARD_FACTOR;
+}
 
 // The sum of the numbers of a warp, in every lane.
 __device__ __forceinline__ float sum_of_warp(float x) {

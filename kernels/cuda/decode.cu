@@ -11,6 +11,41 @@ namespace decode {
 
 constexpr int TILE = 16, WARPS = 4, STAGES = 3, QUERIES = 8, MOST_SPLITS = 256, TILES_OF_A_SPLIT = 8;
 
+// The Hadamard transform of 32 neighbours of queries, as `attend` holds them: of dimension 16 i + 8 j + 2 (lane % 4) + e, lanes have bits 1
+// and 2, and each lane all others.
+template <typename T> __device__ __forceinline__ void transform(uint32_t (&first)[2], uint32_t (&second)[2]) {
+    float x[8];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const float2 pair = unpack<T>(i / 2 ? second[i % 2] : first[i % 2]);
+        x[2 * i] = pair.x, x[2 * i + 1] = pair.y;
+    }
+    // In the order of the bits, as everywhere.
+    auto within = [&](int step) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            if (i & step) continue;
+            const float a = x[i], b = x[i + step];
+            x[i] = a + b, x[i + step] = a - b;
+        }
+    };
+    within(1);
+#pragma unroll
+    for (int step = 1; step < 4; step *= 2) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            const float other = __shfl_xor_sync(~0u, x[i], step);
+            x[i] = threadIdx.x & step ? other - x[i] : x[i] + other;
+        }
+    }
+    within(2), within(4);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        first[i] = pack<T>(x[2 * i] * HADAMARD_FACTOR, x[2 * i + 1] * HADAMARD_FACTOR);
+        second[i] = pack<T>(x[4 + 2 * i] * HADAMARD_FACTOR, x[5 + 2 * i] * HADAMARD_FACTOR);
+    }
+}
+
 // grid (most splits, kv_heads, ceil(group_size / 8)), WARPS * 32 threads. Each split takes its share of the list; the last one to
 // finish merges all, in order. How many splits there are follows from what is read alone.
 template <typename S, int D> __device__ void attend(const DecodeParams &p) {
@@ -81,6 +116,10 @@ template <typename S, int D> __device__ void attend(const DecodeParams &p) {
             q[i][0] = row < G ? *(const uint32_t *)(from + 16 * i) : 0;
             q[i][1] = row < G ? *(const uint32_t *)(from + 16 * i + 8) : 0;
         }
+    }
+    if constexpr (IS_BYTES) {
+#pragma unroll
+        for (int i = 0; i < D / 16; i += 2) transform<T>(q[i], q[i + 1]);
     }
     float sums[D / 16][4] = {};
     float maximum[2] = {-INFINITY, -INFINITY}, weight[2] = {0.f, 0.f};

@@ -151,7 +151,7 @@ template <typename S> __device__ void write(const WriteParams &p) {
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
                 if (is_q) store_at<T>(p.q, nullptr, row, D, d + i * half_, turned[i]);
-                else store_at<S>(p.k, p.k_scales, slot, D, d + i * half_, turned[i]);
+                else store_at<S>(p.k, p.k_scales, slot, D, d + i * half_, std::is_same_v<S, Bytes> ? hadamard(turned[i]) : turned[i]);
             }
         }
     }

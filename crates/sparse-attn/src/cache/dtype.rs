@@ -14,7 +14,7 @@ pub enum KvDtype {
     F16,
     /// 16-bit floats with the exponent of 32-bit ones.
     Bf16,
-    /// 8-bit integers; each [`GROUP`] of dimensions has a 16-bit scale (ggml's `q8_0`).
+    /// 8-bit integers; each [`GROUP`] of dimensions has a 16-bit scale (ggml's `q8_0`). Keys are rotated first, see `hadamard.rs`.
     Q8_0,
 }
 

@@ -95,7 +95,7 @@ impl LayerStore {
         let routed = spec.local.is_some() && spec.sliding_window.is_none();
         Ok(Self {
             spec,
-            k: Pool::new(dtypes.k, Order::Tiles, width, pages, device)?,
+            k: Pool::of_keys(dtypes.k, width, pages, device)?,
             v: Pool::new(dtypes.v, Order::Rows, width, pages, device)?,
             table: PageTable::new(kv_heads, spec.window()),
             admitted: routed.then(|| vec![Admitted::default(); kv_heads]),
@@ -373,7 +373,8 @@ impl LayerStore {
             range.filter(|position| self.admitted(head).is_none_or(|admitted| admitted.contains(*position))).collect();
         let slots = positions.iter().map(|position| self.slot(head, *position)).collect::<Result<Vec<u32>>>()?;
         if self.k.values().device().is_cpu() {
-            return Ok((positions, with_rows(&self.k, |rows| rows.gather(self.k.order(), &slots))?));
+            let stored = with_rows(&self.k, |rows| rows.gather(self.k.order(), &slots))?;
+            return Ok((positions, self.k.transformed(stored).into_owned()));
         }
         Ok((positions, read_slots(&self.k, &slots)?.flatten_all()?.to_vec1()?))
     }

@@ -2,6 +2,7 @@
 
 mod admitted;
 mod dtype;
+mod hadamard;
 mod layer_store;
 mod mirror;
 mod page_table;

@@ -1,6 +1,6 @@
 //! Pages of rows (keys, values or block summaries) in tensors that backends write in place.
 
-use super::{GROUP, KvDtype, PAGE_SIZE};
+use super::{GROUP, KvDtype, PAGE_SIZE, hadamard};
 use crate::parallel;
 use candle_core::{DType, Device, Result, Shape, Tensor};
 use half::vec::HalfBitsVecExt;
@@ -43,6 +43,7 @@ pub struct Pool {
     dtype: KvDtype,
     order: Order,
     width: usize,
+    transformed: bool,
     values: Tensor,
     /// Of [`KvDtype::Q8_0`]: as `values`, with a scale for each group in the place of a dimension; f16.
     scales: Option<Tensor>,
@@ -61,7 +62,15 @@ impl Pool {
         };
         let scales = dtype.scales(width);
         let scales = (scales > 0).then(|| pages_of(scales, DType::F16)).transpose()?;
-        Ok(Self { dtype, order, width, values: pages_of(width, dtype.tensor_dtype())?, scales })
+        Ok(Self { dtype, order, width, transformed: false, values: pages_of(width, dtype.tensor_dtype())?, scales })
+    }
+
+    /// [`Pool::new`] for keys: those in 8 bits are stored as their Hadamard transform, by groups of [`GROUP`] dimensions.
+    ///
+    /// # Errors
+    /// If the device has no memory for it.
+    pub fn of_keys(dtype: KvDtype, width: usize, pages: usize, device: &Device) -> Result<Self> {
+        Ok(Self { transformed: dtype == KvDtype::Q8_0, ..Self::new(dtype, Order::Tiles, width, pages, device)? })
     }
 
     /// How rows are stored.
@@ -77,6 +86,11 @@ impl Pool {
     /// Numbers per row.
     pub fn width(&self) -> usize {
         self.width
+    }
+
+    /// Whether rows are stored as their Hadamard transform: what they are multiplied with must be transformed, too.
+    pub fn is_transformed(&self) -> bool {
+        self.transformed
     }
 
     /// Pages there are.
@@ -110,13 +124,22 @@ impl Pool {
     /// # Errors
     /// If the device has no memory for it.
     pub fn grown(&self, pages: usize) -> Result<Self> {
-        let larger = Self::new(self.dtype, self.order, self.width, pages, self.values.device())?;
+        let larger = self.empty(pages)?;
         if self.pages() > 0 {
             for (to, from) in larger.tensors().zip(self.tensors()) {
                 to.slice_set(from, 0, 0)?;
             }
         }
         Ok(larger)
+    }
+
+    /// A pool like this one with room for `pages` pages, of which nothing is written yet.
+    ///
+    /// # Errors
+    /// If the device has no memory for it.
+    pub fn empty(&self, pages: usize) -> Result<Self> {
+        let device = self.values.device();
+        Ok(Self { transformed: self.transformed, ..Self::new(self.dtype, self.order, self.width, pages, device)? })
     }
 
     /// The same rows on the host, where code for the host reads them: itself, if it is there.
@@ -164,9 +187,13 @@ impl Pool {
         let (count, width) = rows.dims2()?;
         let rows = rows.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
         let encoded = parallel::map(count.div_ceil(ROWS_AT_ONCE), |part| {
-            let rows = rows.chunks_exact(width).skip(part * ROWS_AT_ONCE).take(ROWS_AT_ONCE);
-            let (mut integers, mut scales) = (Vec::with_capacity(ROWS_AT_ONCE * width), Vec::new());
-            for group in rows.flat_map(|row| row.chunks(GROUP)) {
+            let from = part * ROWS_AT_ONCE * width;
+            let mut rows = rows[from..rows.len().min(from + ROWS_AT_ONCE * width)].to_vec();
+            if self.transformed {
+                hadamard::transform(&mut rows, width);
+            }
+            let (mut integers, mut scales) = (Vec::with_capacity(rows.len()), Vec::new());
+            for group in rows.chunks_exact(width).flat_map(|row| row.chunks(GROUP)) {
                 // NaN is not the maximum of anything, but must not vanish either.
                 let largest = group.iter().fold(0f32, |max, x| if x.is_nan() { f32::NAN } else { max.max(x.abs()) });
                 let scale = largest / 127.0;
@@ -183,7 +210,7 @@ impl Pool {
         Ok(vec![Tensor::from_vec(integers, (count, width), device)?, Tensor::from_vec(scales, (count, groups), device)?])
     }
 
-    /// The rows of the pages `ids`, one after the other: `[ids * PAGE_SIZE, width]`, f32. Plain tensor code.
+    /// The rows of the pages `ids`, one after the other, transformed back: `[ids * PAGE_SIZE, width]`, f32. Plain tensor code.
     ///
     /// # Errors
     /// If the pages cannot be read.
@@ -202,9 +229,11 @@ impl Pool {
         let (count, groups) = scales.dims2()?;
         let scales = scales.unsqueeze(2)?.broadcast_as((count, groups, GROUP))?.flatten_from(1)?.narrow(1, 0, self.width)?;
         let negative = values.ge(128f64)?.to_dtype(DType::F32)?;
-        (values - (negative * 256f64)?)? * scales
+        let rows = ((values - (negative * 256f64)?)? * scales)?;
+        if self.transformed { hadamard::product(&rows) } else { Ok(rows) }
     }
 }
+
 /// Zeros. 16-bit ones come from the allocator as they are on the host, where candle would write each.
 fn zeros(shape: impl Into<Shape>, dtype: DType, device: &Device) -> Result<Tensor> {
     let shape = shape.into();

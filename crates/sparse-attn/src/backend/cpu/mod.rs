@@ -16,7 +16,7 @@ use workspace::Workspace;
 /// Work is cut into items (a key/value head, a tile of queries, some octets of keys). An item makes one pass
 /// over its keys with a running softmax in f32; partial results are merged split by split, in order, whether one thread had all
 /// splits or several had some: the result depends neither on the number of threads nor on that of queries. A step of few
-/// queries allocates nothing but the tensor that it returns.
+/// queries allocates nothing but the tensor that it returns, and rotated queries where keys are.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Cpu;
 
@@ -33,7 +33,8 @@ impl AttentionBackend for Cpu {
     fn attend(&self, q: &Tensor, scale: f32, store: &LayerStore, step: Step, selection: &Selection) -> Result<Tensor> {
         store.check_queries(q, step)?;
         let out = with_f32(q, |q| {
-            with_rows(store.k(), |k| with_rows(store.v(), |v| Workspace::attend(q, scale, [k, v], store, step, selection)))?
+            let q = store.k().transformed(q);
+            with_rows(store.k(), |k| with_rows(store.v(), |v| Workspace::attend(&q, scale, [k, v], store, step, selection)))?
         })?;
         Tensor::from_vec(out, q.shape(), &Device::Cpu)
     }

@@ -9,8 +9,8 @@ mod select;
 
 pub use decode::{DecodeCall, DecodeLists, DecodeScratch, decode};
 pub use kernels::{Kernels, Spread, address};
-use rows::in_halves;
 pub use rows::scales_of;
+use rows::{in_halves, transformed};
 pub(crate) use rows::{move_rows, scatter_rows, summarise};
 pub use select::{Budgeted, SelectCall, SelectScratch, kind_of, score_and_select};
 
@@ -82,6 +82,7 @@ impl Cuda {
         };
         // Widening all is little beside what many queries read of it.
         let (k, v) = (in_halves(store.k())?, in_halves(store.v())?);
+        let q = if store.k().is_transformed() { transformed(&q)? } else { q };
         let params = PrefillParams {
             q: address(&q)?,
             k: address(&k)?,

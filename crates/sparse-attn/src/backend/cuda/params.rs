@@ -82,7 +82,9 @@ crate::mirrors! { "params.h":
         max_scores: i32, max_pages: i32, max_octets: i32, rows: i32, tokens: i32, window: i32, block_size: i32, tile: i32, first_tile: i32,
     }
     /// Rows into slots.
-    ScatterParams { rows: u64, slots: u64, pool: u64, scales: u64, count: i32, width: i32 }
+    ScatterParams { rows: u64, slots: u64, pool: u64, scales: u64, count: i32, width: i32, transforms: i32 }
+    /// Queries as keys in 8 bits are.
+    TransformParams { x: u64, out: u64, count: i64 }
     /// Bytes and scales as 16-bit numbers.
     WidenParams { values: u64, scales: u64, out: u64, count: i64 }
     /// Rows to other slots.

@@ -1,6 +1,6 @@
 //! Rows in pools: written, moved, summarised.
 
-use super::params::{MoveParams, ScatterParams, SummaryParams, WidenParams};
+use super::params::{MoveParams, ScatterParams, SummaryParams, TransformParams, WidenParams};
 use super::{Kernels, Spread, address, summary_code, uninitialised};
 use crate::cache::{KvDtype, LayerStore, Move, Pool, Summaries, Summary};
 use candle_core::{DType, Result, Tensor, bail};
@@ -33,6 +33,16 @@ pub(super) fn in_halves(pool: &Pool) -> Result<Tensor> {
     Ok(out)
 }
 
+/// The Hadamard transform of `q` `[tokens, q_heads, head_dim]`, f16, by groups of neighbours.
+pub(super) fn transformed(q: &Tensor) -> Result<Tensor> {
+    let out = uninitialised(q.shape(), DType::F16, q.device())?;
+    let count = out.elem_count();
+    let params = TransformParams { x: address(q)?, out: address(&out)?, count: count as i64 };
+    // SAFETY: both have `count` numbers, and live until the stream frees them.
+    unsafe { Kernels::of(q.device())?.launch("transform_f16", Spread::new([count.div_ceil(256), 1, 1], 256), &params) }?;
+    Ok(out)
+}
+
 /// Stores `rows` `[slots, width]` into slots of `pool`, which the caller has checked to lie inside.
 pub(crate) fn scatter_rows(pool: &Pool, rows: &Tensor, slots: &[u32]) -> Result<()> {
     let kernels = Kernels::of(rows.device())?;
@@ -46,6 +56,7 @@ pub(crate) fn scatter_rows(pool: &Pool, rows: &Tensor, slots: &[u32]) -> Result<
         scales: scales_of(pool)?,
         count: count as i32,
         width: pool.width() as i32,
+        transforms: i32::from(pool.is_transformed()),
     };
     let threads = pool.width().min(256).next_multiple_of(32);
     // SAFETY: the slots lie inside the pool; what the kernel reads lives until the stream frees it.
