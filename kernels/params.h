@@ -181,6 +181,18 @@ struct ExpandParams {
 };
 
 
+// Verdicts of a gate on the tokens of a step, as bits.
+struct VerdictParams {
+    const float *scores;   // [tokens, kv_heads]
+    uint8_t *masks;        // as in Kept
+    int start;             // position of the first token
+    int tokens;
+    int kv_heads;
+    int max_pages;
+    int sinks;             // positions that are kept anyway
+    float tau;             // kept from this score on
+};
+
 // Scores of a token router's gate, or its hidden layer: `x weight' + bias`, each from its token alone.
 struct GateParams {
     const float *x;        // [tokens, columns]

@@ -99,59 +99,78 @@ template <typename T> __device__ void expand(const ExpandParams &p) {
     narrow(to[p.head_dim + d], b / (end - first));
 }
 
-constexpr int GATE_TOKENS = 16, GATE_ROWS = 8, GATE_COLUMNS = 64, GATE_THREADS = GATE_TOKENS * GATE_ROWS;
+// An octet for each thread. grid (octets / 256, kv_heads)
+__device__ __forceinline__ void note_verdicts(const VerdictParams &p) {
+    const int octet = p.start / OCTET + blockIdx.x * blockDim.x + threadIdx.x, head = blockIdx.y, end = p.start + p.tokens;
+    if (octet * OCTET >= end) return;
+    uint8_t *mask = p.masks + (int64_t)head * p.max_pages * (PAGE / OCTET) + octet;
+    // Of tokens before the step, what is known.
+    uint32_t bits = *mask & ~(0xffu << max(0, min(OCTET, p.start - octet * OCTET)));
+    for (int t = max(p.start, octet * OCTET); t < min(end, (octet + 1) * OCTET); ++t) {
+        const bool keeps = t < p.sinks || p.scores[(int64_t)(t - p.start) * p.kv_heads + head] >= p.tau;
+        bits |= (uint32_t)keeps << t % OCTET;
+    }
+    *mask = bits;
+}
+
+// Tokens and rows of a thread block, columns at a time, and tokens of a warp.
+constexpr int GATE_TOKENS = 16, GATE_ROWS = 8, GATE_COLUMNS = 512, GATE_WARPS = 4, GATE_OWN = GATE_TOKENS / GATE_WARPS;
 
 __device__ __forceinline__ float gelu(float x) { return 0.5f * x * (1.f + erff(x * 0.70710678118654752f)); }
 
-// A tile of a matrix, which is on its way while the one before is used.
-template <int ROWS> struct GateTile {
-    static constexpr int EACH = ROWS * GATE_COLUMNS / GATE_THREADS;
-    float next[EACH];
-
-    __device__ __forceinline__ void fetch(const float *from, int first, int rows, int column, int columns) {
-#pragma unroll
-        for (int i = 0; i < EACH; ++i) {
-            const int at = threadIdx.x + i * GATE_THREADS, row = first + at / GATE_COLUMNS, c = column + at % GATE_COLUMNS;
-            next[i] = row < rows && c < columns ? from[(int64_t)row * columns + c] : 0.f;
-        }
-    }
-
-    __device__ __forceinline__ void put(float (&to)[ROWS][GATE_COLUMNS + 1]) const {
-#pragma unroll
-        for (int i = 0; i < EACH; ++i) {
-            const int at = threadIdx.x + i * GATE_THREADS;
-            to[at / GATE_COLUMNS][at % GATE_COLUMNS] = next[i];
-        }
-    }
-};
-
 } // namespace cache
 
-// grid (ceil(tokens / GATE_TOKENS), ceil(rows / GATE_ROWS)), a thread for each sum: always in the order of the columns.
-extern "C" __global__ void __launch_bounds__(cache::GATE_THREADS) gate_scores(const GateParams p) {
+// grid (ceil(tokens / GATE_TOKENS), ceil(rows / GATE_ROWS)). A lane sums every 32nd four columns, then a warp's lanes: in one order for any
+// number of tokens.
+extern "C" __global__ void __launch_bounds__(cache::GATE_WARPS * 32) gate_scores(const GateParams p) {
     using namespace cache;
-    __shared__ float x[GATE_TOKENS][GATE_COLUMNS + 1], weight[GATE_ROWS][GATE_COLUMNS + 1];
-    const int first_token = blockIdx.x * GATE_TOKENS, first_row = blockIdx.y * GATE_ROWS;
-    const int token = threadIdx.x / GATE_ROWS, row = threadIdx.x % GATE_ROWS;
-    GateTile<GATE_TOKENS> next_x;
-    GateTile<GATE_ROWS> next_weight;
-    auto fetch = [&](int column) {
-        next_x.fetch(p.x, first_token, p.tokens, column, p.columns);
-        next_weight.fetch(p.weight, first_row, p.rows, column, p.columns);
+    constexpr int FOURS = GATE_COLUMNS / 4, EACH = FOURS / 32;
+    __shared__ float4 weight[GATE_ROWS][FOURS];
+    const int lane = threadIdx.x % 32, first_token = blockIdx.x * GATE_TOKENS + threadIdx.x / 32 * GATE_OWN, first_row = blockIdx.y * GATE_ROWS;
+    auto four = [&](const float *from, int row, int rows, int column) {
+        return row < rows && column < p.columns ? *(const float4 *)(from + (int64_t)row * p.columns + column) : make_float4(0.f, 0.f, 0.f, 0.f);
     };
-    fetch(0);
-    float sum = 0.f;
+    float sums[GATE_OWN][GATE_ROWS] = {};
     for (int column = 0; column < p.columns; column += GATE_COLUMNS) {
-        next_x.put(x), next_weight.put(weight);
-        __syncthreads();
-        fetch(column + GATE_COLUMNS);
+        float4 x[GATE_OWN][EACH];
 #pragma unroll
-        for (int c = 0; c < GATE_COLUMNS; ++c) sum = fmaf(x[token][c], weight[row][c], sum);
+        for (int token = 0; token < GATE_OWN; ++token)
+#pragma unroll
+            for (int i = 0; i < EACH; ++i) x[token][i] = four(p.x, first_token + token, p.tokens, column + 4 * (32 * i + lane));
+#pragma unroll
+        for (int at = threadIdx.x; at < GATE_ROWS * FOURS; at += GATE_WARPS * 32)
+            weight[at / FOURS][at % FOURS] = four(p.weight, first_row + at / FOURS, p.rows, column + 4 * (at % FOURS));
+        __syncthreads();
+#pragma unroll
+        for (int i = 0; i < EACH; ++i) {
+#pragma unroll
+            for (int row = 0; row < GATE_ROWS; ++row) {
+                const float4 w = weight[row][32 * i + lane];
+#pragma unroll
+                for (int token = 0; token < GATE_OWN; ++token) {
+                    float &sum = sums[token][row];
+                    sum = fmaf(x[token][i].x, w.x, sum), sum = fmaf(x[token][i].y, w.y, sum);
+                    sum = fmaf(x[token][i].z, w.z, sum), sum = fmaf(x[token][i].w, w.w, sum);
+                }
+            }
+        }
         __syncthreads();
     }
-    if (first_token + token >= p.tokens || first_row + row >= p.rows) return;
-    sum += p.bias[first_row + row];
-    p.out[(int64_t)(first_token + token) * p.rows + first_row + row] = p.is_hidden ? gelu(sum) : sum;
+    // Each lane a sum.
+    static_assert(GATE_OWN * GATE_ROWS == 32);
+    float own = 0.f;
+#pragma unroll
+    for (int token = 0; token < GATE_OWN; ++token) {
+#pragma unroll
+        for (int row = 0; row < GATE_ROWS; ++row) {
+            const float sum = sum_of_warp(sums[token][row]);
+            if (lane == token * GATE_ROWS + row) own = sum;
+        }
+    }
+    const int token = first_token + lane / GATE_ROWS, row = first_row + lane % GATE_ROWS;
+    if (token >= p.tokens || row >= p.rows) return;
+    own += p.bias[row];
+    p.out[(int64_t)token * p.rows + row] = p.is_hidden ? gelu(own) : own;
 }
 
 namespace cache {
@@ -177,6 +196,7 @@ __device__ __forceinline__ void transform(const TransformParams &p) {
 } // namespace cache
 
 extern "C" __global__ void __launch_bounds__(256) transform_f16(const TransformParams p) { cache::transform(p); }
+extern "C" __global__ void __launch_bounds__(256) note_verdicts(const VerdictParams p) { cache::note_verdicts(p); }
 extern "C" __global__ void __launch_bounds__(256) widen_bytes(const WidenParams p) { cache::widen(p); }
 
 #define ROWS(NAME, S)                                                                                                                      \

@@ -35,11 +35,9 @@ template <typename T, int D> __device__ void attend(const PrefillParams &p) {
         if (step < steps) {
             const uint32_t to = base + stage * 2 * TILE_BYTES;
             if (warp == 0) {
-                const Octet octet = lane < OCTETS ? reads.octet(step * OCTETS + lane) : Octet{0xff, -1};
-                const bool whole = (octet.row & 0xff) == 0xff &&
-                    (octet.position < 0 || octet.position + OCTET - 1 <= eldest && (!p.sliding_window || octet.position > newest - p.sliding_window));
-                const uint32_t bits = __ballot_sync(~0u, !whole);
-                if (lane < OCTETS) listed[stage][lane] = octet;
+                const Sight sight(lane < OCTETS ? reads.octet(step * OCTETS + lane) : Octet{0xff, -1}, eldest, newest, p.sliding_window, local_window);
+                const uint32_t bits = __ballot_sync(~0u, sight.is_mixed || sight.mask() != 0xff);
+                if (lane < OCTETS) listed[stage][lane] = sight.octet;
                 if (lane == 0) partly[stage] = bits;
             }
 #pragma unroll

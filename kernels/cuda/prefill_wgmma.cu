@@ -100,7 +100,8 @@ __device__ __forceinline__ void pass(int number, int count) { asm volatile("bar.
 struct Shared {
     uint64_t keys_there[STAGES], values_there[STAGES], keys_read[STAGES], values_read[STAGES];
     Octet listed[LISTED][OCTETS];
-    uint32_t partly[LISTED]; // octets of a step that not every query sees whole
+    alignas(16) uint8_t masks[LISTED][OCTETS]; // lanes that queries see
+    uint32_t mixed[LISTED];                    // octets of a step of which not every query sees the same
 };
 
 // What a thread block computes: a tile of queries, and what it reads.
@@ -130,11 +131,10 @@ template <typename T, int D> __device__ __forceinline__ void fetch(const Prefill
     // Octets of a step are looked up well before it is copied: by the first warp, one each.
     auto look_up = [&](int step) { return lane < OCTETS ? tile.reads.octet(step * OCTETS + lane) : Octet{0xff, -1}; };
     auto note = [&](int step, Octet octet) {
-        const bool whole = (octet.row & 0xff) == 0xff && (octet.position < 0 || octet.position + OCTET - 1 <= tile.eldest &&
-            (!p.sliding_window || octet.position > tile.newest - p.sliding_window));
-        const uint32_t bits = __ballot_sync(~0u, !whole);
-        if (lane < OCTETS) shared.listed[step % LISTED][lane] = octet;
-        if (lane == 0) shared.partly[step % LISTED] = bits;
+        const Sight sight(octet, tile.eldest, tile.newest, p.sliding_window, tile.local_window);
+        const uint32_t bits = __ballot_sync(~0u, sight.is_mixed);
+        if (lane < OCTETS) shared.listed[step % LISTED][lane] = sight.octet, shared.masks[step % LISTED][lane] = sight.mask();
+        if (lane == 0) shared.mixed[step % LISTED] = bits;
     };
     auto place = [&](uint32_t to, int row) { return to + chunk / 8 * PANEL + row * 128 + ((chunk ^ row) % 8) * 16; };
     auto copy = [&](const void *pool, int step, uint32_t to) {
@@ -207,7 +207,19 @@ template <typename T, int D, bool HALVES> __device__ __forceinline__ void comput
     };
     // Scores to weights, with the maximum and the weight of each row so far.
     auto soften = [&](int step) {
-        const uint32_t some = shared.partly[step % LISTED] >> first_octet;
+        // The mask of all queries, from this thread's columns on.
+        const uint4 masks = *(const uint4 *)shared.masks[step % LISTED];
+        if ((masks.x & masks.y & masks.z & masks.w) != ~0u) {
+            const bool second_half = HALVES && group == 1;
+            const uint32_t words[4] = {second_half ? masks.z : masks.x, second_half ? masks.w : masks.y, masks.z, masks.w};
+#pragma unroll
+            for (int n = 0; n < OWN / 8; ++n) {
+                const uint32_t bits = words[n / 4] >> 2 * (lane % 4) >> 8 * (n % 4);
+                if (!(bits & 1)) c[n][0] = c[n][2] = -INFINITY;
+                if (!(bits & 2)) c[n][1] = c[n][3] = -INFINITY;
+            }
+        }
+        const uint32_t some = shared.mixed[step % LISTED] >> first_octet;
 #pragma unroll
         for (int n = 0; n < OWN / 8; ++n) {
             if (!(some >> n & 1)) continue;

@@ -71,13 +71,14 @@ enum EndTokens {
 }
 
 /// Tokens of a prompt to compute at once: weights are unpacked once for all of them, but their activations should stay in a
-/// cache, and small beside the weights. Where tokens are dropped as a window moves on, those of a chunk come on top of it: there few.
+/// cache, and small beside the weights. Where tokens are dropped as a window moves on, those of a chunk come on top of it: there few,
+/// except on a GPU, where unpacking all weights once more takes as long as a thousand tokens.
 fn chunk(config: &Config, attention: &RoutedAttention, device: &Device) -> usize {
     /// Tokens, and the most bytes that one of their widest activations may take.
     const SIZES: [(usize, usize); 3] = [(2048, 20 << 20), (1024, 20 << 20), (FEW_AT_ONCE, 12 << 20)];
     let drops = config.sliding_window.iter().any(Option::is_some) || attention.routing().token_router.kept_fraction() < 1.0;
     if device.is_cuda() {
-        return if drops { MOST_AT_ONCE / 2 } else { MOST_AT_ONCE };
+        return MOST_AT_ONCE;
     }
     if drops {
         return FEW_AT_ONCE;

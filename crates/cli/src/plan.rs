@@ -7,7 +7,7 @@ use crate::ui::bytes;
 use anyhow::Result;
 use candle_core::Device;
 use model::Config;
-use sparse_attn::{KvDtype, KvDtypes, RoutedAttention};
+use sparse_attn::{KvDtype, KvDtypes, LayerSpec, RoutedAttention};
 
 /// Kept for everything else that runs.
 const MARGIN: u64 = 128 << 20;
@@ -37,7 +37,15 @@ impl Plan {
         let rows = storage.chunk.min(context) as u64;
         // Activations of one layer (a chunk wide, several alive at once) and the logits of one position.
         let width = (8 * config.hidden_size + 4 * config.intermediate_size) as u64;
-        let work = 4 * (rows * width + 6 * config.vocab_size as u64) + (32 << 20);
+        // Where tokens leave as a window moves on, those of a chunk are there on top of it, until the chunk is done.
+        let specs = storage.attention.layer_specs(&config.layer_specs());
+        let beyond = |spec: &LayerSpec| {
+            let window = spec.sliding_window.or(spec.local.map(|local| local.window))?;
+            let tokens = rows.min(context.saturating_sub(window) as u64);
+            Some(tokens * (spec.shape.kv_heads() * storage.dtypes.bytes(spec.shape.head_dim())) as u64)
+        };
+        let beyond: u64 = specs.iter().filter_map(beyond).sum();
+        let work = 4 * (rows * width + 6 * config.vocab_size as u64) + beyond + (32 << 20);
         Self { weights, kv, work }
     }
 
@@ -138,6 +146,10 @@ fn own_status(name: &str) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use sparse_attn::Routing;
+    use sparse_attn::backend::Cpu;
+    use sparse_attn::token_router::SinkWindow;
+    use std::sync::Arc;
 
     fn config() -> Config {
         let json = r#"{"model_type":"llama","hidden_size":4096,"intermediate_size":14336,"num_hidden_layers":32,"vocab_size":32000,
@@ -150,7 +162,7 @@ mod tests {
     }
 
     fn dense() -> RoutedAttention {
-        RoutedAttention::dense(std::sync::Arc::new(sparse_attn::backend::Cpu))
+        RoutedAttention::dense(Arc::new(Cpu))
     }
 
     #[test]
@@ -160,6 +172,18 @@ mod tests {
             let plan = Plan::new(&config(), 0, Storage { attention: &attention, dtypes: dtype.into(), chunk: 512 }, 32768);
             assert_eq!(plan.kv, 32768 * (kib << 10));
         }
+    }
+
+    #[test]
+    fn a_chunk_beyond_the_window_is_planned_for() {
+        let dense = dense();
+        let routing = Routing { token_router: Arc::new(SinkWindow), token_window: Some(1024), ..Routing::dense() };
+        let routed = RoutedAttention::new(routing, Arc::new(Cpu)).unwrap();
+        let work = |attention: &RoutedAttention, context: usize| {
+            Plan::new(&config(), 0, Storage { attention, dtypes: KvDtype::F16.into(), chunk: 512 }, context).work
+        };
+        assert_eq!(work(&routed, 32768), work(&dense, 32768) + 512 * (128 << 10));
+        assert_eq!(work(&routed, 1024), work(&dense, 1024));
     }
 
     #[test]

@@ -211,10 +211,14 @@ impl RoutedAttention {
         store.apply_moves()?;
         let admission =
             token_router.admit(layer, RouterInput { hidden: input.hidden, k: input.k, k_before_rope: input.k_before_rope, step })?;
-        store.admit(step, &admission, limits.sinks)?;
+        store.admit(step, admission, limits.sinks)?;
         self.backend.write(input.k, input.v, step, store)?;
         // Layers with a sliding window read no more than that anyway.
         let routed = self.is_routed(layer, store);
+        if self.observer.is_some() || routed && self.reads_by_score(layer, step) {
+            // How many tokens fit a budget is counted by the host.
+            store.decide()?;
+        }
         let selection = if routed {
             store.finish_write(step, block_router.summary(), limits.block_size)?;
             if !self.reads_by_score(layer, step) {
@@ -237,7 +241,9 @@ impl RoutedAttention {
         };
         let out = self.backend.attend(input.q, input.scale, store, step, &selection)?;
         self.show(layer, &input, step, store, &selection)?;
-        self.count(layer, step, &selection, cache);
+        if store.undecided_scores().is_none() {
+            self.count(layer, step, &selection, cache);
+        }
         Ok(out)
     }
 

@@ -4,7 +4,7 @@ use candle_core::{DType, Device, IndexOp, Result, Tensor};
 use sparse_attn::backend::{AttentionBackend, Cpu, Reference};
 use sparse_attn::block_router::{self, BlockScores, Queries};
 use sparse_attn::select::{Budget, Limits, Selection, TILE, select};
-use sparse_attn::token_router::{self, Admission, RouterInput, TokenRouter};
+use sparse_attn::token_router::{self, Admission, RouterInput, Scored, TokenRouter};
 use sparse_attn::{AttentionInput, HeadShape, KvCache, KvDtype, LayerSpec, RoutedAttention, Routing, Step};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -188,6 +188,48 @@ fn every_golden_case_gives_its_selection_and_its_output() -> Result<()> {
                 }
             }
         }
+    }
+    Ok(())
+}
+
+/// The same by scores, as devices have them.
+#[derive(Debug)]
+struct Scores(Listed);
+
+impl TokenRouter for Scores {
+    fn name(&self) -> &'static str {
+        "scores"
+    }
+
+    fn kept_fraction(&self) -> f32 {
+        self.0.kept_fraction()
+    }
+
+    fn admit(&self, layer: usize, input: RouterInput<'_>) -> Result<Admission> {
+        let Admission::Some(keeps) = self.0.admit(layer, input)? else { panic!("a list") };
+        // The threshold itself is kept, NaN is not.
+        let scores: Vec<f32> = keeps.iter().enumerate().map(|(i, keeps)| if *keeps { 0.5 } else { [0.4, f32::NAN][i % 2] }).collect();
+        let scores = Tensor::from_vec(scores, input.k.dims()[..2].to_vec(), &Device::Cpu)?;
+        Ok(Admission::Scored(Scored { scores, tau: 0.5 }))
+    }
+}
+
+#[test]
+fn a_verdict_by_scores_is_the_same_verdict() -> Result<()> {
+    let data = Data::new(300, 4, 2, 32)?;
+    let listed = Listed((0..300).map(|t| vec![t % 3 == 0, t % 5 < 2]).collect());
+    let routers: [Arc<dyn TokenRouter>; 2] = [Arc::new(listed.clone()), Arc::new(Scores(listed))];
+    for block_router in ["all", "spread"] {
+        let [a, b] = routers.clone().map(|token_router| {
+            let block_router = block_router::by_name(block_router).expect("a listed router");
+            let attention =
+                RoutedAttention::new(Routing { token_router, block_router, limits: LIMITS, ..Routing::dense() }, Arc::new(Cpu))?;
+            let mut counts = Vec::new();
+            let out = data.run_with(&attention, 64, |_, _, cache| counts.push((cache.read_count(), cache.allocated_bytes())))?;
+            Ok::<_, candle_core::Error>((out, counts))
+        });
+        let ((a, of_a), (b, of_b)) = (a?, b?);
+        assert!(max_difference(&a, &b)? == 0.0 && of_a == of_b, "{block_router}: {of_a:?} {of_b:?}");
     }
     Ok(())
 }

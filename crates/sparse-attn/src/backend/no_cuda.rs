@@ -3,6 +3,7 @@
 use super::AttentionBackend;
 use crate::cache::{LayerStore, Move, Pool, Step, Summaries, Summary};
 use crate::select::Selection;
+use crate::token_router::Scored;
 use candle_core::{Device, Result, Tensor, bail};
 use std::ops::Range;
 
@@ -51,6 +52,10 @@ pub(crate) fn summarise(
 }
 
 pub(crate) fn gate_scores(_x: &Tensor, _weight: &Tensor, _bias: &Tensor, _is_hidden: bool) -> Result<Tensor> {
+    absent()
+}
+
+pub(crate) fn note_verdicts(_masks: &Tensor, _scored: &Scored, _step: Step, _sinks: usize) -> Result<()> {
     absent()
 }
 

@@ -6,7 +6,7 @@ use super::{KvDtypes, NO_PAGE, Order, PAGE_SIZE, PageTable, Pool, ReadCount, Ste
 use crate::HeadShape;
 use crate::backend::cuda;
 use crate::simd::with_rows;
-use crate::token_router::Admission;
+use crate::token_router::{Admission, Scored};
 use candle_core::{DType, Device, IndexOp, Result, Tensor, bail};
 use std::ops::Range;
 
@@ -86,6 +86,15 @@ pub struct LayerStore {
     written: usize,
     summaries: Option<Summaries>,
     mirror: Option<Mirror>,
+    undecided: Option<Undecided>,
+}
+
+/// A step whose verdict is on the device only.
+#[derive(Debug, Clone)]
+struct Undecided {
+    step: Step,
+    scored: Scored,
+    sinks: usize,
 }
 
 impl LayerStore {
@@ -104,6 +113,7 @@ impl LayerStore {
             written: 0,
             summaries: None,
             mirror: None,
+            undecided: None,
         })
     }
 
@@ -186,7 +196,8 @@ impl LayerStore {
         let have = self.k.pages();
         if table.pages() > have {
             let pages = table.pages().max(have + have / 8);
-            (self.k, self.v) = (self.k.grown(pages)?, self.v.grown(pages)?);
+            let grow = |pool: &Pool| if step.start == 0 { pool.empty(pages) } else { pool.grown(pages) };
+            (self.k, self.v) = (grow(&self.k)?, grow(&self.v)?);
         }
         self.table = table;
         self.frontier = frontier;
@@ -239,33 +250,73 @@ impl LayerStore {
         self.take_moves().iter().try_for_each(|moves| Pool::apply([&self.k, &self.v], moves))
     }
 
-    /// Notes the token router's verdict on the tokens of `step`; those before position `sinks` are always admitted.
+    /// Notes the token router's verdict on the tokens of `step`; those before position `sinks` are always admitted. Where the verdict is
+    /// on the device, and all that needs it at once, too, the host learns of it by [`LayerStore::decide`] or when the step is committed.
     ///
     /// # Errors
     /// If the verdict is not on `[step.len, kv_heads]`, or the cache was made without a token router.
-    pub(crate) fn admit(&mut self, step: Step, admission: &Admission, sinks: usize) -> Result<()> {
+    pub(crate) fn admit(&mut self, step: Step, admission: Admission, sinks: usize) -> Result<()> {
         let kv_heads = self.spec.shape.kv_heads();
-        let Some(heads) = &mut self.admitted else {
-            return match admission {
-                Admission::Every => Ok(()),
-                Admission::Some(_) if self.spec.sliding_window.is_some() => Ok(()),
-                Admission::Some(_) => bail!("token router: the cache was made to keep every token"),
-            };
+        let verdicts = match &admission {
+            Admission::Every => step.len * kv_heads,
+            Admission::Some(admitted) => admitted.len(),
+            Admission::Scored(scored) => scored.scores.elem_count(),
         };
-        if let Admission::Some(admitted) = admission
-            && admitted.len() != step.len * kv_heads
-        {
-            bail!("token router: {} verdicts on {} tokens of {kv_heads} heads", admitted.len(), step.len);
+        if self.admitted.is_none() {
+            return match admission {
+                Admission::Some(_) | Admission::Scored(_) if self.spec.sliding_window.is_none() => {
+                    bail!("token router: the cache was made to keep every token")
+                }
+                _ => Ok(()),
+            };
         }
-        for (head, bits) in heads.iter_mut().enumerate() {
-            bits.truncate(step.start);
-            for token in 0..step.len {
-                bits.push(step.start + token < sinks || admission.of(token, head, kv_heads));
+        if verdicts != step.len * kv_heads {
+            bail!("token router: {verdicts} verdicts on {} tokens of {kv_heads} heads", step.len);
+        }
+        match admission {
+            Admission::Every => self.keep(step, sinks, |_| true),
+            Admission::Some(admitted) => self.keep(step, sinks, |index| admitted[index]),
+            Admission::Scored(scored) => {
+                let on_device = self.device_kept().map(|kept| cuda::note_verdicts(&kept.masks, &scored, step, sinks)).transpose()?;
+                self.undecided = Some(Undecided { step, scored, sinks });
+                return if on_device.is_some() { Ok(()) } else { self.decide() };
             }
         }
-        match (self.mirror.as_ref().and_then(|mirror| mirror.kept.as_ref()), &self.admitted) {
+        match (self.device_kept(), &self.admitted) {
             (Some(kept), Some(admitted)) => kept.put_masks(admitted, step.start),
             _ => Ok(()),
+        }
+    }
+
+    /// Notes which tokens of `step` are admitted: `keeps(token * kv_heads + head)`.
+    fn keep(&mut self, step: Step, sinks: usize, keeps: impl Fn(usize) -> bool) {
+        let kv_heads = self.spec.shape.kv_heads();
+        for (head, bits) in self.admitted.iter_mut().flatten().enumerate() {
+            bits.truncate(step.start);
+            (0..step.len).for_each(|token| bits.push(step.start + token < sinks || keeps(token * kv_heads + head)));
+        }
+    }
+
+    /// Fetches the verdict on the running step, if the host has not got it.
+    ///
+    /// # Errors
+    /// If it cannot be fetched.
+    pub(crate) fn decide(&mut self) -> Result<()> {
+        let Some(scores) = self.undecided_scores() else { return Ok(()) };
+        let scores = scores.flatten_all()?.to_vec1()?;
+        self.settle(&scores);
+        Ok(())
+    }
+
+    /// The scores that the verdict on the running step is made of, `[tokens, kv_heads]`, where the host has not got it.
+    pub(crate) fn undecided_scores(&self) -> Option<&Tensor> {
+        self.undecided.as_ref().map(|undecided| &undecided.scored.scores)
+    }
+
+    /// Notes the verdict on the running step, by scores that were fetched.
+    pub(super) fn settle(&mut self, scores: &[f32]) {
+        if let Some(Undecided { step, scored, sinks }) = self.undecided.take() {
+            self.keep(step, sinks, |index| scores[index] >= scored.tau);
         }
     }
 
@@ -308,6 +359,7 @@ impl LayerStore {
             cuda::summarise(self, &summaries, kind, missing.clone(), block_size)?;
             summaries.advance(missing.len());
         } else if !missing.is_empty() {
+            self.decide()?;
             let positions = missing.start * block_size..missing.end * block_size;
             let heads = (0..shape.kv_heads()).map(|head| self.admitted_keys(head, positions.clone()));
             summaries.extend(missing.len(), &heads.collect::<Result<Vec<_>>>()?)?;
@@ -404,6 +456,7 @@ impl LayerStore {
 
     fn forget(&mut self, len: usize) {
         self.written = self.written.min(len);
+        self.undecided = None;
         for admitted in self.admitted.iter_mut().flatten() {
             admitted.truncate(len);
         }
@@ -466,6 +519,7 @@ impl LayerStore {
             written: self.written,
             summaries: self.summaries.as_ref().map(Summaries::fork).transpose()?,
             mirror: self.mirror.as_ref().map(Mirror::fork).transpose()?,
+            undecided: self.undecided.clone(),
         })
     }
 

@@ -18,7 +18,7 @@ pub use page_table::{NO_PAGE, PAGE_SIZE, PageTable};
 pub use pool::{LANES, OCTET, Order, Pool};
 pub use summary::{Summaries, Summary};
 
-use candle_core::{Device, Result, bail};
+use candle_core::{Device, Result, Tensor, bail};
 
 /// The tokens of one forward pass: positions `[start, start + len)`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -142,7 +142,27 @@ impl KvCache {
         if step.start != self.len {
             bail!("kv cache: the step starts at {}, but {} tokens are committed", step.start, self.len);
         }
+        self.settle(step)?;
         self.len = step.end();
+        Ok(())
+    }
+
+    /// Fetches the token router's verdicts that are on the device only, all at once, and counts what their layers read: everything that
+    /// is visible.
+    fn settle(&mut self, step: Step) -> Result<()> {
+        let scores = self.layers.iter().filter_map(LayerStore::undecided_scores).map(Tensor::flatten_all).collect::<Result<Vec<_>>>()?;
+        if scores.is_empty() {
+            return Ok(());
+        }
+        let scores = Tensor::cat(&scores, 0)?.to_vec1::<f32>()?;
+        let mut rest = scores.as_slice();
+        for layer in &mut self.layers {
+            let Some(count) = layer.undecided_scores().map(Tensor::elem_count) else { continue };
+            let (own, others) = rest.split_at(count);
+            layer.settle(own);
+            self.read.add(layer.count_visible(step));
+            rest = others;
+        }
         Ok(())
     }
 

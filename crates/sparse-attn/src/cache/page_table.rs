@@ -126,11 +126,13 @@ impl PageTable {
 
     /// Renames the pages so that none is free: the pages in use, in the order of their new names.
     pub fn compact(&mut self) -> Vec<u32> {
-        self.version += 1;
         let mut used = Vec::new();
         for page in self.recent.iter_mut().chain(&mut self.kept).flatten().filter(|page| **page != NO_PAGE) {
             used.push(*page);
             *page = used.len() as u32 - 1;
+        }
+        if used.iter().zip(0..).any(|(page, name)| *page != name) {
+            self.version += 1;
         }
         self.pages = used.len() as u32;
         self.free = Vec::new();

@@ -165,8 +165,12 @@ impl Pool {
     /// # Errors
     /// If the device has no memory for it.
     pub fn selected(&self, ids: &[u32]) -> Result<Self> {
-        let ids = Tensor::new(ids, self.values.device())?;
-        let select = |tensor: &Tensor| tensor.index_select(&ids, 0);
+        let are_first = ids.iter().zip(0..).all(|(id, place)| *id == place);
+        let index = (!are_first).then(|| Tensor::new(ids, self.values.device())).transpose()?;
+        let select = |tensor: &Tensor| match &index {
+            Some(index) => tensor.index_select(index, 0),
+            None => tensor.narrow(0, 0, ids.len())?.force_contiguous(),
+        };
         let scales = self.scales.as_ref().map(select).transpose()?;
         Ok(Self { values: select(&self.values)?, scales, ..*self })
     }

@@ -28,21 +28,23 @@ pub struct RouterInput<'a> {
 }
 
 /// A token router's verdict on the tokens of a step.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub enum Admission {
     /// Every token of every head keeps full attention.
     Every,
     /// Those that are true, `[tokens, kv_heads]`.
     Some(Vec<bool>),
+    /// Those whose score reaches the threshold. Where both are on a device, the host need not wait for it.
+    Scored(Scored),
 }
 
-impl Admission {
-    pub(crate) fn of(&self, token: usize, head: usize, kv_heads: usize) -> bool {
-        match self {
-            Self::Every => true,
-            Self::Some(admitted) => admitted[token * kv_heads + head],
-        }
-    }
+/// A verdict by scores.
+#[derive(Debug, Clone)]
+pub struct Scored {
+    /// `[tokens, kv_heads]`, f32.
+    pub scores: Tensor,
+    /// The score from which a token is kept.
+    pub tau: f32,
 }
 
 /// Decides, for each token and key/value head, whether the token keeps full attention.

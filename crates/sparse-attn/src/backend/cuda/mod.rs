@@ -17,19 +17,21 @@ pub use select::{Budgeted, SelectCall, SelectScratch, kind_of, score_and_select}
 use super::write::write_rows;
 use super::{AttentionBackend, Routed, RoutedJob};
 use crate::HeadShape;
-use crate::cache::{KvDtype, KvDtypes, LayerStore, Pool, Step, Summary};
+use crate::cache::{KvDtype, KvDtypes, LayerStore, OCTET, PAGE_SIZE, Pool, Step, Summary};
 use crate::select::Selection;
+use crate::token_router::Scored;
 use candle_core::{DType, Device, Result, Tensor, bail};
 use lists::Lists;
-use params::{GateParams, Kept, PrefillParams};
+use params::{GateParams, Kept, PrefillParams, VerdictParams};
 use std::sync::Arc;
 
 /// Rows (a query and a head of its group) of a thread block of prefill.
 const ROWS: usize = 128;
 
-/// Tokens and rows of a thread block of `gate_scores`.
+/// Tokens, rows and threads of a thread block of `gate_scores`.
 const GATE_TOKENS: usize = 16;
 const GATE_ROWS: usize = 8;
+const GATE_THREADS: usize = 128;
 
 /// Queries that share a selection, at the most, unless asked for more: a thread block would take twice as many, but the best blocks of 32
 /// cost twice the perplexity of those of 16 (SmolLM2, 8192 tokens: KL .0156, .0106, .0096, .0080 for 32, 16, 8, 4).
@@ -193,6 +195,9 @@ pub fn gate_scores(x: &Tensor, weight: &Tensor, bias: &Tensor, is_hidden: bool) 
     if columns != width || bias.dims() != [rows] {
         bail!("gate: made for a width of {width}, got {columns}; {rows} rows, a bias {:?}", bias.dims());
     }
+    if !columns.is_multiple_of(4) {
+        bail!("gate: a width of {columns}, the kernel reads four numbers at a time");
+    }
     let out = uninitialised((tokens, rows), DType::F32, x.device())?;
     let params = GateParams {
         x: address(&x)?,
@@ -204,10 +209,38 @@ pub fn gate_scores(x: &Tensor, weight: &Tensor, bias: &Tensor, is_hidden: bool) 
         columns: columns as i32,
         is_hidden: i32::from(is_hidden),
     };
-    let spread = Spread::new([tokens.div_ceil(GATE_TOKENS), rows.div_ceil(GATE_ROWS), 1], GATE_TOKENS * GATE_ROWS);
+    let spread = Spread::new([tokens.div_ceil(GATE_TOKENS), rows.div_ceil(GATE_ROWS), 1], GATE_THREADS);
     // SAFETY: the tensors have these shapes, and live until the stream frees them.
     unsafe { Kernels::of(x.device())?.launch("gate_scores", spread, &params) }?;
     Ok(out)
+}
+
+/// Notes in `masks` `[kv_heads, octets]` which tokens of `step` a gate keeps; those before position `sinks` anyway.
+pub(crate) fn note_verdicts(masks: &Tensor, Scored { scores, tau }: &Scored, step: Step, sinks: usize) -> Result<()> {
+    let (kv_heads, octets) = masks.dims2()?;
+    if scores.dims() != [step.len, kv_heads] || step.end() > octets * OCTET {
+        bail!(
+            "gate: scores {:?} of {} tokens from {}, with room for {} of {kv_heads} heads",
+            scores.dims(),
+            step.len,
+            step.start,
+            octets * OCTET
+        );
+    }
+    let scores = scores.contiguous()?;
+    let params = VerdictParams {
+        scores: address(&scores)?,
+        masks: address(masks)?,
+        start: step.start as i32,
+        tokens: step.len as i32,
+        kv_heads: kv_heads as i32,
+        max_pages: (octets * OCTET / PAGE_SIZE) as i32,
+        sinks: sinks as i32,
+        tau: *tau,
+    };
+    let spread = Spread::new([(step.end().div_ceil(OCTET) - step.start / OCTET).div_ceil(256), kv_heads, 1], 256);
+    // SAFETY: the tensors have these shapes, and live until the stream frees them.
+    unsafe { Kernels::of(masks.device())?.launch("note_verdicts", spread, &params) }
 }
 
 /// Memory that a kernel fills.

@@ -93,6 +93,8 @@ crate::mirrors! { "params.h":
     SummaryParams { k: u64, k_scales: u64, pages: u64, masks: u64, summaries: u64, scales: u64, kind: i32, max_pages: i32, block_size: i32, first: i32, head_dim: i32 }
     /// Queries made ready to score.
     ExpandParams { q: u64, out: u64, kind: i32, start: i32, tokens: i32, tile: i32, first_row: i32, q_heads: i32, head_dim: i32 }
+    /// Verdicts of a gate.
+    VerdictParams { scores: u64, masks: u64, start: i32, tokens: i32, kv_heads: i32, max_pages: i32, sinks: i32, tau: f32 }
     /// Scores of a gate.
     GateParams { x: u64, weight: u64, bias: u64, out: u64, tokens: i32, rows: i32, columns: i32, is_hidden: i32 }
 }

@@ -9,7 +9,7 @@ pub use feedforward::Feedforward;
 pub use keys::KeyGate;
 pub use sink::SinkGate;
 
-use super::{Admission, RouterInput, TokenRouter};
+use super::{Admission, RouterInput, Scored, TokenRouter};
 use candle_core::{Device, Result, Tensor, bail};
 
 /// A trained gate: a token is kept where its score reaches `tau`.
@@ -126,6 +126,9 @@ impl TokenRouter for Gate {
         if scores.dims() != &input.k.dims()[..2] {
             bail!("gate: scores {:?} for keys {:?} [tokens, kv_heads, head_dim]", scores.dims(), input.k.dims());
         }
+        if scores.device().is_cuda() {
+            return Ok(Admission::Scored(Scored { scores, tau: self.tau }));
+        }
         let scores = scores.flatten_all()?.to_vec1::<f32>()?;
         Ok(Admission::Some(scores.into_iter().map(|score| score >= self.tau).collect()))
     }
@@ -211,7 +214,7 @@ mod tests {
                 let input = RouterInput { hidden: &hidden, k: &k, k_before_rope: &k_before_rope, step: Step { start, len } };
                 match gate.admit(0, input)? {
                     Admission::Some(verdicts) => Ok::<_, candle_core::Error>(verdicts),
-                    Admission::Every => panic!("a gate decides"),
+                    other => panic!("a gate decides, on the host: {other:?}"),
                 }
             };
             let whole = admit(0, 50)?;
@@ -229,7 +232,7 @@ mod tests {
         let gate = Gate::new(vec![GateLayer::Open], f32::MAX, 0.5)?;
         let (x, k) = (random(&[2, 40]), Tensor::zeros((2, 3, 8), DType::F32, &Device::Cpu)?);
         let input = RouterInput { hidden: &x, k: &k, k_before_rope: &k, step: Step { start: 0, len: 2 } };
-        assert_eq!(gate.admit(0, input)?, Admission::Every);
+        assert!(matches!(gate.admit(0, input)?, Admission::Every));
         for layer in layers() {
             let error = layer.check(4, 8, 40).unwrap_err().to_string();
             assert!(error.contains("[3, ") && error.contains("[4, "), "{error}");
