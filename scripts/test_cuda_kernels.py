@@ -401,8 +401,8 @@ def time(lib, path):
             layer.select_again(lib, stream=stream.cuda_stream)
             layer.attend(lib, splits, listed=True, stream=stream.cuda_stream)
 
-        best, splits = min((dense(splits), splits) for splits in (8, 16, 32, 48, 64))
-        whole, routed_splits = min((timed(lambda l, s: routed(l, s, n), layers), n) for n in (8, 12, 16, 24, 32))
+        best, splits = min((dense(splits), splits) for splits in (8, 16, 33, 48, 66))
+        whole, routed_splits = min((timed(lambda l, s: routed(l, s, n), layers), n) for n in (8, 12, 16, 24, 33))
         parts = [
             timed(lambda l, s: l.score(lib, stream=s.cuda_stream), layers),
             timed(lambda l, s: l.select_again(lib, stream=s.cuda_stream), layers),

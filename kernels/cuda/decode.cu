@@ -9,7 +9,7 @@
 
 namespace decode {
 
-constexpr int TILE = 16, WARPS = 4, STAGES = 3, QUERIES = 8, MOST_SPLITS = 256, TILES_OF_A_SPLIT = 8;
+constexpr int TILE = 16, WARPS = 4, STAGES = 3, QUERIES = 8, MOST_SPLITS = 256, TILES_OF_A_SPLIT = 8, LONG = 4096;
 
 // The Hadamard transform of 32 neighbours of queries, as `attend` holds them: of dimension 16 i + 8 j + 2 (lane % 4) + e, lanes have bits 1
 // and 2, and each lane all others.
@@ -66,7 +66,8 @@ template <typename S, int D> __device__ void attend(const DecodeParams &p) {
     if (p.octets) follow();
     const Reads reads(p, head, head, t, t);
     const int tiles = (reads.count + 1) / 2;
-    const int splits = min((int)gridDim.x, max(1, tiles / TILES_OF_A_SPLIT));
+    // There is room for two thread blocks on each processor. Of up to LONG tiles one is faster: there is less to merge. Bytes have more to compute.
+    const int most = IS_BYTES || tiles >= LONG ? gridDim.x : max(1, (int)gridDim.x / 2), splits = min(most, max(1, tiles / TILES_OF_A_SPLIT));
     if (split >= splits) return;
     const int first = (int)((int64_t)tiles * split / splits), end = (int)((int64_t)tiles * (split + 1) / splits);
     const uint32_t own = shared_address(shared) + warp * WARP_BYTES;
@@ -292,6 +293,9 @@ __device__ __forceinline__ int edge_of(int t, int window, int block_size) { retu
 // The position of the first query of tile number `tile` of a step from `start` on.
 __device__ __forceinline__ int first_of(int start, int tile, int size) { return max(start, (start / size + tile) * size); }
 
+// Thread blocks of `score` that a processor has room for: with 8 of them, all of a long sequence are there at once.
+template <typename S, int D> constexpr int SCORES_AT_ONCE = (std::is_same_v<S, Bytes> ? D : 2 * D) <= 128 ? 8 : 1;
+
 // grid (ceil(blocks / (WARPS * TILE)), kv_heads, rows), WARPS * 32 threads.
 template <typename S, typename T, int D> __device__ void score(const ScoreParams &p) {
     const int head = blockIdx.y, warp = threadIdx.x / 32, lane = threadIdx.x % 32, kv_heads = gridDim.y, group = p.group_size;
@@ -300,26 +304,25 @@ template <typename S, typename T, int D> __device__ void score(const ScoreParams
     const int blocks = edge_of(first_of(*p.position, p.first_row + blockIdx.z, p.tile), p.window, p.block_size);
     if (first >= blocks) return;
     const int width = p.kind ? 2 * D : D;
-    // The order of a product's terms is free: a lane takes 8 neighbours of a row, which two steps of 16 share.
-    const int column = 8 * (lane % 4), row = lane / 4;
+    constexpr bool IS_BYTES = std::is_same_v<S, Bytes>;
+    // A lane takes 16 bytes of a row at a time, whose numbers are those of a product's terms that it has, eight for two steps of 16: the order
+    // of terms is free.
+    constexpr int NUMBERS = IS_BYTES ? 16 : 8, LOADS = 2 * D / (4 * NUMBERS);
+    const int column = NUMBERS * (lane % 4), row = lane / 4;
     const int64_t page = ((int64_t)(first / PAGE) * kv_heads + head) * PAGE + first % PAGE;
     const bool low = first + row < blocks, high = first + row + 8 < blocks;
-    // Numbers of 16 bits, or bytes; and scales, one for each step.
-    constexpr bool IS_BYTES = std::is_same_v<S, Bytes>;
-    typename std::conditional<IS_BYTES, uint2, uint4>::type a[2][2 * D / 32] = {};
-    half scales[IS_BYTES ? 2 : 1][2 * D / 32];
+    uint4 a[2][LOADS];
+    half scales[2][IS_BYTES ? LOADS : 1];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-        if (!(r ? high : low)) continue;
-        const int64_t at = page + row + 8 * r;
+        // Of rows that are none the last one, which is as good as any.
+        const int64_t at = page + min(row + 8 * r, blocks - 1 - first);
         const char *from = (const char *)p.summaries + (at * width + column) * (IS_BYTES ? 1 : 2);
 #pragma unroll
-        for (int i = 0; i < 2 * D / 32; ++i) {
-            if (32 * i >= width) break;
-            if constexpr (IS_BYTES) {
-                a[r][i] = __ldcs((const uint2 *)(from + 32 * i));
-                scales[r][i] = ((const half *)p.scales)[at * (width / GROUP) + i];
-            } else a[r][i] = __ldcs((const uint4 *)(from + 64 * i));
+        for (int i = 0; i < LOADS; ++i) {
+            if (4 * NUMBERS * i >= width) break;
+            a[r][i] = __ldcs((const uint4 *)(from + 64 * i));
+            if constexpr (IS_BYTES) scales[r][i] = ((const half *)p.scales)[(at * width + column) / GROUP + 4 * NUMBERS / GROUP * i];
         }
     }
     follow();
@@ -330,36 +333,38 @@ template <typename S, typename T, int D> __device__ void score(const ScoreParams
         const T *q = (const T *)p.q + (p.expanded ? ((int64_t)blockIdx.z * kv_heads * group + q_head) * 2 * D : (int64_t)q_head * D) + column;
         float c[4] = {};
 #pragma unroll
-        for (int i = 0; i < 2 * D / 32; ++i) {
-            if (32 * i >= width) break;
-            const bool second = i >= D / 32;
-            alignas(16) T x[8];
-            *(uint4 *)x = *(const uint4 *)(q + 32 * (p.expanded ? i : i % (D / 32)));
-            uint32_t b[4];
+        for (int i = 0; i < LOADS; ++i) {
+            if (4 * NUMBERS * i >= width) break;
+            const bool second = i >= LOADS / 2;
+            // Nothing is widened or fetched before it is wanted: registers are for summaries.
 #pragma unroll
-            for (int j = 0; j < 4; ++j) {
-                float pair[2] = {::wide(x[2 * j]), ::wide(x[2 * j + 1])};
+            for (int r = 0; r < 2; ++r) asm volatile("" : "+r"(a[r][i].x), "+r"(a[r][i].y), "+r"(a[r][i].z), "+r"(a[r][i].w)::"memory");
 #pragma unroll
-                for (int e = 0; e < 2; ++e) {
-                    if (member >= group) pair[e] = 0.f;
-                    else if (p.expanded) continue;
-                    else if (p.kind == 1) pair[e] = second ? fminf(pair[e], 0.f) : fmaxf(pair[e], 0.f);
-                    else if (second) pair[e] = fabsf(pair[e]);
+            for (int eight = 0; eight < NUMBERS / 8; ++eight) {
+                const uint4 x = *(const uint4 *)(q + 4 * NUMBERS * (p.expanded ? i : i % (LOADS / 2)) + 8 * eight);
+                const uint32_t pairs[4] = {x.x, x.y, x.z, x.w};
+                uint32_t b[4];
+#pragma unroll
+                for (int j = 0; j < 4; ++j) {
+                    float2 pair = unpack<T>(pairs[j]);
+                    if (member >= group) pair = make_float2(0.f, 0.f);
+                    else if (!p.expanded && p.kind == 1) {
+                        pair = second ? make_float2(fminf(pair.x, 0.f), fminf(pair.y, 0.f)) : make_float2(fmaxf(pair.x, 0.f), fmaxf(pair.y, 0.f));
+                    } else if (!p.expanded && second) pair = make_float2(fabsf(pair.x), fabsf(pair.y));
+                    b[j] = pack<T>(pair.x, pair.y);
                 }
-                b[j] = pack<T>(pair[0], pair[1]);
-            }
-            uint4 wide[2];
+                uint4 wide[2];
 #pragma unroll
-            for (int r = 0; r < 2; ++r) {
-                if constexpr (IS_BYTES) {
-                    const half scale = scales[r][i];
-                    const uint2 first = widened<T>(a[r][i].x, scale), second = widened<T>(a[r][i].y, scale);
-                    wide[r] = make_uint4(first.x, first.y, second.x, second.y);
-                } else wide[r] = a[r][i];
+                for (int r = 0; r < 2; ++r) {
+                    if constexpr (IS_BYTES) {
+                        const uint2 one = widened<T>(eight ? a[r][i].z : a[r][i].x, scales[r][i]), two = widened<T>(eight ? a[r][i].w : a[r][i].y, scales[r][i]);
+                        wide[r] = make_uint4(one.x, one.y, two.x, two.y);
+                    } else wide[r] = a[r][i];
+                }
+                const uint32_t one[4] = {wide[0].x, wide[1].x, wide[0].y, wide[1].y}, two[4] = {wide[0].z, wide[1].z, wide[0].w, wide[1].w};
+                multiply<T>(c, one, b[0], b[1]);
+                multiply<T>(c, two, b[2], b[3]);
             }
-            const uint32_t one[4] = {wide[0].x, wide[1].x, wide[0].y, wide[1].y}, two[4] = {wide[0].z, wide[1].z, wide[0].w, wide[1].w};
-            multiply<T>(c, one, b[0], b[1]);
-            multiply<T>(c, two, b[2], b[3]);
         }
         // The best of the group: queries 2 (lane % 4) and one more, of lanes that share a row.
 #pragma unroll
@@ -378,12 +383,15 @@ template <typename S, typename T, int D> __device__ void score(const ScoreParams
     }
 }
 
-constexpr int SELECT = 1024, BIN_BITS = 11, BINS = 1 << BIN_BITS;
+// RANKED: members of a bin that are few enough to compare each with each.
+constexpr int SELECT = 1024, BIN_BITS = 11, BINS = 1 << BIN_BITS, RANKED = 128;
 
 // What the threads of a block tell each other.
 struct Shared {
-    int histogram[BINS], sums[SELECT / 32], chosen_bin, left;
+    int histogram[BINS], sums[SELECT / 32], chosen_bin, left, members;
     uint32_t ends[2][SELECT / 32];
+    unsigned long long ranks[RANKED], worst; // the score, then the block: of equal ones the later is better
+    int weights[RANKED];
 };
 
 // The sum of the numbers of the threads before this one, and of all.
@@ -549,11 +557,14 @@ template <int K, bool KEPT> __device__ void select(const SelectParams &p) {
         before(own, shared, candidates);
         take = min(budget, candidates);
     } else take = min(budget / p.block_size, candidates);
-    // The score from which there is no more room in `take`: the bin that holds it, then the same among the members of that bin, until all are equal. Bins divide the
-    // scores evenly, not their bits: those are alike, and all would be counted in a few.
+    // The score from which there is no more room in `take`: the bin that holds it, then the same among the members of that bin, until they
+    // are few or all equal. Bins divide the scores evenly, not their bits: those are alike, and all would be counted in a few.
     uint32_t low = ~0u, high = 0;
     int wanted = take;
     const bool searches = take > 0 && take < candidates;
+    auto rank_of = [&](int i) { return (unsigned long long)keys[i] << 32 | (first + i); };
+    unsigned long long worst = 0;
+    bool ranked = false;
     if (searches) {
 #pragma unroll
         for (int i = 0; i < K; ++i)
@@ -591,33 +602,53 @@ template <int K, bool KEPT> __device__ void select(const SelectParams &p) {
             while (above + shared.histogram[bin] < most) above += shared.histogram[bin--];
             shared.chosen_bin = bin;
             shared.left = wanted - above;
+            shared.members = 0, shared.worst = ~0ull;
         }
         __syncthreads();
         wanted = shared.left;
+        const int chosen_bin = shared.chosen_bin;
         low = ~0u, high = 0;
 #pragma unroll
-        for (int i = 0; i < K; ++i)
-            if (bins[i] == shared.chosen_bin) low = min(low, keys[i]), high = max(high, keys[i]);
+        for (int i = 0; i < K; ++i) {
+            if (bins[i] != chosen_bin) continue;
+            low = min(low, keys[i]), high = max(high, keys[i]);
+            const int member = atomicAdd(&shared.members, 1);
+            if (member < RANKED) shared.ranks[member] = rank_of(i), shared.weights[member] = weight(i);
+        }
         extremes(low, high, shared);
+        if (shared.members > RANKED) continue;
+        // The worst one that has room with all better ones.
+        if (threadIdx.x < shared.members) {
+            const unsigned long long own = shared.ranks[threadIdx.x];
+            int up_to = 0;
+            for (int member = 0; member < shared.members; ++member) up_to += shared.ranks[member] >= own ? shared.weights[member] : 0;
+            if (up_to <= wanted) atomicMin(&shared.worst, own);
+        }
+        __syncthreads();
+        worst = shared.worst, ranked = true;
+        break;
     }
     // Larger ones, and the last equal ones that `wanted` has room for.
     const bool all = take >= candidates, none = take <= 0;
-    int equal = 0, equals, total;
+    int equal = 0, equals = 0, rank = 0, total;
+    if (!ranked) {
 #pragma unroll
-    for (int i = 0; i < K; ++i) equal += takes_part(i) && keys[i] == low ? weight(i) : 0;
-    int rank = before(equal, shared, equals);
-    bool chosen[K];
-    int count = 0, tokens = 0;
+        for (int i = 0; i < K; ++i) equal += takes_part(i) && keys[i] == low ? weight(i) : 0;
+        rank = before(equal, shared, equals);
+    }
+    uint32_t chosen = 0; // a bit for each of this thread's blocks
+    int tokens = 0;
 #pragma unroll
     for (int i = 0; i < K; ++i) {
-        chosen[i] = takes_part(i) && !none && (all || keys[i] > low || keys[i] == low && rank >= equals - wanted);
+        const bool is_better = ranked ? keys[i] > high || rank_of(i) >= worst : !none && (all || keys[i] > low || keys[i] == low && rank >= equals - wanted);
+        chosen |= (uint32_t)(takes_part(i) && is_better) << i;
         rank += takes_part(i) && keys[i] == low ? weight(i) : 0;
-        count += chosen[i], tokens += chosen[i] ? weight(i) : 0;
+        tokens += chosen >> i & 1 ? weight(i) : 0;
     }
-    int at = before(count, shared, total);
+    int at = before(__popc(chosen), shared, total);
 #pragma unroll
     for (int i = 0; i < K; ++i)
-        if (chosen[i]) chosen_blocks[++at] = first + i;
+        if (chosen >> i & 1) chosen_blocks[++at] = first + i;
     if (threadIdx.x == 0) chosen_blocks[0] = 0;
     __syncthreads();
     const int listed = edge > 0 ? total + 1 : 0, block_octets = p.block_size / OCTET;
@@ -636,9 +667,10 @@ template <int K, bool KEPT> __device__ void select(const SelectParams &p) {
     }
     // Where their octets lie, all threads at once.
     const int tail = edge * block_octets, all_octets = listed * block_octets + newest / OCTET + 1 - tail;
+#pragma unroll 4
     for (int i = threadIdx.x; i < all_octets; i += SELECT) {
         const int octet = i < listed * block_octets ? chosen_blocks[i / block_octets] * block_octets + i % block_octets : tail + i - listed * block_octets;
-        octets[i] = Octet{(pages[octet / (PAGE / OCTET)] * (PAGE / OCTET) + octet % (PAGE / OCTET)) << 8 | 0xff, octet * OCTET};
+        octets[i] = Octet{(__ldg(pages + octet / (PAGE / OCTET)) * (PAGE / OCTET) + octet % (PAGE / OCTET)) << 8 | 0xff, octet * OCTET};
     }
     if (threadIdx.x == 0) p.counts[of_head] = all_octets;
 }
@@ -648,7 +680,7 @@ template <int K, bool KEPT> __device__ void select(const SelectParams &p) {
 #define ATTEND(NAME, S, D) \
     extern "C" __global__ void __launch_bounds__(decode::WARPS * 32) attend_decode_##NAME##_##D(const DecodeParams p) { decode::attend<S, D>(p); }
 #define SCORE(NAME, S, T, D) \
-    extern "C" __global__ void __launch_bounds__(decode::WARPS * 32) score_##NAME##_##D(const ScoreParams p) { decode::score<S, T, D>(p); }
+    extern "C" __global__ void __launch_bounds__(decode::WARPS * 32, decode::SCORES_AT_ONCE<S, D>) score_##NAME##_##D(const ScoreParams p) { decode::score<S, T, D>(p); }
 #define DECODE(D)                                                                                                                          \
     ATTEND(f16, half, D) ATTEND(bf16, __nv_bfloat16, D) ATTEND(q8_0, Bytes, D)                                                             \
     SCORE(blocks_f16, half, half, D) SCORE(blocks_bf16, __nv_bfloat16, __nv_bfloat16, D)                                                   \

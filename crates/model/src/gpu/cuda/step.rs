@@ -292,8 +292,11 @@ impl TokenStep for CudaStep {
             }
         }
         let mut state = vec![token, step.start as u32];
-        for layer in 0..self.layers.len() {
-            state.extend(Budgeted::takes(&routing.limits_of(layer), &(step.start..step.end()), false, cache.layer(layer)));
+        for (layer, call) in calls.iter().enumerate() {
+            match call {
+                Some(_) => state.extend(Budgeted::takes(&routing.limits_of(layer), &(step.start..step.end()), false, cache.layer(layer))),
+                None => state.resize(state.len() + self.heads.kv_heads(), 0),
+            }
         }
         self.buffers.state.slice_set(&Tensor::new(state, &self.device)?, 0, 0)?;
         let key = self.key(cache, calls.iter().map(Option::is_some).collect(), step);
