@@ -40,7 +40,7 @@ pub(crate) struct RoutingDefaults {
     pub(crate) block: usize,
     /// Newest tokens, always read.
     pub(crate) window: usize,
-    /// First layers that read every block: their attention is diffuse (Quest, arXiv:2406.10774).
+    /// First layers that read every block: Quest has two (arXiv:2406.10774), for `spread` they make no difference (models/README.md).
     pub(crate) dense_layers: usize,
     /// What each layer's budget is multiplied by; 1 where the list is over.
     pub(crate) layer_budgets: Vec<f32>,
@@ -54,7 +54,7 @@ impl Default for RoutingDefaults {
             part: 0.125,
             block: 16,
             window: 256,
-            dense_layers: 2,
+            dense_layers: 0,
             layer_budgets: Vec::new(),
         }
     }
