@@ -249,7 +249,7 @@ pub(crate) struct AttentionArgs {
     /// Queries of a prompt that share a selection, 1 to 64; with 1, chunks of any size (-b) select the same
     #[arg(long, value_name = "N", hide_short_help = true, value_parser = clap::value_parser!(u32).range(1..=64))]
     pub(crate) tile: Option<u32>,
-    /// First layers that read every block
+    /// First layers that read every block [default: none]
     #[arg(long, value_name = "N", hide_short_help = true)]
     pub(crate) dense_layers: Option<u32>,
     /// What the budget is multiplied by in each layer, e.g. 1,1,2,4; 1 where the list is over

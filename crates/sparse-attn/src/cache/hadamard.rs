@@ -6,7 +6,7 @@
 
 use super::{GROUP, Pool};
 use crate::{parallel, vectorised};
-use candle_core::{DType, Device, Result, Tensor};
+use candle_core::{Result, Tensor};
 use std::borrow::Cow;
 
 /// Rows that a thread transforms at a time.
@@ -58,7 +58,7 @@ pub(super) fn product(rows: &Tensor) -> Result<Tensor> {
     let whole = width / GROUP * GROUP;
     let sign = |at: usize| if ((at / GROUP) & (at % GROUP)).count_ones().is_multiple_of(2) { FACTOR } else { -FACTOR };
     let matrix: Vec<f32> = (0..GROUP * GROUP).map(sign).collect();
-    let matrix = Tensor::from_vec(matrix, (GROUP, GROUP), &Device::Cpu)?.to_device(rows.device())?.to_dtype(DType::F32)?;
+    let matrix = Tensor::from_vec(matrix, (GROUP, GROUP), rows.device())?;
     let groups = rows.narrow(1, 0, whole)?.contiguous()?.reshape((count * whole / GROUP, GROUP))?;
     let turned = if whole > 0 { groups.matmul(&matrix)? } else { groups };
     Tensor::cat(&[turned.reshape((count, whole))?, rows.narrow(1, whole, width - whole)?], 1)
@@ -67,6 +67,7 @@ pub(super) fn product(rows: &Tensor) -> Result<Tensor> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use candle_core::Device;
 
     #[test]
     fn it_is_a_rotation_and_its_own_inverse() -> Result<()> {
