@@ -76,11 +76,10 @@ enum EndTokens {
 fn chunk(config: &Config, attention: &RoutedAttention, device: &Device) -> usize {
     /// Tokens, and the most bytes that one of their widest activations may take.
     const SIZES: [(usize, usize); 3] = [(2048, 20 << 20), (1024, 20 << 20), (FEW_AT_ONCE, 12 << 20)];
-    let drops = config.sliding_window.iter().any(Option::is_some) || attention.routing().token_router.kept_fraction() < 1.0;
     if device.is_cuda() {
         return MOST_AT_ONCE;
     }
-    if drops {
+    if config.sliding_window.iter().any(Option::is_some) || attention.routing().token_router.kept_fraction() < 1.0 {
         return FEW_AT_ONCE;
     }
     let fits = |(tokens, most): &(usize, usize)| tokens * config.intermediate_size * size_of::<f32>() <= *most;

@@ -40,8 +40,7 @@ impl Plan {
         // Where tokens leave as a window moves on, those of a chunk are there on top of it, until the chunk is done.
         let specs = storage.attention.layer_specs(&config.layer_specs());
         let beyond = |spec: &LayerSpec| {
-            let window = spec.sliding_window.or(spec.local.map(|local| local.window))?;
-            let tokens = rows.min(context.saturating_sub(window) as u64);
+            let tokens = rows.min(context.saturating_sub(spec.window()?) as u64);
             Some(tokens * (spec.shape.kv_heads() * storage.dtypes.bytes(spec.shape.head_dim())) as u64)
         };
         let beyond: u64 = specs.iter().filter_map(beyond).sum();

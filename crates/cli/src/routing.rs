@@ -263,7 +263,8 @@ fn budget(budget: Budget) -> String {
 
 /// As in JSON.
 pub(crate) fn document(attention: &RoutedAttention) -> Value {
-    let Routing { token_router, block_router, limits, token_window: _, dense_layers, layer_budgets } = attention.routing();
+    let routing = attention.routing();
+    let Routing { token_router, block_router, limits, dense_layers, layer_budgets, .. } = routing;
     let mut document = json!({"mode": if limits.dense_len < usize::MAX { "routed" } else { "dense" }, "token_router": token_router.name()});
     if limits.dense_len < usize::MAX {
         document["block_router"] = block_router.name().into();
@@ -276,7 +277,7 @@ pub(crate) fn document(attention: &RoutedAttention) -> Value {
     }
     if is_routed(attention) {
         document["window"] = limits.window.into();
-        document["token_window"] = attention.routing().token_window().into();
+        document["token_window"] = routing.token_window().into();
         document["sinks"] = limits.sinks.into();
         document["kept_fraction"] = token_router.kept_fraction().into();
     }

@@ -68,6 +68,11 @@ impl Limits {
         (t + 1).checked_sub(self.window + 1).map(|position| position / self.block_size)
     }
 
+    /// The newest positions of which a query that selects blocks sees what a token router drops; `None`: nothing is dropped.
+    pub fn local_window(&self, store: &LayerStore) -> Option<usize> {
+        store.local_window().map(|window| window.min(self.window))
+    }
+
     /// Whether the queries of a tile read everything, by their positions alone.
     pub(crate) fn is_dense(&self, tile: &Range<usize>, step: Step) -> bool {
         let end = if step.len == 1 { tile.end } else { tile.end.next_multiple_of(self.tile) };
@@ -166,11 +171,10 @@ impl Selection {
     /// The newest positions of which the query at `t` sees what a token router drops; `None`: nothing is dropped.
     pub(crate) fn local_window(&self, t: usize, store: &LayerStore) -> Option<usize> {
         let selects = |blocks: &BlockSelection| blocks.tile_of(t).is_some_and(|tile| tile.heads.is_some());
-        let own = match self {
-            Self::Blocks(blocks) if selects(blocks) => blocks.limits.window,
-            _ => usize::MAX,
-        };
-        store.local_window().map(|window| window.min(own))
+        match self {
+            Self::Blocks(blocks) if selects(blocks) => blocks.limits.local_window(store),
+            _ => store.local_window(),
+        }
     }
 
     /// The positions that the query at `t` reads, ascending: selected, visible, and admitted or still in the window.

@@ -1,7 +1,6 @@
 //! Which keys an item reads: octets of slots, and which lanes of each a query sees.
 
 use crate::cache::{LANES, LayerStore, OCTET, PAGE_SIZE};
-use crate::select::Selection;
 use std::ops::Range;
 
 /// `position` of an octet of kept tokens: all are before every window.
@@ -24,7 +23,7 @@ pub(super) struct Reads<'a> {
     pub(super) store: &'a LayerStore,
     pub(super) kv_head: usize,
     pub(super) queries: Range<usize>,
-    /// See [`Selection::local_window`].
+    /// See [`crate::select::Selection::local_window`].
     pub(super) local_window: Option<usize>,
     pub(super) octets: &'a [OctetRef],
 }
@@ -37,13 +36,13 @@ fn lanes(range: Range<usize>, first: usize) -> u8 {
 }
 
 /// The octets of `head` that hold positions of `ranges`, which ascend: kept ones, then recent ones, in place of what was in
-/// `octets`. Those of which none of `queries` sees a lane are left out: what is read, not how it was selected, then
+/// `octets`; `local_window`: as of [`Reads`]. Those of which none of `queries` sees a lane are left out: what is read, not how it was selected, then
 /// decides how sums are cut.
 pub(super) fn set_octets(
     store: &LayerStore,
     head: usize,
     queries: &Range<usize>,
-    selection: &Selection,
+    local_window: Option<usize>,
     ranges: &[Range<usize>],
     octets: &mut Vec<OctetRef>,
 ) {
@@ -75,7 +74,6 @@ pub(super) fn set_octets(
     for range in ranges.iter().filter(|range| range.end > frontier) {
         push(store.table().recent(head), range.start.max(frontier)..range.end, true);
     }
-    let local_window = selection.local_window(queries.start, store);
     let reads = Reads { store, kv_head: head, queries: queries.clone(), local_window, octets: &[] };
     octets.retain(|octet| queries.clone().any(|t| reads.visible(*octet, t) != 0));
 }

@@ -29,7 +29,7 @@ impl Pool {
 
 vectorised! {
     /// The orthonormal Hadamard transform of each whole [`GROUP`] of dimensions of each row, in place; it is its own inverse.
-    pub(super) fn transform(rows: &mut [f32], width: usize) -> () = transform_loop;
+    fn transform(rows: &mut [f32], width: usize) -> () = transform_loop;
 }
 
 #[inline(always)]

@@ -38,7 +38,8 @@ impl LayerSpec {
         Self { shape, sliding_window: None, local: None }
     }
 
-    fn window(&self) -> Option<usize> {
+    /// The newest tokens that it keeps whatever becomes of others; `None`: all.
+    pub fn window(&self) -> Option<usize> {
         self.sliding_window.or(self.local.map(|local| local.window))
     }
 

@@ -189,15 +189,11 @@ impl Pool {
             return Ok(vec![rows.to_dtype(self.dtype.tensor_dtype())?.contiguous()?]);
         }
         let (count, width) = rows.dims2()?;
-        let rows = rows.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
+        let rows = self.transformed(rows.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?);
         let encoded = parallel::map(count.div_ceil(ROWS_AT_ONCE), |part| {
-            let from = part * ROWS_AT_ONCE * width;
-            let mut rows = rows[from..rows.len().min(from + ROWS_AT_ONCE * width)].to_vec();
-            if self.transformed {
-                hadamard::transform(&mut rows, width);
-            }
-            let (mut integers, mut scales) = (Vec::with_capacity(rows.len()), Vec::new());
-            for group in rows.chunks_exact(width).flat_map(|row| row.chunks(GROUP)) {
+            let rows = rows.chunks_exact(width).skip(part * ROWS_AT_ONCE).take(ROWS_AT_ONCE);
+            let (mut integers, mut scales) = (Vec::with_capacity(ROWS_AT_ONCE * width), Vec::new());
+            for group in rows.flat_map(|row| row.chunks(GROUP)) {
                 // NaN is not the maximum of anything, but must not vanish either.
                 let largest = group.iter().fold(0f32, |max, x| if x.is_nan() { f32::NAN } else { max.max(x.abs()) });
                 let scale = largest / 127.0;

@@ -563,7 +563,7 @@ impl CudaStep {
             octets: address(&scratch.octets)?,
             counts: address(&scratch.counts)?,
             most: scratch.most,
-            local_window: store.local_window().map_or(0, |window| window.min(routing.limits.window)),
+            local_window: routing.limits.local_window(store).unwrap_or(0),
         };
         let call = SelectCall {
             q: address(q)?,

@@ -121,8 +121,8 @@ impl Workspace {
             |(), index, List { ranges, octets, local_window }| {
                 let (head, queries) = (index / pieces.len(), &pieces[index % pieces.len()]);
                 selection.set_ranges(queries.start, head, queries.end, store, ranges);
-                set_octets(store, head, queries, selection, ranges, octets);
                 *local_window = selection.local_window(queries.start, store);
+                set_octets(store, head, queries, *local_window, ranges, octets);
             },
         );
         let mut count = 0;

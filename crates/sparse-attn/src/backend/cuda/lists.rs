@@ -41,11 +41,13 @@ impl Lists {
         let mut pieces = Vec::new();
         selection.each_piece(step, most, |queries| pieces.push(queries));
         let kv_heads = store.shape().kv_heads();
+        let windows: Vec<Option<usize>> = pieces.iter().map(|queries| selection.local_window(queries.start, store)).collect();
         let lists = parallel::map(pieces.len() * kv_heads, |index| {
-            let (queries, head) = (&pieces[index / kv_heads], index % kv_heads);
+            let (piece, head) = (index / kv_heads, index % kv_heads);
+            let queries = &pieces[piece];
             let (mut ranges, mut octets) = (Vec::new(), Vec::new());
             selection.set_ranges(queries.start, head, queries.end, store, &mut ranges);
-            set_octets(store, head, queries, selection, &ranges, &mut octets);
+            set_octets(store, head, queries, windows[piece], &ranges, &mut octets);
             octets.into_iter().flat_map(|octet| octet.on_device(store, head)).collect::<Vec<u32>>()
         });
         let longest = lists.iter().map(Vec::len).max().unwrap_or(0);
@@ -70,7 +72,7 @@ impl Lists {
             pieces: pieces.len(),
             tile,
             most: longest / 2,
-            windows: Windows::new(pieces.iter().map(|queries| selection.local_window(queries.start, store)), device)?,
+            windows: Windows::new(windows.into_iter(), device)?,
         })
     }
 

@@ -173,8 +173,7 @@ impl Budgeted {
 
     /// See [`Selection::local_window`].
     fn local_window(&self, tile: &Range<usize>, store: &LayerStore) -> Option<usize> {
-        let own = if self.limits.is_dense(tile, self.step) { usize::MAX } else { self.limits.window };
-        store.local_window().map(|window| window.min(own))
+        if self.limits.is_dense(tile, self.step) { store.local_window() } else { self.limits.local_window(store) }
     }
 
     /// The queries of thread blocks, and the tile of each.
