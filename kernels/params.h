@@ -145,11 +145,14 @@ struct WidenParams {
     int64_t count;         // a multiple of 32
 };
 
-// Rows of a pool that move to other slots, of which none is left and taken. grid moves
-struct MoveParams {
-    void *pool;            // [.., width] of 16 bits each
-    const int *moves;      // [moves, 2] from, to
-    int width;
+// Rows of up to four tensors that are copied to other slots, of the same tensor, where none is left and taken, or of another one.
+// grid (moves * longest row / 256, tensors)
+struct CopyParams {
+    const uint32_t *from[4]; // [.., words]
+    uint32_t *to[4];         // [.., words]
+    int words[4];            // of a row of each: 4 bytes each, whatever they mean
+    const int *moves;        // [count, 2] from, to
+    int count;
 };
 
 // Summaries of complete blocks; one of which nothing is kept has none.

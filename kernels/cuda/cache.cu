@@ -11,10 +11,13 @@ template <typename S> __device__ void scatter(const ScatterParams &p) {
         store_at<S>(p.pool, p.scales, p.slots[blockIdx.x], p.width, i, p.transforms ? hadamard(from[i]) : from[i]);
 }
 
-__device__ __forceinline__ void move(const MoveParams &p) {
-    uint16_t *pool = (uint16_t *)p.pool;
-    const int64_t from = (int64_t)p.moves[2 * blockIdx.x] * p.width, to = (int64_t)p.moves[2 * blockIdx.x + 1] * p.width;
-    for (int column = threadIdx.x; column < p.width; column += blockDim.x) pool[to + column] = pool[from + column];
+// A word for each thread.
+__device__ __forceinline__ void copy(const CopyParams &p) {
+    const int words = p.words[blockIdx.y];
+    const int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x, row = i / words;
+    if (row >= p.count) return;
+    const int2 move = *(const int2 *)(p.moves + 2 * row);
+    p.to[blockIdx.y][(int64_t)move.y * words + i % words] = p.from[blockIdx.y][(int64_t)move.x * words + i % words];
 }
 
 // The smallest number of T that is not below x.
@@ -210,5 +213,4 @@ ROWS(q8_0, Bytes)
 EXPAND(f16, half)
 EXPAND(bf16, __nv_bfloat16)
 #undef EXPAND
-// Numbers of 16 bits, whatever they mean.
-extern "C" __global__ void move_rows(const MoveParams p) { cache::move(p); }
+extern "C" __global__ void copy_rows(const CopyParams p) { cache::copy(p); }

@@ -37,7 +37,7 @@ pub(crate) fn scatter_rows(_pool: &Pool, _rows: &Tensor, _slots: &[u32]) -> Resu
     absent()
 }
 
-pub(crate) fn move_rows(_pools: [&Pool; 2], _moves: &[Move]) -> Result<()> {
+pub(crate) fn copy_rows(_from: [&Pool; 2], _to: [&Pool; 2], _moves: &[Move]) -> Result<()> {
     absent()
 }
 

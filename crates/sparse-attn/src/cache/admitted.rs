@@ -1,5 +1,7 @@
 //! Which tokens of a head keep full attention, and where each is among them.
 
+use std::ops::Range;
+
 /// A bit per position, with the number of bits before every 64.
 #[derive(Debug, Clone, Default)]
 pub struct Admitted {
@@ -17,22 +19,6 @@ impl Admitted {
     /// Whether none was.
     pub fn is_empty(&self) -> bool {
         self.len == 0
-    }
-
-    /// The verdict on the next position.
-    pub fn push(&mut self, admitted: bool) {
-        if self.len.is_multiple_of(64) {
-            let before = match (self.ranks.last(), self.words.last()) {
-                (Some(rank), Some(word)) => rank + word.count_ones(),
-                _ => 0,
-            };
-            self.ranks.push(before);
-            self.words.push(0);
-        }
-        if let (true, Some(word)) = (admitted, self.words.last_mut()) {
-            *word |= 1 << (self.len % 64);
-        }
-        self.len += 1;
     }
 
     /// Forgets positions from `len` on.
@@ -63,6 +49,38 @@ impl Admitted {
         }
     }
 
+    /// The admitted positions of `range`, ascending.
+    pub fn positions(&self, range: Range<usize>) -> impl Iterator<Item = usize> {
+        self.words_of(range).flat_map(|(first, mut word)| {
+            std::iter::from_fn(move || {
+                let position = (word != 0).then(|| first + word.trailing_zeros() as usize);
+                word &= word.wrapping_sub(1);
+                position
+            })
+        })
+    }
+
+    /// The sum of [`Admitted::rank`] over `range`, without asking for each.
+    pub fn sum_of_ranks(&self, range: Range<usize>) -> u64 {
+        // Each admitted position counts for all that come after it.
+        let after = |(first, word): (usize, u64)| {
+            let indices: u64 = INDEX_BITS.iter().zip(0..).map(|(bits, power)| u64::from((word & bits).count_ones()) << power).sum();
+            u64::from(word.count_ones()) * (range.end - 1 - first) as u64 - indices
+        };
+        self.rank(range.start) as u64 * range.len() as u64 + self.words_of(range.clone()).map(after).sum::<u64>()
+    }
+
+    /// The words that hold `range`, without the bits of other positions, and the position of each one's first bit.
+    fn words_of(&self, range: Range<usize>) -> impl Iterator<Item = (usize, u64)> {
+        let Range { start, end } = range;
+        (start / 64..end.min(self.len).div_ceil(64)).map(move |word| {
+            let first = 64 * word;
+            let from = u64::MAX << start.saturating_sub(first).min(63);
+            let to = u64::MAX >> (64 - (end - first).min(64));
+            (first, self.words[word] & from & to)
+        })
+    }
+
     /// The bits of the `OCTET` positions from `position` on, a multiple of it.
     pub(crate) fn octet(&self, position: usize) -> u8 {
         self.words.get(position / 64).map_or(0, |word| (word >> (position % 64)) as u8)
@@ -74,6 +92,39 @@ impl Admitted {
     }
 }
 
+/// The bits of a word at whose index bit 0 is set, then bit 1, and so on.
+const INDEX_BITS: [u64; 6] = {
+    let ones = u64::MAX;
+    [(ones / 3) << 1, (ones / 5) << 2, (ones / 17) << 4, (ones / 257) << 8, (ones / 65_537) << 16, ones << 32]
+};
+
+/// The verdicts on the positions that follow.
+impl Extend<bool> for Admitted {
+    fn extend<I: IntoIterator<Item = bool>>(&mut self, verdicts: I) {
+        let mut verdicts = verdicts.into_iter();
+        loop {
+            let used = self.len % 64;
+            let (mut bits, mut end) = (0, used);
+            for admitted in verdicts.by_ref().take(64 - used) {
+                bits |= u64::from(admitted) << end;
+                end += 1;
+            }
+            if end == used {
+                return;
+            }
+            match self.words.last_mut() {
+                Some(word) if used > 0 => *word |= bits,
+                last => {
+                    let before = last.zip(self.ranks.last()).map_or(0, |(word, rank)| rank + word.count_ones());
+                    self.ranks.push(before);
+                    self.words.push(bits);
+                }
+            }
+            self.len += end - used;
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -82,7 +133,9 @@ mod tests {
     fn ranks_count_the_bits_before_and_truncation_forgets() {
         let bit = |position: usize| position * position % 7 < 3;
         let mut admitted = Admitted::default();
-        (0..300).for_each(|position| admitted.push(bit(position)));
+        admitted.extend((0..100).map(bit));
+        admitted.extend((100..101).map(bit));
+        admitted.extend((101..300).map(bit));
         for cut in [300, 257, 256, 64, 63, 1, 0] {
             admitted.truncate(cut);
             for position in 0..=300 {
@@ -90,7 +143,24 @@ mod tests {
                 assert_eq!(admitted.contains(position), position < cut && bit(position));
             }
         }
-        (0..70).for_each(|position| admitted.push(bit(position)));
+        admitted.extend((0..70).map(bit));
         assert_eq!(admitted.octet(64), (64..70).filter(|p| bit(*p)).map(|p| 1 << (p - 64)).sum::<u8>());
+    }
+
+    #[test]
+    fn ranges_list_what_they_admit_and_sum_its_ranks() {
+        let bit = |position: usize| position * position % 7 < 3 || (128..200).contains(&position);
+        let mut admitted = Admitted::default();
+        admitted.extend((0..300).map(bit));
+        for (start, end) in [(0, 0), (0, 300), (0, 64), (1, 63), (63, 65), (64, 128), (70, 66), (100, 299), (290, 400), (320, 330)] {
+            let positions = start..end.min(300);
+            assert_eq!(
+                admitted.positions(start..end).collect::<Vec<_>>(),
+                positions.filter(|p| bit(*p)).collect::<Vec<_>>(),
+                "{start}..{end}"
+            );
+            assert_eq!(admitted.sum_of_ranks(start..end), (start..end).map(|p| admitted.rank(p) as u64).sum::<u64>(), "{start}..{end}");
+        }
+        assert_eq!(Admitted::default().sum_of_ranks(0..10), 0);
     }
 }

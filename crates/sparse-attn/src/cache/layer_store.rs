@@ -188,8 +188,7 @@ impl LayerStore {
         let mut moves = Vec::new();
         for (head, admitted) in self.admitted.iter().flatten().enumerate() {
             table.reserve_kept(head, admitted.rank(frontier));
-            let leaving = (self.frontier..frontier).filter(|position| admitted.contains(*position));
-            for (position, index) in leaving.zip(admitted.rank(self.frontier)..) {
+            for (position, index) in admitted.positions(self.frontier..frontier).zip(admitted.rank(self.frontier)..) {
                 moves.push(Move { from: self.table.recent_slot(head, position), to: table.kept_slot(head, index) });
             }
         }
@@ -294,7 +293,7 @@ impl LayerStore {
         let kv_heads = self.spec.shape.kv_heads();
         for (head, bits) in self.admitted.iter_mut().flatten().enumerate() {
             bits.truncate(step.start);
-            (0..step.len).for_each(|token| bits.push(step.start + token < sinks || keeps(token * kv_heads + head)));
+            bits.extend((0..step.len).map(|token| step.start + token < sinks || keeps(token * kv_heads + head)));
         }
     }
 
@@ -325,7 +324,7 @@ impl LayerStore {
     pub fn admit_written(&mut self, step: Step, keeps: impl Iterator<Item = bool>) {
         for (bits, keeps) in self.admitted.iter_mut().flatten().zip(keeps) {
             bits.truncate(step.start);
-            bits.push(keeps);
+            bits.extend([keeps]);
         }
     }
 
@@ -397,11 +396,12 @@ impl LayerStore {
     pub fn count_visible(&self, step: Step) -> ReadCount {
         let heads = self.spec.shape.kv_heads();
         let visible = heads as u64 * (step.start..step.end()).map(|t| (t + 1 - self.first_visible(t)) as u64).sum::<u64>();
-        let of_query = |t: usize, window: usize| {
-            let window = (t + 1).saturating_sub(window);
-            (0..heads).map(|head| (self.count_admitted(head, 0..window) + t + 1 - window) as u64).sum::<u64>()
-        };
-        let read = self.local_window().map_or(visible, |window| (step.start..step.end()).map(|t| of_query(t, window)).sum());
+        let read = self.local_window().map_or(visible, |window| {
+            let in_window = heads as u64 * (step.start..step.end()).map(|t| (t + 1).min(window) as u64).sum::<u64>();
+            // The query at `t` sees those kept before `t + 1 - window`.
+            let before = (step.start + 1).saturating_sub(window)..(step.end() + 1).saturating_sub(window);
+            in_window + self.admitted.iter().flatten().map(|admitted| admitted.sum_of_ranks(before.clone())).sum::<u64>()
+        });
         let row = |pool: &Pool| pool.dtype().row_bytes(pool.width()) as u64;
         ReadCount { read, visible, bytes: read * (row(&self.k) + row(&self.v)) }
     }
@@ -495,15 +495,18 @@ impl LayerStore {
         }
         // What a step after the newest token will not see moves now; that token may still be taken back and fed again.
         self.make_room(Step { start: len - 1, len: 1 })?;
-        self.apply_moves()?;
         let free = self.table.free_pages() + (self.k.pages() - self.table.pages());
         if free * 32 < self.table.pages() {
-            return Ok(());
+            return self.apply_moves();
+        }
+        if self.k.values().device().is_cpu() {
+            self.apply_moves()?; // in place: most tokens stay where they are
         }
         let mut table = self.table.clone();
         let used = table.compact();
-        let (k, v) = (self.k.selected(&used)?, self.v.selected(&used)?);
-        (self.k, self.v, self.table) = (k, v, table);
+        [self.k, self.v] = Pool::compacted([&self.k, &self.v], &self.moves, &used)?;
+        self.table = table;
+        self.moves.clear();
         self.reflect()
     }
 

@@ -170,7 +170,7 @@ mod tests {
                 let (ranks, masks) = (kept.ranks.to_vec2::<u32>()?, kept.masks.to_vec2::<u8>()?);
                 assert!((0..=frontier / 64).all(|page| ranks[head][page] as usize == admitted.rank(64 * page)));
                 assert!((0..start / 8).all(|octet| masks[head][octet] == admitted.octet(8 * octet)));
-                (start..start + len).for_each(|t| admitted.push((t + head) % 3 == 0));
+                admitted.extend((start..start + len).map(|t| (t + head) % 3 == 0));
             }
             if let Some(kept) = &new.kept {
                 kept.put_masks(&admitted, start)?;

@@ -119,6 +119,19 @@ impl Pool {
         pages * PAGE_SIZE * dtype.row_bytes(width)
     }
 
+    /// A pool like this one, on a device, with `pages` pages of which the caller writes every number.
+    ///
+    /// # Errors
+    /// If the device has no memory for it.
+    pub(super) fn uninitialised(&self, pages: usize) -> Result<Self> {
+        let like = |tensor: &Tensor| {
+            let (_, rows, width) = tensor.dims3()?;
+            // SAFETY: the caller's.
+            unsafe { Tensor::empty((pages, rows, width), tensor.dtype(), tensor.device()) }
+        };
+        Ok(Self { values: like(&self.values)?, scales: self.scales.as_ref().map(like).transpose()?, ..*self })
+    }
+
     /// The same rows with room for `pages` pages.
     ///
     /// # Errors

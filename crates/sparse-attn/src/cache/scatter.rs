@@ -46,7 +46,7 @@ impl Pool {
             for pool in pools {
                 pool.check_slots(moves.iter().map(|token| token.from.max(token.to)))?;
             }
-            return cuda::move_rows(pools, moves);
+            return cuda::copy_rows(pools, pools, moves);
         }
         let move_in = |pool: &Self| pool.tensors().try_for_each(|tensor| tensor.inplace_op1(&Apply { order: pool.order(), moves }));
         pools.into_iter().try_for_each(move_in)
@@ -54,6 +54,31 @@ impl Pool {
 }
 
 impl Pool {
+    /// Only the `pages` of both `pools`, in this order, as they are after `moves`: lists that are one after the other what [`Pool::apply`]
+    /// takes. The pools themselves may be changed by them, or not.
+    ///
+    /// # Errors
+    /// As [`Pool::apply`], or if the device has no memory for it.
+    pub fn compacted(pools: [&Self; 2], moves: &[Vec<Move>], pages: &[u32]) -> Result<[Self; 2]> {
+        if !pools[0].values().device().is_cuda() {
+            moves.iter().try_for_each(|moves| Self::apply(pools, moves))?;
+            return Ok([pools[0].selected(pages)?, pools[1].selected(pages)?]);
+        }
+        // All at once: where each slot's numbers are now.
+        let mut sources: Vec<u32> = (0..(pools[0].pages() * PAGE_SIZE) as u32).collect();
+        pools[0].check_slots(moves.iter().flatten().map(|token| token.from.max(token.to)))?;
+        for token in moves.iter().flatten() {
+            sources[token.to as usize] = sources[token.from as usize];
+        }
+        let slots = pages.iter().flat_map(|page| &sources[*page as usize * PAGE_SIZE..][..PAGE_SIZE]);
+        let copies: Vec<Move> = slots.zip(0..).map(|(from, to)| Move { from: *from, to }).collect();
+        let new = [pools[0].uninitialised(pages.len())?, pools[1].uninitialised(pages.len())?];
+        if !copies.is_empty() {
+            cuda::copy_rows(pools, [&new[0], &new[1]], &copies)?;
+        }
+        Ok(new)
+    }
+
     fn check_slots(&self, mut slots: impl Iterator<Item = u32>) -> Result<()> {
         let count = self.pages() * PAGE_SIZE;
         match slots.find(|slot| *slot as usize >= count) {

@@ -10,8 +10,8 @@ mod select;
 pub use decode::{DecodeCall, DecodeLists, DecodeScratch, decode};
 pub use kernels::{Kernels, Spread, address};
 pub use rows::scales_of;
+pub(crate) use rows::{copy_rows, scatter_rows, summarise};
 use rows::{in_halves, transformed};
-pub(crate) use rows::{move_rows, scatter_rows, summarise};
 pub use select::{Budgeted, SelectCall, SelectScratch, kind_of, score_and_select};
 
 use super::write::write_rows;

@@ -88,7 +88,7 @@ crate::mirrors! { "params.h":
     /// Bytes and scales as 16-bit numbers.
     WidenParams { values: u64, scales: u64, out: u64, count: i64 }
     /// Rows to other slots.
-    MoveParams { pool: u64, moves: u64, width: i32 }
+    CopyParams { from: [u64; 4], to: [u64; 4], words: [i32; 4], moves: u64, count: i32 }
     /// Summaries of complete blocks.
     SummaryParams { k: u64, k_scales: u64, pages: u64, masks: u64, summaries: u64, scales: u64, kind: i32, max_pages: i32, block_size: i32, first: i32, head_dim: i32 }
     /// Queries made ready to score.

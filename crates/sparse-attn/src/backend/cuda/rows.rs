@@ -1,6 +1,6 @@
 //! Rows in pools: written, moved, summarised.
 
-use super::params::{MoveParams, ScatterParams, SummaryParams, TransformParams, WidenParams};
+use super::params::{CopyParams, ScatterParams, SummaryParams, TransformParams, WidenParams};
 use super::{Kernels, Spread, address, summary_code, uninitialised};
 use crate::cache::{KvDtype, LayerStore, Move, Pool, Summaries, Summary};
 use candle_core::{DType, Result, Tensor, bail};
@@ -17,6 +17,9 @@ fn name(stem: &str, pool: &Pool) -> Result<String> {
 pub fn scales_of(pool: &Pool) -> Result<u64> {
     pool.scales().map_or(Ok(0), address)
 }
+
+/// Words that are copied by a thread block.
+const COPIED: usize = 256;
 
 /// Numbers that are widened by a thread block.
 const WIDENED: usize = 16 * 256;
@@ -63,19 +66,27 @@ pub(crate) fn scatter_rows(pool: &Pool, rows: &Tensor, slots: &[u32]) -> Result<
     unsafe { kernels.launch(&name("scatter_rows", pool)?, Spread::new([count, 1, 1], threads), &params) }
 }
 
-/// Copies slots of `pools` to others, all at once; the caller has checked that they lie inside, and that none that is left is taken.
-pub(crate) fn move_rows(pools: [&Pool; 2], moves: &[Move]) -> Result<()> {
-    let device = pools[0].values().device();
-    let kernels = Kernels::of(device)?;
+/// Copies slots of the pools `from` to slots of `to`, which may be the same, all at once; the caller has checked that they lie inside, and
+/// that none that is left is taken.
+pub(crate) fn copy_rows(from: [&Pool; 2], to: [&Pool; 2], moves: &[Move]) -> Result<()> {
+    let device = to[0].values().device();
     let list: Vec<u32> = moves.iter().flat_map(|token| [token.from, token.to]).collect();
     let list = Tensor::new(list, device)?;
-    for tensor in pools.into_iter().flat_map(Pool::tensors) {
-        let halves = tensor.dim(2)? * tensor.dtype().size_in_bytes() / size_of::<u16>();
-        let params = MoveParams { pool: address(tensor)?, moves: address(&list)?, width: halves as i32 };
-        // SAFETY: the slots lie inside the pool; what the kernel reads lives until the stream frees it.
-        unsafe { kernels.launch("move_rows", Spread::new([moves.len(), 1, 1], halves.min(1024)), &params) }?;
+    let mut params = CopyParams { moves: address(&list)?, count: moves.len() as i32, ..CopyParams::default() };
+    let pairs = from.into_iter().flat_map(Pool::tensors).zip(to.into_iter().flat_map(Pool::tensors));
+    let mut tensors = 0;
+    for ((from, to), (words, (source, target))) in pairs.zip(params.words.iter_mut().zip(params.from.iter_mut().zip(&mut params.to))) {
+        let bytes = to.dim(2)? * to.dtype().size_in_bytes();
+        if !bytes.is_multiple_of(size_of::<u32>()) {
+            bail!("cuda: rows of {bytes} bytes, they are copied by four");
+        }
+        (*words, *source, *target) = ((bytes / size_of::<u32>()) as i32, address(from)?, address(to)?);
+        tensors += 1;
     }
-    Ok(())
+    let longest = params.words.into_iter().max().unwrap_or(0) as usize;
+    let spread = Spread::new([(moves.len() * longest).div_ceil(COPIED), tensors, 1], COPIED);
+    // SAFETY: the slots lie inside the pools, whose tensors have these rows; what the kernel reads lives until the stream frees it.
+    unsafe { Kernels::of(device)?.launch("copy_rows", spread, &params) }
 }
 
 /// Summarises what a token router keeps of `blocks`, for which `summaries` has room.
