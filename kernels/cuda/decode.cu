@@ -275,14 +275,21 @@ template <typename S, int D> __device__ void attend(const DecodeParams &p) {
             if (lane + 32 * i < splits) parts[query * splits + lane + 32 * i] = own[i].x / total;
     }
     __syncthreads();
-    for (int index = threadIdx.x; index < G * D; index += WARPS * 32) {
-        const float *factors = parts + index / D * splits;
-        float sum = 0.f;
+    // Four neighbours for each thread, whole warps.
+    for (int index = 4 * threadIdx.x; index - 4 * lane < G * D; index += 4 * WARPS * 32) {
+        float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
+        if (index < G * D) {
+            const float *factors = parts + index / D * splits;
 #pragma unroll 16
-        for (int i = 0; i < splits; ++i) sum += factors[i] * __ldcg(all_sums + (int64_t)i * QUERIES * D + index);
+            for (int i = 0; i < splits; ++i) {
+                const float4 x = __ldcg((const float4 *)(all_sums + (int64_t)i * QUERIES * D + index));
+                const float factor = factors[i];
+                sum = make_float4(sum.x + factor * x.x, sum.y + factor * x.y, sum.z + factor * x.z, sum.w + factor * x.w);
+            }
+        }
         const int at = first_query * D + index;
-        p.out[at] = sum;
-        if (p.out_q8) quantize32(sum, p.out_q8, gridDim.y * p.group_size * D, at / 32);
+        if (index < G * D) *(float4 *)(p.out + at) = sum;
+        if (p.out_q8) quantize4(sum, p.out_q8, index < G * D ? gridDim.y * p.group_size * D : 0, at);
     }
     if (threadIdx.x == 0) p.tickets[part] = 0;
 }

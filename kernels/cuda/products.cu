@@ -4,13 +4,21 @@
 
 namespace products {
 
-constexpr int WARPS = 4, GATED_WARPS = 8, ROWS_THREADS = 64, UNPACK_THREADS = 256, PREFETCHED = 1024;
+constexpr int WARPS = 4, GATED_WARPS = 16, GATED_ROWS = 32, ROWS_THREADS = 64, UNPACK_THREADS = 256, PREFETCHED = 512;
+
+// For matrices that are not all of one format, or of it and of F32. Kernels of a format each are faster: one that knows all of them holds registers for the
+// widest, and has fewer loads under way.
+constexpr int ANY = -1;
+
+// Loads of a row that are under way at once, where R rows are read together: more cost registers, and with them warps.
+constexpr int PLAIN_STEPS = 2;
+template <int R> constexpr int PACKED_STEPS = 4 / R;
 
 // The products of R rows with the activations, in every lane.
 template <int FORMAT, int R>
 __device__ __forceinline__ void packed_rows(float (&sums)[R], const Matrix *const (&m)[R], const int (&rows)[R], int columns, const Activations &x) {
     const int lane = threadIdx.x % 32, units = columns / 32;
-#pragma unroll 2
+#pragma unroll PACKED_STEPS<R>
     for (int u = lane; u < units; u += 32) {
         const Thirty2 own = activations_at(x, u);
 #pragma unroll
@@ -21,7 +29,7 @@ __device__ __forceinline__ void packed_rows(float (&sums)[R], const Matrix *cons
 template <int FORMAT, int R>
 __device__ __forceinline__ void plain_rows(float (&sums)[R], const Matrix *const (&m)[R], const int (&rows)[R], int columns, const float *x) {
     const int lane = threadIdx.x % 32;
-#pragma unroll 4
+#pragma unroll PLAIN_STEPS
     for (int i = 8 * lane; i < columns; i += 256) {
         const float4 a = __ldg((const float4 *)(x + i)), b = __ldg((const float4 *)(x + i) + 1);
 #pragma unroll
@@ -34,24 +42,28 @@ __device__ __forceinline__ void plain_rows(float (&sums)[R], const Matrix *const
 }
 
 // Rows of matrices of one format.
-template <int R>
+template <int FORMAT, int R>
 __device__ __forceinline__ void multiply_rows(float (&sums)[R], const Matrix *const (&m)[R], const int (&rows)[R], int columns, const float *x, const void *x_q8) {
-    const Activations a(x_q8, columns);
+    if constexpr (FORMAT == ANY) {
+        switch (m[0]->format) {
+        case F32: return multiply_rows<F32>(sums, m, rows, columns, x, x_q8);
+        case F16: return multiply_rows<F16>(sums, m, rows, columns, x, x_q8);
+        case BF16: return multiply_rows<BF16>(sums, m, rows, columns, x, x_q8);
+        case AFFINE4: return multiply_rows<AFFINE4>(sums, m, rows, columns, x, x_q8);
+        case AFFINE5: return multiply_rows<AFFINE5>(sums, m, rows, columns, x, x_q8);
+        case Q8_0: return multiply_rows<Q8_0>(sums, m, rows, columns, x, x_q8);
+        case Q4_K: return multiply_rows<Q4_K>(sums, m, rows, columns, x, x_q8);
+        case Q5_K: return multiply_rows<Q5_K>(sums, m, rows, columns, x, x_q8);
+        default: return multiply_rows<Q6_K>(sums, m, rows, columns, x, x_q8);
+        }
+    } else {
 #pragma unroll
-    for (int r = 0; r < R; ++r) sums[r] = 0.f;
-    switch (m[0]->format) {
-    case F32: plain_rows<F32>(sums, m, rows, columns, x); break;
-    case F16: plain_rows<F16>(sums, m, rows, columns, x); break;
-    case BF16: plain_rows<BF16>(sums, m, rows, columns, x); break;
-    case AFFINE4: packed_rows<AFFINE4>(sums, m, rows, columns, a); break;
-    case AFFINE5: packed_rows<AFFINE5>(sums, m, rows, columns, a); break;
-    case Q8_0: packed_rows<Q8_0>(sums, m, rows, columns, a); break;
-    case Q4_K: packed_rows<Q4_K>(sums, m, rows, columns, a); break;
-    case Q5_K: packed_rows<Q5_K>(sums, m, rows, columns, a); break;
-    default: packed_rows<Q6_K>(sums, m, rows, columns, a);
+        for (int r = 0; r < R; ++r) sums[r] = 0.f;
+        if constexpr (FORMAT <= BF16) plain_rows<FORMAT>(sums, m, rows, columns, x);
+        else packed_rows<FORMAT>(sums, m, rows, columns, Activations(x_q8, columns));
+#pragma unroll
+        for (int r = 0; r < R; ++r) sums[r] = sum_of_warp(sums[r]);
     }
-#pragma unroll
-    for (int r = 0; r < R; ++r) sums[r] = sum_of_warp(sums[r]);
 }
 
 // Brings the beginning of a row to the L2 cache: weights do not depend on the kernel before, so they may come while it runs. No more
@@ -73,11 +85,8 @@ __device__ __forceinline__ float activated(float x, int activation) {
     return x * sigmoid(2.f * u);
 }
 
-} // namespace products
-
 // A warp takes a row.
-extern "C" __global__ void __launch_bounds__(products::WARPS * 32, 9) product(const ProductParams p) {
-    using namespace products;
+template <int FORMAT> __device__ __forceinline__ void product(const ProductParams &p) {
     const int token = blockIdx.y;
     int row = blockIdx.x * WARPS + threadIdx.x / 32;
     // Selected, not indexed: a parameter that is indexed is copied to memory.
@@ -92,40 +101,60 @@ extern "C" __global__ void __launch_bounds__(products::WARPS * 32, 9) product(co
     float sums[1];
     const Matrix *const matrices[1] = {&m};
     const int rows[1] = {row};
-    multiply_rows(sums, matrices, rows, p.columns, p.x + (int64_t)token * p.columns, (const uint8_t *)p.x_q8 + token * activation_bytes(p.columns));
+    const float *x = p.x + (int64_t)token * p.columns;
+    const void *x_q8 = (const uint8_t *)p.x_q8 + token * activation_bytes(p.columns);
+    if (FORMAT != F32 && m.format == F32) multiply_rows<F32>(sums, matrices, rows, p.columns, x, x_q8);
+    else multiply_rows<FORMAT>(sums, matrices, rows, p.columns, x, x_q8);
     if (threadIdx.x % 32 == 0) m.out[(int64_t)token * m.rows + row] = sums[0] + (m.bias ? m.bias[row] : 0.f);
 }
 
-// A thread block makes 32 rows, which it rounds to 8 bits together. grid rows / 32.
-extern "C" __global__ void __launch_bounds__(products::GATED_WARPS * 32) gated_product(const GatedParams p) {
-    using namespace products;
-    __shared__ float made[32];
-    const int warp = threadIdx.x / 32, first = 32 * blockIdx.x + warp * (32 / GATED_WARPS);
+// A thread block makes 32 rows, which it rounds to 8 bits together.
+template <int FORMAT> __device__ __forceinline__ void gated_product(const GatedParams &p) {
+    constexpr int EACH = GATED_ROWS / GATED_WARPS;
+    __shared__ float made[GATED_ROWS];
+    const int warp = threadIdx.x / 32, first = GATED_ROWS * blockIdx.x + warp * EACH;
     prefetch_row(p.gate, first, p.columns), prefetch_row(p.up, first, p.columns);
     follow();
 #pragma unroll 1
-    for (int row = first; row < first + 32 / GATED_WARPS; ++row) {
+    for (int row = first; row < first + EACH; ++row) {
         float sums[2];
-        if (p.gate.format == p.up.format) {
+        if constexpr (FORMAT != ANY) {
             const Matrix *const matrices[2] = {&p.gate, &p.up};
             const int rows[2] = {row, row};
-            multiply_rows(sums, matrices, rows, p.columns, p.x, p.x_q8);
+            multiply_rows<FORMAT>(sums, matrices, rows, p.columns, p.x, p.x_q8);
         } else {
             float of_gate[1], of_up[1];
             const Matrix *const gate[1] = {&p.gate}, *const up[1] = {&p.up};
             const int rows[1] = {row};
-            multiply_rows(of_gate, gate, rows, p.columns, p.x, p.x_q8);
-            multiply_rows(of_up, up, rows, p.columns, p.x, p.x_q8);
+            multiply_rows<FORMAT>(of_gate, gate, rows, p.columns, p.x, p.x_q8);
+            multiply_rows<FORMAT>(of_up, up, rows, p.columns, p.x, p.x_q8);
             sums[0] = of_gate[0], sums[1] = of_up[0];
         }
-        if (threadIdx.x % 32 == 0) made[row % 32] = activated(sums[0], p.activation) * sums[1];
+        if (threadIdx.x % 32 == 0) made[row % GATED_ROWS] = activated(sums[0], p.activation) * sums[1];
     }
     __syncthreads();
     if (warp) return;
     const float x = made[threadIdx.x];
-    p.out[32 * blockIdx.x + threadIdx.x] = x;
+    p.out[GATED_ROWS * blockIdx.x + threadIdx.x] = x;
     quantize32(x, p.out_q8, p.gate.rows, blockIdx.x);
 }
+
+} // namespace products
+
+#define EXPAND(name, format)                                                                                                            \
+    extern "C" __global__ void __launch_bounds__(products::WARPS * 32, 8) product_##name(const ProductParams p) { products::product<format>(p); } \
+    extern "C" __global__ void __launch_bounds__(products::GATED_WARPS * 32, 2) gated_product_##name(const GatedParams p) { products::gated_product<format>(p); }
+EXPAND(f32, F32)
+EXPAND(f16, F16)
+EXPAND(bf16, BF16)
+EXPAND(affine4, AFFINE4)
+EXPAND(affine5, AFFINE5)
+EXPAND(q8_0, Q8_0)
+EXPAND(q4_k, Q4_K)
+EXPAND(q5_k, Q5_K)
+EXPAND(q6_k, Q6_K)
+EXPAND(any, products::ANY)
+#undef EXPAND
 
 namespace products {
 

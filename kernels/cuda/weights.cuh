@@ -144,4 +144,25 @@ __device__ __forceinline__ void quantize32(float x, void *buffer, int columns, i
     if (lane % 16 == 0) to.sums[2 * block + lane / 16] = sum;
 }
 
+// Rounds four neighbours to 8 bits, where they are columns; eight threads hold a block of 32. For whole warps.
+__device__ __forceinline__ void quantize4(float4 x, void *buffer, int columns, int at) {
+    float largest = fmaxf(fmaxf(fabsf(x.x), fabsf(x.y)), fmaxf(fabsf(x.z), fabsf(x.w)));
+    if (x.x != x.x || x.y != x.y || x.z != x.z || x.w != x.w) largest = NAN;
+#pragma unroll
+    for (int step = 4; step; step /= 2) {
+        const float other = __shfl_xor_sync(~0u, largest, step);
+        largest = other > largest || other != other ? other : largest;
+    }
+    const float scale = largest / 127.f, inverse = largest > 0.f ? 127.f / largest : 0.f;
+    const int q[4] = {__float2int_rn(x.x * inverse), __float2int_rn(x.y * inverse), __float2int_rn(x.z * inverse), __float2int_rn(x.w * inverse)};
+    int whole = q[0] + q[1] + q[2] + q[3];
+    whole += __shfl_xor_sync(~0u, whole, 1);
+    whole += __shfl_xor_sync(~0u, whole, 2);
+    if (at >= columns) return;
+    const Activations to(buffer, columns);
+    *(int *)(to.q + at) = (q[0] & 0xff) | (q[1] & 0xff) << 8 | (q[2] & 0xff) << 16 | q[3] << 24;
+    if (at % 32 == 0) to.scales[at / 32] = scale;
+    if (at % 16 == 0) to.sums[at / 16] = scale * (float)whole;
+}
+
 } // namespace

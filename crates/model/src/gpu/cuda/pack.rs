@@ -20,6 +20,30 @@ pub(super) enum Format {
     Q6K,
 }
 
+impl Format {
+    /// The end of the names of its kernels, in kernels/cuda/products.cu.
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::F16 => "f16",
+            Self::Bf16 => "bf16",
+            Self::Affine4 => "affine4",
+            Self::Affine5 => "affine5",
+            Self::Q8_0 => "q8_0",
+            Self::Q4K => "q4_k",
+            Self::Q5K => "q5_k",
+            Self::Q6K => "q6_k",
+        }
+    }
+
+    /// The name of the kernel for matrices of these formats: there is one of each, and one for different ones.
+    pub(super) fn kernel(stem: &str, formats: impl IntoIterator<Item = Self>) -> String {
+        let mut formats = formats.into_iter();
+        let first = formats.next().unwrap_or(Self::F32);
+        format!("{stem}_{}", if formats.all(|other| other == first) { first.name() } else { "any" })
+    }
+}
+
 /// A part of a block as it lies in a plane: reads the block, and the number of a unit of 32 weights in it; writes that unit's bytes.
 type Unit = fn(&[u8], usize, &mut [u8]);
 

@@ -3,8 +3,9 @@
 
 use super::super::{DecoderParts, LayerParts};
 use super::DeviceMatrix;
-use super::matrix::{activation_bytes, product};
-use super::params::{BestParams, GatedParams, LikeliestParams, Matrix as MatrixParams, NormParams, Verdict, WriteParams};
+use super::matrix::{Product, activation_bytes, product};
+use super::pack::Format;
+use super::params::{BestParams, GatedParams, LikeliestParams, NormParams, Verdict, WriteParams};
 use crate::arch::TokenStep;
 use crate::config::Activation;
 use crate::layers::{Linear, RmsNorm};
@@ -25,8 +26,9 @@ use std::sync::Arc;
 /// Widest residual stream of `add_norm`, in numbers.
 const WIDEST: usize = 16 * 1024;
 
-/// Rows that a thread block of `gated_product` makes.
+/// Rows that a thread block of `gated_product` makes, and its threads.
 const GATED_ROWS: usize = 32;
+const GATED_THREADS: usize = 512;
 
 /// Positions that selection makes room for at a time: with more, everything is recorded anew.
 const ROOM: usize = 16 * 1024;
@@ -449,7 +451,7 @@ impl CudaStep {
             pending = Some(layer.post_mlp_norm.as_ref());
         }
         self.add_norm(pending, &self.norm)?;
-        self.multiply(&[self.head.params(address(logits)?, 0)?], normed, self.head.columns())?;
+        self.multiply(&[Product::of(&self.head, address(logits)?, 0)?], normed, self.head.columns())?;
         let params = LikeliestParams { logits: address(logits)?, id: address(report)?, count: logits.elem_count() as i32 };
         // SAFETY: as above.
         unsafe { self.kernels.launch_following("likeliest", Spread::new([1, 1, 1], 1024), &params) }
@@ -474,26 +476,26 @@ impl CudaStep {
 
     fn project_qkv(&self, layer: &Layer) -> Result<()> {
         let mut out = address(&self.buffers.qkv)?;
-        let mut matrices = Vec::with_capacity(4);
+        let mut products = Vec::with_capacity(4);
         for projection in &layer.qkv {
-            matrices.push(projection.weight.params(out, projection.bias.as_ref().map_or(Ok(0), address)?)?);
+            products.push(Product::of(&projection.weight, out, projection.bias.as_ref().map_or(Ok(0), address)?)?);
             out += (projection.weight.height() * size_of::<f32>()) as u64;
         }
         if let TokenGate::Scored { gate, first, scores } = &layer.token_gate {
             let bias = gate.hidden.as_ref().map_or(&gate.bias, |(_, bias)| bias);
-            matrices.push(first.params(address(scores)?, address(bias)?)?);
+            products.push(Product::of(first, address(scores)?, address(bias)?)?);
         }
-        self.multiply(&matrices, &self.buffers.normed, layer.qkv[0].weight.columns())
+        self.multiply(&products, &self.buffers.normed, layer.qkv[0].weight.columns())
     }
 
     fn project(&self, projection: &Projection, x: &[Tensor; 2], out: &Tensor) -> Result<()> {
         let bias = projection.bias.as_ref().map_or(Ok(0), address)?;
-        self.multiply(&[projection.weight.params(address(out)?, bias)?], x, projection.weight.columns())
+        self.multiply(&[Product::of(&projection.weight, address(out)?, bias)?], x, projection.weight.columns())
     }
 
-    fn multiply(&self, matrices: &[MatrixParams], x: &[Tensor; 2], columns: usize) -> Result<()> {
+    fn multiply(&self, products: &[Product], x: &[Tensor; 2], columns: usize) -> Result<()> {
         // SAFETY: as in `launch_all`.
-        unsafe { product(&self.kernels, matrices, address(&x[0])?, address(&x[1])?, columns, 1) }
+        unsafe { product(&self.kernels, products, address(&x[0])?, address(&x[1])?, columns, 1) }
     }
 
     /// Norms, rotates and stores the token's query, key and value.
@@ -598,8 +600,9 @@ impl CudaStep {
             columns: layer.gate.columns() as i32,
             activation: self.activation,
         };
-        let spread = Spread::new([layer.gate.height() / GATED_ROWS, 1, 1], 256);
+        let spread = Spread::new([layer.gate.height() / GATED_ROWS, 1, 1], GATED_THREADS);
+        let name = Format::kernel("gated_product", [layer.gate.format(), layer.up.format()]);
         // SAFETY: as in `launch_all`.
-        unsafe { self.kernels.launch_following("gated_product", spread, &params) }
+        unsafe { self.kernels.launch_following(&name, spread, &params) }
     }
 }
