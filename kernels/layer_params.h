@@ -93,6 +93,13 @@ struct RowsParams {
     float factor;
 };
 
+// Numbers of the host's memory, brought to the device. One thread block.
+struct FetchParams {
+    const int *from;       // [count]
+    int *to;
+    int count;
+};
+
 // A whole matrix as bf16.
 struct UnpackParams {
     Matrix matrix;

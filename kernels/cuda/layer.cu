@@ -67,6 +67,12 @@ template <int GROUPS> __device__ __forceinline__ void add_norm(const NormParams 
 
 } // namespace layer
 
+// What the host wrote since the last time: no cache may have it.
+extern "C" __global__ void fetch_orders(const FetchParams p) {
+    follow();
+    for (int i = threadIdx.x; i < p.count; i += blockDim.x) p.to[i] = __ldcv(p.from + i);
+}
+
 // One thread block.
 extern "C" __global__ void __launch_bounds__(layer::NORM_THREADS) add_norm(const NormParams p) {
     __shared__ float shared[32];

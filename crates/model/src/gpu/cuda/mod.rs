@@ -3,6 +3,7 @@
 mod matrix;
 mod pack;
 mod params;
+mod pinned;
 mod step;
 
 pub use matrix::DeviceMatrix;

@@ -18,6 +18,8 @@ sparse_attn::mirrors! { "layer_params.h":
     }
     /// Rows of a matrix.
     RowsParams { matrix: Matrix, ids: u64, out: u64, columns: i32, factor: f32 }
+    /// Numbers from the host.
+    FetchParams { from: u64, to: u64, count: i32 }
     /// A matrix as bf16.
     UnpackParams { matrix: Matrix, out: u64, columns: i32 }
     /// Numbers in 8 bits.

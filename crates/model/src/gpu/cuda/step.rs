@@ -5,7 +5,8 @@ use super::super::{DecoderParts, LayerParts};
 use super::DeviceMatrix;
 use super::matrix::{Product, activation_bytes, product};
 use super::pack::Format;
-use super::params::{BestParams, GatedParams, LikeliestParams, NormParams, Verdict, WriteParams};
+use super::params::{BestParams, FetchParams, GatedParams, LikeliestParams, NormParams, Verdict, WriteParams};
+use super::pinned::Pinned;
 use crate::arch::TokenStep;
 use crate::config::Activation;
 use crate::layers::{Linear, RmsNorm};
@@ -90,15 +91,16 @@ struct CudaStep {
     recorded: Option<Recorded>,
     /// The kernels that were run before: of a step without selections, and of those for that many scores.
     loaded: Vec<Option<usize>>,
-    /// Of the newest step, if it was fetched.
-    report: Option<Report>,
+    /// Whether the newest step may still run.
+    is_running: bool,
 }
 
 /// What the kernels of a step hand on.
 #[derive(Debug)]
 struct Buffers {
-    state: Tensor, // u32: token, position, then what each layer and head may take
-    x: Tensor,     // [hidden_size]
+    orders: Pinned, // what `state` is to be
+    state: Tensor,  // u32: token, position, then what each layer and head may take
+    x: Tensor,      // [hidden_size]
     normed: [Tensor; 2],
     qkv: Tensor,       // [q_heads + 2 kv_heads, head_dim]
     q: Option<Tensor>, // [q_heads, head_dim], see `queries_of`
@@ -106,16 +108,16 @@ struct Buffers {
     projected: Tensor, // [hidden_size]
     inner: [Tensor; 2],
     logits: Tensor, // [vocab_size]
-    report: Tensor, // u32, see `Report`
+    report: Pinned, // see `Report`
     best: Tensor,   // [1 + 2 MOST_BEST] u32: how many, ids, bits of scores
 }
 
 /// What a step tells the host, all numbers in one list: the likeliest token, whether a logit is broken, then for each layer and head
 /// whether a token router keeps the token, then how many kept tokens the chosen blocks have.
 #[derive(Debug)]
-struct Report(Vec<u32>);
+struct Report<'a>(&'a [u32]);
 
-impl Report {
+impl<'a> Report<'a> {
     fn likeliest(&self) -> Result<u32> {
         if self.0[1] != 0 {
             bail!("a logit is NaN or infinite: the weights are damaged, or a kernel is wrong");
@@ -124,7 +126,7 @@ impl Report {
     }
 
     /// Of a layer: the verdicts, and the tokens of chosen blocks.
-    fn of_layer(&self, layer: usize, kv_heads: usize) -> [&[u32]; 2] {
+    fn of_layer(&self, layer: usize, kv_heads: usize) -> [&'a [u32]; 2] {
         let (kept, picked) = self.0[2..].split_at((self.0.len() - 2) / 2);
         [kept, picked].map(|numbers| &numbers[layer * kv_heads..][..kv_heads])
     }
@@ -178,7 +180,9 @@ pub(crate) fn record(parts: &DecoderParts<'_>, attention: &RoutedAttention, cach
     let (q_heads, kv_heads, head_dim) = (heads.q_heads(), heads.kv_heads(), heads.head_dim());
     let plain = |count: usize| Tensor::zeros(count, DType::F32, device);
     let both = |count: usize| Ok::<_, candle_core::Error>([plain(count)?, Tensor::zeros(activation_bytes(count), DType::U8, device)?]);
+    let kernels = Kernels::of(device)?;
     let buffers = Buffers {
+        orders: Pinned::zeros(&kernels, 2 + layers.len() * kv_heads)?,
         state: Tensor::zeros(2 + layers.len() * kv_heads, DType::U32, device)?,
         x: plain(hidden_size)?,
         normed: both(hidden_size)?,
@@ -188,11 +192,11 @@ pub(crate) fn record(parts: &DecoderParts<'_>, attention: &RoutedAttention, cach
         projected: plain(hidden_size)?,
         inner: both(inner)?,
         logits: plain(head.height())?,
-        report: Tensor::zeros(2 + 2 * layers.len() * kv_heads, DType::U32, device)?,
+        report: Pinned::zeros(&kernels, 2 + 2 * layers.len() * kv_heads)?,
         best: Tensor::zeros(1 + 2 * MOST_BEST, DType::U32, device)?,
     };
     Ok(Some(Box::new(CudaStep {
-        kernels: Kernels::of(device)?,
+        kernels,
         device: device.clone(),
         heads,
         scale: parts.scale,
@@ -210,7 +214,7 @@ pub(crate) fn record(parts: &DecoderParts<'_>, attention: &RoutedAttention, cach
         buffers,
         recorded: None,
         loaded: Vec::new(),
-        report: None,
+        is_running: false,
     })))
 }
 
@@ -300,7 +304,11 @@ impl TokenStep for CudaStep {
                 None => state.resize(state.len() + self.heads.kv_heads(), 0),
             }
         }
-        self.buffers.state.slice_set(&Tensor::new(state, &self.device)?, 0, 0)?;
+        // The step before has read them, if it is done.
+        if self.is_running {
+            self.report()?;
+        }
+        self.buffers.orders.numbers().copy_from_slice(&state);
         let key = self.key(cache, calls.iter().map(Option::is_some).collect(), step);
         if self.recorded.as_ref().is_none_or(|recorded| recorded.key != key) {
             self.recorded = None;
@@ -308,7 +316,7 @@ impl TokenStep for CudaStep {
         }
         let Some(recorded) = &self.recorded else { bail!("cuda: no step was recorded") };
         recorded.graph.launch().w()?;
-        self.report = None;
+        self.is_running = true;
         // While it runs.
         for layer in (0..self.layers.len()).filter(|layer| calls[*layer].is_none()) {
             let count = cache.layer(layer).count_visible(step);
@@ -340,7 +348,7 @@ impl TokenStep for CudaStep {
         let (found, ids) = (address(best)?, address(best)? + size_of::<u32>() as u64);
         let params = BestParams {
             logits: address(logits)?,
-            likeliest: address(report)?,
+            likeliest: report.address(),
             found,
             ids,
             scores: ids + (MOST_BEST * size_of::<u32>()) as u64,
@@ -363,13 +371,12 @@ impl TokenStep for CudaStep {
 }
 
 impl CudaStep {
-    /// What the newest step tells: fetched once.
-    fn report(&mut self) -> Result<&Report> {
-        let report = match self.report.take() {
-            Some(report) => report,
-            None => Report(self.buffers.report.to_vec1()?),
-        };
-        Ok(self.report.insert(report))
+    /// What the newest step tells, once it is done.
+    fn report(&mut self) -> Result<Report<'_>> {
+        if std::mem::take(&mut self.is_running) {
+            self.kernels.stream().synchronize().w()?;
+        }
+        Ok(Report(self.buffers.report.numbers()))
     }
 
     fn key(&self, cache: &KvCache, selects: Vec<bool>, step: Step) -> Key {
@@ -419,10 +426,13 @@ impl CudaStep {
     }
 
     fn launch_all(&self, key: &Key, cache: &KvCache, q: &Tensor, scratch: &DecodeScratch, select: Option<&SelectScratch>) -> Result<()> {
-        let Buffers { state, x, normed, attended, projected, logits, report, .. } = &self.buffers;
+        let Buffers { orders, state, x, normed, attended, projected, logits, report, .. } = &self.buffers;
         let (token, position) = (address(state)?, address(state)? + 4);
+        let fetch = FetchParams { from: orders.address(), to: address(state)?, count: state.elem_count() as i32 };
         // SAFETY: here and below: the buffers were made for this model's shapes, and live as long as `self`, which the graph does
         // not outlive; weights are kept by `self`, keys and values by the cache, whose tensors the graph is keyed by.
+        unsafe { self.kernels.launch_following("fetch_orders", Spread::new([1, 1, 1], 256), &fetch) }?;
+        // SAFETY: as above.
         unsafe { self.embedding.put_rows(token, 1, address(x)?, self.embedding_factor) }?;
         let mut pending: Option<Option<&Tensor>> = None; // a product that is not added yet, and the norm over it
         for (index, layer) in self.layers.iter().enumerate() {
@@ -452,7 +462,7 @@ impl CudaStep {
         }
         self.add_norm(pending, &self.norm)?;
         self.multiply(&[Product::of(&self.head, address(logits)?, 0)?], normed, self.head.columns())?;
-        let params = LikeliestParams { logits: address(logits)?, id: address(report)?, count: logits.elem_count() as i32 };
+        let params = LikeliestParams { logits: address(logits)?, id: report.address(), count: logits.elem_count() as i32 };
         // SAFETY: as above.
         unsafe { self.kernels.launch_following("likeliest", Spread::new([1, 1, 1], 1024), &params) }
     }
@@ -537,7 +547,7 @@ impl CudaStep {
     /// Where the report has numbers of a layer: verdicts (0), or tokens of chosen blocks (1).
     fn reported(&self, index: usize, kind: usize) -> Result<u64> {
         let number = 2 + (kind * self.layers.len() + index) * self.heads.kv_heads();
-        Ok(address(&self.buffers.report)? + (number * size_of::<u32>()) as u64)
+        Ok(self.buffers.report.address() + (number * size_of::<u32>()) as u64)
     }
 
     /// How the token router decides on the token.
