@@ -487,13 +487,14 @@ impl CudaStep {
     fn project_qkv(&self, layer: &Layer) -> Result<()> {
         let mut out = address(&self.buffers.qkv)?;
         let mut products = Vec::with_capacity(4);
-        for projection in &layer.qkv {
-            products.push(Product::of(&projection.weight, out, projection.bias.as_ref().map_or(Ok(0), address)?)?);
-            out += (projection.weight.height() * size_of::<f32>()) as u64;
-        }
+        // First, or its few rows of f32 would be read when all others are done.
         if let TokenGate::Scored { gate, first, scores } = &layer.token_gate {
             let bias = gate.hidden.as_ref().map_or(&gate.bias, |(_, bias)| bias);
             products.push(Product::of(first, address(scores)?, address(bias)?)?);
+        }
+        for projection in &layer.qkv {
+            products.push(Product::of(&projection.weight, out, projection.bias.as_ref().map_or(Ok(0), address)?)?);
+            out += (projection.weight.height() * size_of::<f32>()) as u64;
         }
         self.multiply(&products, &self.buffers.normed, layer.qkv[0].weight.columns())
     }
