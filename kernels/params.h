@@ -119,6 +119,18 @@ struct SelectParams {
     int first_tile;        // tiles before these in the step
 };
 
+// Keys and values of a step that are written to the places that the page table gives them, rounded; keys in 8 bits as their Hadamard
+// transform. grid (tokens, kv_heads, 2)
+struct StoreParams {
+    const float *rows[2];  // keys, values: [tokens, kv_heads, head_dim]
+    void *pools[2];        // S
+    void *scales[2];       // as in DecodeParams
+    const int *pages;      // [kv_heads, max_pages]
+    int max_pages;
+    int start;             // position of the first token
+    int head_dim;
+};
+
 // Rows that are written into a pool, rounded.
 struct ScatterParams {
     const float *rows;     // [count, width]
@@ -188,6 +200,7 @@ struct ExpandParams {
 struct VerdictParams {
     const float *scores;   // [tokens, kv_heads]
     uint8_t *masks;        // as in Kept
+    uint8_t *noted;        // [kv_heads, octets of the step]: the same, in memory of the host
     int start;             // position of the first token
     int tokens;
     int kv_heads;

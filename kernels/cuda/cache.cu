@@ -11,6 +11,16 @@ template <typename S> __device__ void scatter(const ScatterParams &p) {
         store_at<S>(p.pool, p.scales, p.slots[blockIdx.x], p.width, i, p.transforms ? hadamard(from[i]) : from[i]);
 }
 
+// grid (tokens, kv_heads, 2); a thread for each dimension, whole warps.
+template <typename S> __device__ void store(const StoreParams &p) {
+    const int t = p.start + blockIdx.x, head = blockIdx.y, d = threadIdx.x;
+    const bool of_values = blockIdx.z;
+    const int64_t slot = (int64_t)p.pages[(int64_t)head * p.max_pages + t / PAGE] * PAGE + t % PAGE;
+    const float x = (of_values ? p.rows[1] : p.rows[0])[((int64_t)blockIdx.x * gridDim.y + head) * p.head_dim + d];
+    const bool transforms = std::is_same_v<S, Bytes> && !of_values;
+    store_at<S>(of_values ? p.pools[1] : p.pools[0], of_values ? p.scales[1] : p.scales[0], slot, p.head_dim, d, transforms ? hadamard(x) : x);
+}
+
 // A word for each thread.
 __device__ __forceinline__ void copy(const CopyParams &p) {
     const int words = p.words[blockIdx.y];
@@ -114,6 +124,7 @@ __device__ __forceinline__ void note_verdicts(const VerdictParams &p) {
         bits |= (uint32_t)keeps << t % OCTET;
     }
     *mask = bits;
+    p.noted[head * ((end + OCTET - 1) / OCTET - p.start / OCTET) + octet - p.start / OCTET] = bits;
 }
 
 // Tokens and rows of a thread block, columns at a time, and tokens of a warp.
@@ -203,6 +214,7 @@ extern "C" __global__ void __launch_bounds__(256) note_verdicts(const VerdictPar
 extern "C" __global__ void __launch_bounds__(256) widen_bytes(const WidenParams p) { cache::widen(p); }
 
 #define ROWS(NAME, S)                                                                                                                      \
+    extern "C" __global__ void store_step_##NAME(const StoreParams p) { cache::store<S>(p); }                                               \
     extern "C" __global__ void scatter_rows_##NAME(const ScatterParams p) { cache::scatter<S>(p); }                                         \
     extern "C" __global__ void summarise_blocks_##NAME(const SummaryParams p) { cache::summaries<S>(p); }
 ROWS(f16, half)

@@ -241,7 +241,7 @@ impl RoutedAttention {
         };
         let out = self.backend.attend(input.q, input.scale, store, step, &selection)?;
         self.show(layer, &input, step, store, &selection)?;
-        if store.undecided_scores().is_none() {
+        if store.is_decided() {
             self.count(layer, step, &selection, cache);
         }
         Ok(out)

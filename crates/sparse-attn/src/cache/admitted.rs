@@ -1,5 +1,6 @@
 //! Which tokens of a head keep full attention, and where each is among them.
 
+use super::OCTET;
 use std::ops::Range;
 
 /// A bit per position, with the number of bits before every 64.
@@ -81,6 +82,32 @@ impl Admitted {
         })
     }
 
+    /// The verdicts on the positions from the next one to `end`: bits of octets, the first of which holds the next position.
+    pub(crate) fn extend_octets(&mut self, octets: &[u8], end: usize) {
+        let first = self.len / OCTET;
+        while self.len < end {
+            let (word, used) = (self.len / 64, self.len % 64);
+            let of_word = (0..64 / OCTET).filter_map(|i| Some((i, *octets.get((word * (64 / OCTET) + i).checked_sub(first)?)?)));
+            let bits = of_word.fold(0, |bits, (i, octet)| bits | u64::from(octet) << (OCTET * i));
+            let filled = (end - 64 * word).min(64);
+            self.fill_word(bits & u64::MAX << used & u64::MAX >> (64 - filled), filled);
+        }
+    }
+
+    /// Adds `bits` to the word of the next position, of which then `filled` bits are decided.
+    fn fill_word(&mut self, bits: u64, filled: usize) {
+        let used = self.len % 64;
+        match self.words.last_mut() {
+            Some(word) if used > 0 => *word |= bits,
+            last => {
+                let before = last.zip(self.ranks.last()).map_or(0, |(word, rank)| rank + word.count_ones());
+                self.ranks.push(before);
+                self.words.push(bits);
+            }
+        }
+        self.len += filled - used;
+    }
+
     /// The bits of the `OCTET` positions from `position` on, a multiple of it.
     pub(crate) fn octet(&self, position: usize) -> u8 {
         self.words.get(position / 64).map_or(0, |word| (word >> (position % 64)) as u8)
@@ -112,15 +139,7 @@ impl Extend<bool> for Admitted {
             if end == used {
                 return;
             }
-            match self.words.last_mut() {
-                Some(word) if used > 0 => *word |= bits,
-                last => {
-                    let before = last.zip(self.ranks.last()).map_or(0, |(word, rank)| rank + word.count_ones());
-                    self.ranks.push(before);
-                    self.words.push(bits);
-                }
-            }
-            self.len += end - used;
+            self.fill_word(bits, end);
         }
     }
 }
@@ -162,5 +181,20 @@ mod tests {
             assert_eq!(admitted.sum_of_ranks(start..end), (start..end).map(|p| admitted.rank(p) as u64).sum::<u64>(), "{start}..{end}");
         }
         assert_eq!(Admitted::default().sum_of_ranks(0..10), 0);
+    }
+
+    #[test]
+    fn octets_say_the_same_as_one_verdict_after_the_other() {
+        let bit = |position: usize| position * position % 7 < 3;
+        for (start, end) in [(0, 300), (5, 6), (5, 64), (60, 70), (64, 200), (127, 129), (130, 131)] {
+            let (mut one, mut other) = (Admitted::default(), Admitted::default());
+            one.extend((0..end).map(bit));
+            other.extend((0..start).map(bit));
+            // Bits of positions before and after it are not looked at.
+            let octets: Vec<u8> =
+                (start / OCTET..end.div_ceil(OCTET)).map(|octet| (0..8).map(|i| u8::from(bit(octet * 8 + i)) << i).sum()).collect();
+            other.extend_octets(&octets, end);
+            assert_eq!((one.len, one.words, one.ranks), (other.len, other.words, other.ranks), "{start}..{end}");
+        }
     }
 }

@@ -4,11 +4,12 @@ use super::admitted::Admitted;
 use super::mirror::{DeviceKept, Mirror, Tables};
 use super::{KvDtypes, NO_PAGE, Order, PAGE_SIZE, PageTable, Pool, ReadCount, Step, Summaries, Summary};
 use crate::HeadShape;
-use crate::backend::cuda;
+use crate::backend::cuda::{self, Pinned};
 use crate::simd::with_rows;
-use crate::token_router::{Admission, Scored};
+use crate::token_router::Admission;
 use candle_core::{DType, Device, IndexOp, Result, Tensor, bail};
 use std::ops::Range;
+use std::sync::Arc;
 
 /// What a layer stores.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -87,15 +88,10 @@ pub struct LayerStore {
     written: usize,
     summaries: Option<Summaries>,
     mirror: Option<Mirror>,
-    undecided: Option<Undecided>,
-}
-
-/// A step whose verdict is on the device only.
-#[derive(Debug, Clone)]
-struct Undecided {
-    step: Step,
-    scored: Scored,
-    sinks: usize,
+    /// Where a device notes its verdicts for the host, from which place on.
+    noted: Option<(Arc<Pinned<u8>>, usize)>,
+    /// A step whose verdict only the device knows, unless it is done.
+    undecided: Option<Step>,
 }
 
 impl LayerStore {
@@ -114,6 +110,7 @@ impl LayerStore {
             written: 0,
             summaries: None,
             mirror: None,
+            noted: None,
             undecided: None,
         })
     }
@@ -174,13 +171,14 @@ impl LayerStore {
     pub(super) fn reserve(&mut self, step: Step) -> Result<()> {
         // What a failed step left behind is written again.
         self.forget(step.start);
-        self.make_room(step)
+        self.make_room(step)?;
+        self.reflect()
     }
 
-    /// Gives the tokens of `step` places, and what leaves the window before it one among the kept ones.
+    /// Gives the tokens of `step` places, and what leaves the window before it one among the kept ones: on the host.
     fn make_room(&mut self, step: Step) -> Result<()> {
         if self.table.holds(step) && self.table.frontier(step) <= self.frontier {
-            return self.reflect(); // nothing to do, unless it failed before
+            return Ok(());
         }
         // On copies: if growing the pools fails, all is as it was.
         let mut table = self.table.clone();
@@ -204,7 +202,7 @@ impl LayerStore {
         if !moves.is_empty() {
             self.moves.push(moves);
         }
-        self.reflect()
+        Ok(())
     }
 
     /// Brings the page tables to the device of the pools, if that is not the host.
@@ -277,9 +275,13 @@ impl LayerStore {
             Admission::Every => self.keep(step, sinks, |_| true),
             Admission::Some(admitted) => self.keep(step, sinks, |index| admitted[index]),
             Admission::Scored(scored) => {
-                let on_device = self.device_kept().map(|kept| cuda::note_verdicts(&kept.masks, &scored, step, sinks)).transpose()?;
-                self.undecided = Some(Undecided { step, scored, sinks });
-                return if on_device.is_some() { Ok(()) } else { self.decide() };
+                if let (Some(kept), Some((noted, first))) = (self.device_kept(), &self.noted) {
+                    cuda::note_verdicts(&kept.masks, &scored, step, sinks, (noted, *first))?;
+                    self.undecided = Some(step);
+                    return Ok(());
+                }
+                let scores = scored.scores.flatten_all()?.to_vec1::<f32>()?;
+                self.keep(step, sinks, |index| scores[index] >= scored.tau);
             }
         }
         match (self.device_kept(), &self.admitted) {
@@ -297,26 +299,41 @@ impl LayerStore {
         }
     }
 
-    /// Fetches the verdict on the running step, if the host has not got it.
+    /// Learns the verdict on the running step, if only the device knows it.
     ///
     /// # Errors
-    /// If it cannot be fetched.
+    /// If the device fails.
     pub(crate) fn decide(&mut self) -> Result<()> {
-        let Some(scores) = self.undecided_scores() else { return Ok(()) };
-        let scores = scores.flatten_all()?.to_vec1()?;
-        self.settle(&scores);
+        if !self.is_decided() {
+            self.k.values().device().synchronize()?;
+            self.settle();
+        }
         Ok(())
     }
 
-    /// The scores that the verdict on the running step is made of, `[tokens, kv_heads]`, where the host has not got it.
-    pub(crate) fn undecided_scores(&self) -> Option<&Tensor> {
-        self.undecided.as_ref().map(|undecided| &undecided.scored.scores)
+    /// Whether the host knows the verdict on the running step.
+    pub(crate) fn is_decided(&self) -> bool {
+        self.undecided.is_none()
     }
 
-    /// Notes the verdict on the running step, by scores that were fetched.
-    pub(super) fn settle(&mut self, scores: &[f32]) {
-        if let Some(Undecided { step, scored, sinks }) = self.undecided.take() {
-            self.keep(step, sinks, |index| scores[index] >= scored.tau);
+    /// Octets of all heads that the verdicts on `step` fill, where a token router decides.
+    pub(super) fn octets_of_verdicts(&self, step: Step) -> usize {
+        self.admitted.as_ref().map_or(0, |heads| heads.len() * step.octets().len())
+    }
+
+    /// Where the device is to note the verdicts on the next step.
+    pub(super) fn note_verdicts_in(&mut self, noted: Arc<Pinned<u8>>, first: usize) {
+        self.noted = self.admitted.is_some().then_some((noted, first));
+    }
+
+    /// Takes over the verdict on the running step, which the device has made.
+    pub(super) fn settle(&mut self) {
+        if let (Some(step), Some((noted, first))) = (self.undecided.take(), &self.noted) {
+            let octets = noted.numbers()[*first..].chunks_exact(step.octets().len());
+            for (bits, octets) in self.admitted.iter_mut().flatten().zip(octets) {
+                bits.truncate(step.start);
+                bits.extend_octets(octets, step.end());
+            }
         }
     }
 
@@ -497,7 +514,8 @@ impl LayerStore {
         self.make_room(Step { start: len - 1, len: 1 })?;
         let free = self.table.free_pages() + (self.k.pages() - self.table.pages());
         if free * 32 < self.table.pages() {
-            return self.apply_moves();
+            self.apply_moves()?;
+            return self.reflect();
         }
         if self.k.values().device().is_cpu() {
             self.apply_moves()?; // in place: most tokens stay where they are
@@ -523,7 +541,8 @@ impl LayerStore {
             written: self.written,
             summaries: self.summaries.as_ref().map(Summaries::fork).transpose()?,
             mirror: self.mirror.as_ref().map(Mirror::fork).transpose()?,
-            undecided: self.undecided.clone(),
+            noted: None,
+            undecided: self.undecided,
         })
     }
 

@@ -18,7 +18,10 @@ pub use page_table::{NO_PAGE, PAGE_SIZE, PageTable};
 pub use pool::{LANES, OCTET, Order, Pool};
 pub use summary::{Summaries, Summary};
 
-use candle_core::{Device, Result, Tensor, bail};
+use crate::backend::cuda::Pinned;
+use candle_core::{Device, Result, bail};
+use std::ops::Range;
+use std::sync::Arc;
 
 /// The tokens of one forward pass: positions `[start, start + len)`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -34,6 +37,11 @@ impl Step {
     pub fn end(&self) -> usize {
         self.start + self.len
     }
+
+    /// The octets of positions that it has tokens in.
+    pub(crate) fn octets(&self) -> Range<usize> {
+        self.start / OCTET..self.end().div_ceil(OCTET)
+    }
 }
 
 /// The key/value cache of one sequence, owned by the caller of the model.
@@ -46,6 +54,8 @@ pub struct KvCache {
     device: Device,
     len: usize,
     read: ReadCount,
+    /// Where a device notes verdicts of token routers for the host: every layer's of a step.
+    noted: Option<Arc<Pinned<u8>>>,
 }
 
 /// Keys that a step read, over all its queries, layers and heads.
@@ -75,7 +85,7 @@ impl KvCache {
     /// If the device has no memory for it.
     pub fn new(specs: &[LayerSpec], dtypes: KvDtypes, device: &Device, capacity: usize) -> Result<Self> {
         let layers = specs.iter().map(|spec| LayerStore::new(*spec, dtypes, device, capacity)).collect::<Result<Vec<_>>>()?;
-        Ok(Self { layers, device: device.clone(), len: 0, read: ReadCount::default() })
+        Ok(Self { layers, device: device.clone(), len: 0, read: ReadCount::default(), noted: None })
     }
 
     /// Bytes that [`KvCache::new`] allocates, without allocating them.
@@ -120,6 +130,7 @@ impl KvCache {
         for layer in &mut self.layers {
             layer.reserve(step)?;
         }
+        self.make_room_for_verdicts(step)?;
         self.read = ReadCount::default();
         Ok(step)
     }
@@ -147,21 +158,36 @@ impl KvCache {
         Ok(())
     }
 
-    /// Fetches the token router's verdicts that are on the device only, all at once, and counts what their layers read: everything that
-    /// is visible.
+    /// Learns the token router's verdicts that only the device knows, once it made them all, and counts what their layers read: everything
+    /// that is visible.
     fn settle(&mut self, step: Step) -> Result<()> {
-        let scores = self.layers.iter().filter_map(LayerStore::undecided_scores).map(Tensor::flatten_all).collect::<Result<Vec<_>>>()?;
-        if scores.is_empty() {
+        if self.layers.iter().all(LayerStore::is_decided) {
             return Ok(());
         }
-        let scores = Tensor::cat(&scores, 0)?.to_vec1::<f32>()?;
-        let mut rest = scores.as_slice();
-        for layer in &mut self.layers {
-            let Some(count) = layer.undecided_scores().map(Tensor::elem_count) else { continue };
-            let (own, others) = rest.split_at(count);
-            layer.settle(own);
+        self.device.synchronize()?;
+        for layer in self.layers.iter_mut().filter(|layer| !layer.is_decided()) {
+            layer.settle();
             self.read.add(layer.count_visible(step));
-            rest = others;
+        }
+        Ok(())
+    }
+
+    /// Gives the layers whose tokens a router decides on memory of the host for the verdicts of `step`, where there is a device that makes
+    /// them.
+    fn make_room_for_verdicts(&mut self, step: Step) -> Result<()> {
+        if !self.device.is_cuda() {
+            return Ok(());
+        }
+        let rooms: Vec<usize> = self.layers.iter().map(|layer| layer.octets_of_verdicts(step)).collect();
+        let all = rooms.iter().sum();
+        if self.noted.as_ref().is_none_or(|noted| noted.len() < all) {
+            self.noted = if all > 0 { Some(Arc::new(Pinned::zeros(&self.device, all)?)) } else { None };
+        }
+        let Some(noted) = &self.noted else { return Ok(()) };
+        let mut first = 0;
+        for (layer, room) in self.layers.iter_mut().zip(rooms) {
+            layer.note_verdicts_in(noted.clone(), first);
+            first += room;
         }
         Ok(())
     }
@@ -205,7 +231,7 @@ impl KvCache {
     /// If the device has no memory for it.
     pub fn fork(&self) -> Result<Self> {
         let layers = self.layers.iter().map(LayerStore::fork).collect::<Result<Vec<_>>>()?;
-        Ok(Self { layers, device: self.device.clone(), len: self.len, read: ReadCount::default() })
+        Ok(Self { layers, device: self.device.clone(), len: self.len, read: ReadCount::default(), noted: None })
     }
 
     /// Bytes allocated for keys, values, page tables and block summaries, slack included.

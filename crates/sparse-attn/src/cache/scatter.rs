@@ -64,14 +64,26 @@ impl Pool {
             moves.iter().try_for_each(|moves| Self::apply(pools, moves))?;
             return Ok([pools[0].selected(pages)?, pools[1].selected(pages)?]);
         }
-        // All at once: where each slot's numbers are now.
-        let mut sources: Vec<u32> = (0..(pools[0].pages() * PAGE_SIZE) as u32).collect();
+        // All at once: for each slot, where its numbers are now.
+        let mut copies: Vec<Move> = pages
+            .iter()
+            .flat_map(|page| page * PAGE_SIZE as u32..(page + 1) * PAGE_SIZE as u32)
+            .zip(0..)
+            .map(|(from, to)| Move { from, to })
+            .collect();
+        pools[0].check_slots(copies.iter().map(|copy| copy.from))?;
         pools[0].check_slots(moves.iter().flatten().map(|token| token.from.max(token.to)))?;
-        for token in moves.iter().flatten() {
-            sources[token.to as usize] = sources[token.from as usize];
+        let mut places = vec![None; pools[0].pages()];
+        for (place, page) in pages.iter().enumerate() {
+            places[*page as usize] = Some(place * PAGE_SIZE);
         }
-        let slots = pages.iter().flat_map(|page| &sources[*page as usize * PAGE_SIZE..][..PAGE_SIZE]);
-        let copies: Vec<Move> = slots.zip(0..).map(|(from, to)| Move { from: *from, to }).collect();
+        let place_of = |slot: u32| places[slot as usize / PAGE_SIZE].map(|place| place + slot as usize % PAGE_SIZE);
+        for token in moves.iter().flatten() {
+            let from = place_of(token.from).map_or(token.from, |place| copies[place].from);
+            if let Some(place) = place_of(token.to) {
+                copies[place].from = from;
+            }
+        }
         let new = [pools[0].uninitialised(pages.len())?, pools[1].uninitialised(pages.len())?];
         if !copies.is_empty() {
             cuda::copy_rows(pools, [&new[0], &new[1]], &copies)?;

@@ -3,7 +3,6 @@
 mod matrix;
 mod pack;
 mod params;
-mod pinned;
 mod step;
 
 pub use matrix::DeviceMatrix;

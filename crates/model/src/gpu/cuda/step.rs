@@ -2,11 +2,10 @@
 //! are. What changes from token to token (its id, its position, how many blocks it may read) is in device memory.
 
 use super::super::{DecoderParts, LayerParts};
-use super::DeviceMatrix;
 use super::matrix::{Product, activation_bytes, product};
 use super::pack::Format;
 use super::params::{BestParams, FetchParams, GatedParams, LikeliestParams, NormParams, Verdict, WriteParams};
-use super::pinned::Pinned;
+use super::DeviceMatrix;
 use crate::arch::TokenStep;
 use crate::config::Activation;
 use crate::layers::{Linear, RmsNorm};
@@ -15,8 +14,8 @@ use candle_core::cuda_backend::WrapErr;
 use candle_core::cuda_backend::cudarc::driver::{CudaGraph, sys};
 use candle_core::{DType, Device, Result, Tensor, TensorId, bail};
 use sparse_attn::backend::cuda::{
-    Budgeted, DecodeCall, DecodeLists, DecodeScratch, Kernels, SelectCall, SelectScratch, Spread, address, decode, kind_of, queries_of,
-    scales_of, score_and_select,
+    Budgeted, DecodeCall, DecodeLists, DecodeScratch, Kernels, Pinned, SelectCall, SelectScratch, Spread, address, decode, kind_of,
+    queries_of, scales_of, score_and_select,
 };
 use sparse_attn::cache::Summary;
 use sparse_attn::select::Limits;
@@ -98,18 +97,18 @@ struct CudaStep {
 /// What the kernels of a step hand on.
 #[derive(Debug)]
 struct Buffers {
-    orders: Pinned, // what `state` is to be
-    state: Tensor,  // u32: token, position, then what each layer and head may take
-    x: Tensor,      // [hidden_size]
+    orders: Pinned<u32>, // what `state` is to be
+    state: Tensor,       // u32: token, position, then what each layer and head may take
+    x: Tensor,           // [hidden_size]
     normed: [Tensor; 2],
     qkv: Tensor,       // [q_heads + 2 kv_heads, head_dim]
     q: Option<Tensor>, // [q_heads, head_dim], see `queries_of`
     attended: [Tensor; 2],
     projected: Tensor, // [hidden_size]
     inner: [Tensor; 2],
-    logits: Tensor, // [vocab_size]
-    report: Pinned, // see `Report`
-    best: Tensor,   // [1 + 2 MOST_BEST] u32: how many, ids, bits of scores
+    logits: Tensor,      // [vocab_size]
+    report: Pinned<u32>, // see `Report`
+    best: Tensor,        // [1 + 2 MOST_BEST] u32: how many, ids, bits of scores
 }
 
 /// What a step tells the host, all numbers in one list: the likeliest token, whether a logit is broken, then for each layer and head
@@ -182,7 +181,7 @@ pub(crate) fn record(parts: &DecoderParts<'_>, attention: &RoutedAttention, cach
     let both = |count: usize| Ok::<_, candle_core::Error>([plain(count)?, Tensor::zeros(activation_bytes(count), DType::U8, device)?]);
     let kernels = Kernels::of(device)?;
     let buffers = Buffers {
-        orders: Pinned::zeros(&kernels, 2 + layers.len() * kv_heads)?,
+        orders: Pinned::zeros(device, 2 + layers.len() * kv_heads)?,
         state: Tensor::zeros(2 + layers.len() * kv_heads, DType::U32, device)?,
         x: plain(hidden_size)?,
         normed: both(hidden_size)?,
@@ -192,7 +191,7 @@ pub(crate) fn record(parts: &DecoderParts<'_>, attention: &RoutedAttention, cach
         projected: plain(hidden_size)?,
         inner: both(inner)?,
         logits: plain(head.height())?,
-        report: Pinned::zeros(&kernels, 2 + 2 * layers.len() * kv_heads)?,
+        report: Pinned::zeros(device, 2 + 2 * layers.len() * kv_heads)?,
         best: Tensor::zeros(1 + 2 * MOST_BEST, DType::U32, device)?,
     };
     Ok(Some(Box::new(CudaStep {
@@ -308,7 +307,7 @@ impl TokenStep for CudaStep {
         if self.is_running {
             self.report()?;
         }
-        self.buffers.orders.numbers().copy_from_slice(&state);
+        self.buffers.orders.numbers_mut().copy_from_slice(&state);
         let key = self.key(cache, calls.iter().map(Option::is_some).collect(), step);
         if self.recorded.as_ref().is_none_or(|recorded| recorded.key != key) {
             self.recorded = None;

@@ -4,17 +4,18 @@ mod decode;
 mod kernels;
 mod lists;
 mod params;
+mod pinned;
 mod rows;
 mod select;
 
 pub use decode::{DecodeCall, DecodeLists, DecodeScratch, decode};
 pub use kernels::{Kernels, Spread, address};
+pub use pinned::Pinned;
 pub use rows::scales_of;
 pub(crate) use rows::{copy_rows, scatter_rows, summarise};
 use rows::{in_halves, transformed};
 pub use select::{Budgeted, SelectCall, SelectScratch, kind_of, score_and_select};
 
-use super::write::write_rows;
 use super::{AttentionBackend, Routed, RoutedJob};
 use crate::HeadShape;
 use crate::cache::{KvDtype, KvDtypes, LayerStore, OCTET, PAGE_SIZE, Pool, Step, Summary};
@@ -138,7 +139,8 @@ impl AttentionBackend for Cuda {
     fn write(&self, k: &Tensor, v: &Tensor, step: Step, store: &mut LayerStore) -> Result<()> {
         store.check_step(k, v, step)?;
         check_store(store)?;
-        write_rows(k, v, step, store)
+        store.apply_moves()?;
+        rows::store_step(k, v, step, store)
     }
 
     fn attend(&self, q: &Tensor, scale: f32, store: &LayerStore, step: Step, selection: &Selection) -> Result<Tensor> {
@@ -215,10 +217,18 @@ pub fn gate_scores(x: &Tensor, weight: &Tensor, bias: &Tensor, is_hidden: bool) 
     Ok(out)
 }
 
-/// Notes in `masks` `[kv_heads, octets]` which tokens of `step` a gate keeps; those before position `sinks` anyway.
-pub(crate) fn note_verdicts(masks: &Tensor, Scored { scores, tau }: &Scored, step: Step, sinks: usize) -> Result<()> {
+/// Notes in `masks` `[kv_heads, octets]` which tokens of `step` a gate keeps; those before position `sinks` anyway. For the host it notes the
+/// octets of the step of each head in `noted`, from `first` on.
+pub(crate) fn note_verdicts(
+    masks: &Tensor,
+    Scored { scores, tau }: &Scored,
+    step: Step,
+    sinks: usize,
+    (noted, first): (&Pinned<u8>, usize),
+) -> Result<()> {
     let (kv_heads, octets) = masks.dims2()?;
-    if scores.dims() != [step.len, kv_heads] || step.end() > octets * OCTET {
+    let count = step.octets().len();
+    if scores.dims() != [step.len, kv_heads] || step.end() > octets * OCTET || first + kv_heads * count > noted.len() {
         bail!(
             "gate: scores {:?} of {} tokens from {}, with room for {} of {kv_heads} heads",
             scores.dims(),
@@ -231,6 +241,7 @@ pub(crate) fn note_verdicts(masks: &Tensor, Scored { scores, tau }: &Scored, ste
     let params = VerdictParams {
         scores: address(&scores)?,
         masks: address(masks)?,
+        noted: noted.address() + first as u64,
         start: step.start as i32,
         tokens: step.len as i32,
         kv_heads: kv_heads as i32,
@@ -238,7 +249,7 @@ pub(crate) fn note_verdicts(masks: &Tensor, Scored { scores, tau }: &Scored, ste
         sinks: sinks as i32,
         tau: *tau,
     };
-    let spread = Spread::new([(step.end().div_ceil(OCTET) - step.start / OCTET).div_ceil(256), kv_heads, 1], 256);
+    let spread = Spread::new([count.div_ceil(256), kv_heads, 1], 256);
     // SAFETY: the tensors have these shapes, and live until the stream frees them.
     unsafe { Kernels::of(masks.device())?.launch("note_verdicts", spread, &params) }
 }

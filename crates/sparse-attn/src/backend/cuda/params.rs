@@ -87,6 +87,8 @@ crate::mirrors! { "params.h":
     TransformParams { x: u64, out: u64, count: i64 }
     /// Bytes and scales as 16-bit numbers.
     WidenParams { values: u64, scales: u64, out: u64, count: i64 }
+    /// A step's keys and values.
+    StoreParams { rows: [u64; 2], pools: [u64; 2], scales: [u64; 2], pages: u64, max_pages: i32, start: i32, head_dim: i32 }
     /// Rows to other slots.
     CopyParams { from: [u64; 4], to: [u64; 4], words: [i32; 4], moves: u64, count: i32 }
     /// Summaries of complete blocks.
@@ -94,7 +96,7 @@ crate::mirrors! { "params.h":
     /// Queries made ready to score.
     ExpandParams { q: u64, out: u64, kind: i32, start: i32, tokens: i32, tile: i32, first_row: i32, q_heads: i32, head_dim: i32 }
     /// Verdicts of a gate.
-    VerdictParams { scores: u64, masks: u64, start: i32, tokens: i32, kv_heads: i32, max_pages: i32, sinks: i32, tau: f32 }
+    VerdictParams { scores: u64, masks: u64, noted: u64, start: i32, tokens: i32, kv_heads: i32, max_pages: i32, sinks: i32, tau: f32 }
     /// Scores of a gate.
     GateParams { x: u64, weight: u64, bias: u64, out: u64, tokens: i32, rows: i32, columns: i32, is_hidden: i32 }
 }

@@ -1,8 +1,8 @@
 //! Rows in pools: written, moved, summarised.
 
-use super::params::{CopyParams, ScatterParams, SummaryParams, TransformParams, WidenParams};
+use super::params::{CopyParams, ScatterParams, StoreParams, SummaryParams, TransformParams, WidenParams};
 use super::{Kernels, Spread, address, summary_code, uninitialised};
-use crate::cache::{KvDtype, LayerStore, Move, Pool, Summaries, Summary};
+use crate::cache::{KvDtype, LayerStore, Move, Pool, Step, Summaries, Summary};
 use candle_core::{DType, Result, Tensor, bail};
 use std::ops::Range;
 
@@ -44,6 +44,25 @@ pub(super) fn transformed(q: &Tensor) -> Result<Tensor> {
     // SAFETY: both have `count` numbers, and live until the stream frees them.
     unsafe { Kernels::of(q.device())?.launch("transform_f16", Spread::new([count.div_ceil(256), 1, 1], 256), &params) }?;
     Ok(out)
+}
+
+/// Stores `k` and `v` `[step.len, kv_heads, head_dim]` in the places that the page table gives them.
+pub(super) fn store_step(k: &Tensor, v: &Tensor, step: Step, store: &LayerStore) -> Result<()> {
+    let (pages, shape) = (store.device_pages()?, store.shape());
+    let rows = |rows: &Tensor| rows.to_dtype(DType::F32)?.contiguous();
+    let (k, v) = (rows(k)?, rows(v)?);
+    let params = StoreParams {
+        rows: [address(&k)?, address(&v)?],
+        pools: [address(store.k().values())?, address(store.v().values())?],
+        scales: [scales_of(store.k())?, scales_of(store.v())?],
+        pages: address(pages)?,
+        max_pages: pages.dim(1)? as i32,
+        start: step.start as i32,
+        head_dim: shape.head_dim() as i32,
+    };
+    let spread = Spread::new([step.len, shape.kv_heads(), 2], shape.head_dim());
+    // SAFETY: the table has a page for each position of the step; what the kernel reads lives until the stream frees it.
+    unsafe { Kernels::of(k.device())?.launch(&name("store_step", store.k())?, spread, &params) }
 }
 
 /// Stores `rows` `[slots, width]` into slots of `pool`, which the caller has checked to lie inside.
