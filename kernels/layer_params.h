@@ -122,6 +122,16 @@ struct RoundParams {
     int64_t count;
 };
 
+// `out = activation(gate) * up` of many tokens, in f32 or bf16. grid count / 1024, 256 threads
+struct GateRowsParams {
+    const float *gate;     // [count]
+    const float *up;
+    void *out;             // [count] f32, or bf16 if it is rounded
+    int64_t count;         // a multiple of 4
+    int activation;        // as in GatedParams
+    int is_rounded;
+};
+
 // The likeliest token: of equal ones the first. One thread block.
 struct LikeliestParams {
     const float *logits;   // [count]

@@ -226,3 +226,14 @@ extern "C" __global__ void round_to_bf16(const RoundParams p) {
     const float4 x = *(const float4 *)(p.x + i);
     *(uint2 *)((__nv_bfloat16 *)p.out + i) = make_uint2(pack<__nv_bfloat16>(x.x, x.y), pack<__nv_bfloat16>(x.z, x.w));
 }
+
+// Four numbers for each thread.
+extern "C" __global__ void gate_rows(const GateRowsParams p) {
+    const int64_t i = ((int64_t)blockIdx.x * 256 + threadIdx.x) * 4;
+    if (i >= p.count) return;
+    const float4 gate = *(const float4 *)(p.gate + i), up = *(const float4 *)(p.up + i);
+    auto one = [&](float gate, float up) { return products::activated(gate, p.activation) * up; };
+    const float4 out = make_float4(one(gate.x, up.x), one(gate.y, up.y), one(gate.z, up.z), one(gate.w, up.w));
+    if (p.is_rounded) *(uint2 *)((__nv_bfloat16 *)p.out + i) = make_uint2(pack<__nv_bfloat16>(out.x, out.y), pack<__nv_bfloat16>(out.z, out.w));
+    else *(float4 *)((float *)p.out + i) = out;
+}

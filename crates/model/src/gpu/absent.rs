@@ -2,8 +2,9 @@
 
 use super::DecoderParts;
 use crate::arch::TokenStep;
+use crate::config::Activation;
 use candle_core::quantized::GgmlDType;
-use candle_core::{Device, Result, Tensor, bail};
+use candle_core::{DType, Device, Result, Tensor, bail};
 use sparse_attn::{KvCache, RoutedAttention};
 
 /// A matrix that there is none of.
@@ -23,9 +24,18 @@ impl DeviceMatrix {
         matrices.iter().map(|matrix| match **matrix {}).collect()
     }
 
+    pub(crate) fn rounds(&self, _tokens: usize) -> bool {
+        match *self {}
+    }
+
     pub(crate) fn rows(&self, _ids: &Tensor) -> Result<Tensor> {
         match *self {}
     }
+}
+
+/// Only tensors of a GPU get there.
+pub(crate) fn gated(_activation: Activation, _gate: &Tensor, _up: &Tensor, _dtype: DType) -> Result<Tensor> {
+    bail!("this build has no CUDA: build with --features cuda")
 }
 
 /// No step runs as a whole on the host.

@@ -1,19 +1,24 @@
 //! The steps between products, on the host: one pass each, on all threads. Other devices run candle's own operations.
 
 use crate::config::Activation;
-use candle_core::{CpuStorage, CustomOp2, CustomOp3, InplaceOp2, Layout, Result, Shape, Tensor, bail};
+use crate::gpu;
+use candle_core::{CpuStorage, CustomOp2, CustomOp3, DType, InplaceOp2, Layout, Result, Shape, Tensor, bail};
 use sparse_attn::simd::exp;
 use sparse_attn::{parallel, vectorised};
 
-/// `activation(gate) * up`, of one shape, f32, in the place of `gate`, which nobody else may hold: these are a model's widest rows.
+/// `activation(gate) * up`, of one shape, f32, on the host in the place of `gate`, which nobody else may hold: these are a model's widest
+/// rows. On a GPU as `dtype`, f32 or bf16.
 ///
 /// # Errors
 /// If the shapes differ.
-pub(super) fn gated(activation: Activation, gate: Tensor, up: &Tensor) -> Result<Tensor> {
+pub(super) fn gated(activation: Activation, gate: Tensor, up: &Tensor, dtype: DType) -> Result<Tensor> {
     if gate.device().is_cpu() {
         let gate = gate.contiguous()?;
         gate.inplace_op2(&up.contiguous()?, &Gated(activation))?;
         return Ok(gate);
+    }
+    if gate.device().is_cuda() {
+        return gpu::gated(activation, &gate, up, dtype);
     }
     match activation {
         Activation::Silu => gate.silu()? * up,
@@ -241,9 +246,9 @@ mod tests {
                 Activation::Silu => gate.silu()?,
                 Activation::GeluTanh => gate.gelu()?,
             };
-            let off = difference(&gated(activation, gate.copy()?, &up)?, &(want * &up)?)?;
+            let off = difference(&gated(activation, gate.copy()?, &up, DType::F32)?, &(want * &up)?)?;
             assert!(off < 1e-4, "{activation:?}: {off}");
-            let nan = gated(activation, (&gate * f64::NAN)?, &up)?.flatten_all()?.to_vec1::<f32>()?;
+            let nan = gated(activation, (&gate * f64::NAN)?, &up, DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
             assert!(nan.iter().all(|x| x.is_nan()));
         }
         Ok(())

@@ -39,7 +39,7 @@ impl GatedMlp {
     /// If the widths differ.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let [gate, up] = Linear::forward_each([&self.gate, &self.up], x)?;
-        let inner = gated(self.activation, gate, &up)?;
+        let inner = gated(self.activation, gate, &up, self.down.weight().dtype_of_activations(x.dim(0)?))?;
         drop(up);
         self.down.forward(&inner)
     }

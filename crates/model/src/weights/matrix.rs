@@ -73,6 +73,14 @@ impl Matrix {
         }
     }
 
+    /// The dtype to which so many tokens are rounded before they are multiplied: they may come in it.
+    pub(crate) fn dtype_of_activations(&self, tokens: usize) -> DType {
+        match self {
+            Self::Device(weight) if weight.rounds(tokens) => DType::BF16,
+            _ => DType::F32,
+        }
+    }
+
     /// [`Matrix::multiply`] of several matrices with the same `x`, which is prepared once where that helps.
     ///
     /// # Errors

@@ -95,7 +95,8 @@ impl DeviceMatrix {
         Ok(Matrix { planes, out, bias, rows: self.rows as i32, format: self.format as i32 })
     }
 
-    /// `x W'` of matrices that are multiplied with the same `x` `[tokens, columns]`: `[tokens, rows]` f32 each.
+    /// `x W'` of matrices that are multiplied with the same `x` `[tokens, columns]`: `[tokens, rows]` f32 each. Where all of them round `x`
+    /// ([`DeviceMatrix::rounds`]), it may come as bf16.
     ///
     /// # Errors
     /// If a width differs, or the device is out of memory.
@@ -103,6 +104,10 @@ impl DeviceMatrix {
         let (tokens, columns) = x.dims2()?;
         if let Some(other) = matrices.iter().find(|matrix| matrix.columns != columns) {
             bail!("cuda: x {:?} and a matrix {:?}", x.dims(), [other.rows, other.columns]);
+        }
+        if x.dtype() == DType::BF16 && matrices.iter().all(|matrix| matrix.rounds(tokens)) {
+            let x = x.contiguous()?;
+            return matrices.iter().map(|matrix| matrix.multiply_many(&x, Some(&x))).collect();
         }
         let x = x.to_dtype(DType::F32)?.contiguous()?;
         if tokens <= FEW_TOKENS {
@@ -130,6 +135,11 @@ impl DeviceMatrix {
         // SAFETY: as above.
         unsafe { product(&first.kernels, &products, address(x)?, address(&x_q8)?, columns, tokens) }?;
         Ok(outs)
+    }
+
+    /// Whether so many tokens are rounded to bf16 before they are multiplied.
+    pub(crate) fn rounds(&self, tokens: usize) -> bool {
+        tokens > FEW_TOKENS && self.is_halved()
     }
 
     /// Whether it is multiplied with many tokens in bf16. f16 would lose in bf16, and f32 even more.

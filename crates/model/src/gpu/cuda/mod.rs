@@ -1,9 +1,11 @@
 //! The model on an NVIDIA GPU: matrices that kernels/cuda multiplies, and a decode step recorded as a CUDA graph.
 
+mod gated;
 mod matrix;
 mod pack;
 mod params;
 mod step;
 
+pub(crate) use gated::gated;
 pub use matrix::DeviceMatrix;
 pub(crate) use step::record;

@@ -26,6 +26,8 @@ sparse_attn::mirrors! { "layer_params.h":
     QuantizeParams { x: u64, out: u64, columns: i32, tokens: i32 }
     /// f32 to bf16.
     RoundParams { x: u64, out: u64, count: i64 }
+    /// `activation(gate) * up`
+    GateRowsParams { gate: u64, up: u64, out: u64, count: i64, activation: i32, is_rounded: i32 }
     /// The likeliest token.
     LikeliestParams { logits: u64, id: u64, count: i32 }
     /// The likeliest tokens.

@@ -5,9 +5,8 @@ use super::super::{DecoderParts, LayerParts};
 use super::matrix::{Product, activation_bytes, product};
 use super::pack::Format;
 use super::params::{BestParams, FetchParams, GatedParams, LikeliestParams, NormParams, Verdict, WriteParams};
-use super::DeviceMatrix;
+use super::{DeviceMatrix, gated};
 use crate::arch::TokenStep;
-use crate::config::Activation;
 use crate::layers::{Linear, RmsNorm};
 use crate::weights::Matrix;
 use candle_core::cuda_backend::WrapErr;
@@ -200,10 +199,7 @@ pub(crate) fn record(parts: &DecoderParts<'_>, attention: &RoutedAttention, cach
         heads,
         scale: parts.scale,
         eps: parts.norm.eps(),
-        activation: match first.activation {
-            Activation::Silu => 0,
-            Activation::GeluTanh => 1,
-        },
+        activation: gated::code(first.activation),
         embedding,
         embedding_factor: parts.embedding_factor,
         layers,
