@@ -215,6 +215,15 @@ struct Reads {
         }
         return is_there ? found : Octet{0, -1};
     }
+
+    // The same by branches: cheaper where there is one to look up, and time to do it.
+    __device__ __forceinline__ Octet octet_by_branches(int index) const {
+        if (index >= count) return Octet{0, -1};
+        if (list) return list[index];
+        if (index < kept_octets) return Octet{row(kept_pages, index) | 0xff >> max(0, OCTET * (index + 1) - kept), -1};
+        const int octet = oldest + index - kept_octets;
+        return Octet{row(pages, octet) | (masks ? masks[octet] : 0xff), octet * OCTET};
+    }
 };
 
 // The lane's number of the Hadamard transform of a warp's numbers: 32 neighbours of a row. Its own inverse.

@@ -97,11 +97,18 @@ __device__ __forceinline__ void await(uint64_t *barrier, uint32_t parity) {
 __device__ __forceinline__ void meet(int number, int count) { asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(count) : "memory"); }
 __device__ __forceinline__ void pass(int number, int count) { asm volatile("bar.arrive %0, %1;" ::"r"(number), "r"(count) : "memory"); }
 
-struct Shared {
+// What is done about keys that not all queries see. Where a token router hides some (KEPT), octets are seen through by a mask for all queries
+// wherever that says it all; elsewhere most octets are seen whole, and looking for a mask, too, costs 4 to 8 % of a prompt's attention.
+template <bool KEPT> struct Shared {
+    uint64_t keys_there[STAGES], values_there[STAGES], keys_read[STAGES], values_read[STAGES];
+    Octet listed[LISTED][OCTETS];
+    uint32_t partly[LISTED]; // octets of a step that not every query sees whole
+};
+template <> struct Shared<true> {
     uint64_t keys_there[STAGES], values_there[STAGES], keys_read[STAGES], values_read[STAGES];
     Octet listed[LISTED][OCTETS];
     alignas(16) uint8_t masks[LISTED][OCTETS]; // lanes that queries see
-    uint32_t mixed[LISTED];                    // octets of a step of which not every query sees the same
+    uint32_t partly[LISTED];                   // octets of a step of which not every query sees the same
 };
 
 // What a thread block computes: a tile of queries, and what it reads.
@@ -124,17 +131,29 @@ template <int D> struct Places {
 };
 
 // Copies queries, keys and values: the work of one warpgroup.
-template <typename T, int D> __device__ __forceinline__ void fetch(const PrefillParams &p, const Tile &tile, Places<D> places, Shared &shared, int head) {
+template <typename T, int D, bool KEPT>
+__device__ __forceinline__ void fetch(const PrefillParams &p, const Tile &tile, Places<D> places, Shared<KEPT> &shared, int head) {
     constexpr int CHUNKS = D / 8, ROWS_AT_ONCE = GROUP / CHUNKS; // chunks of 16 bytes
     const int thread = threadIdx.x % GROUP, lane = threadIdx.x % 32, chunk = thread % CHUNKS, G = p.group_size;
     const bool leads = thread < 32;
     // Octets of a step are looked up well before it is copied: by the first warp, one each.
-    auto look_up = [&](int step) { return lane < OCTETS ? tile.reads.octet(step * OCTETS + lane) : Octet{0xff, -1}; };
+    auto look_up = [&](int step) {
+        if (lane >= OCTETS) return Octet{0xff, -1};
+        return KEPT ? tile.reads.octet(step * OCTETS + lane) : tile.reads.octet_by_branches(step * OCTETS + lane);
+    };
     auto note = [&](int step, Octet octet) {
-        const Sight sight(octet, tile.eldest, tile.newest, p.sliding_window, tile.local_window);
-        const uint32_t bits = __ballot_sync(~0u, sight.is_mixed);
-        if (lane < OCTETS) shared.listed[step % LISTED][lane] = sight.octet, shared.masks[step % LISTED][lane] = sight.mask();
-        if (lane == 0) shared.mixed[step % LISTED] = bits;
+        if constexpr (KEPT) {
+            const Sight sight(octet, tile.eldest, tile.newest, p.sliding_window, tile.local_window);
+            const uint32_t bits = __ballot_sync(~0u, sight.is_mixed);
+            if (lane < OCTETS) shared.listed[step % LISTED][lane] = sight.octet, shared.masks[step % LISTED][lane] = sight.mask();
+            if (lane == 0) shared.partly[step % LISTED] = bits;
+        } else {
+            const bool whole = (octet.row & 0xff) == 0xff && (octet.position < 0 || octet.position + OCTET - 1 <= tile.eldest &&
+                (!p.sliding_window || octet.position > tile.newest - p.sliding_window));
+            const uint32_t bits = __ballot_sync(~0u, !whole);
+            if (lane < OCTETS) shared.listed[step % LISTED][lane] = octet;
+            if (lane == 0) shared.partly[step % LISTED] = bits;
+        }
     };
     auto place = [&](uint32_t to, int row) { return to + chunk / 8 * PANEL + row * 128 + ((chunk ^ row) % 8) * 16; };
     auto copy = [&](const void *pool, int step, uint32_t to) {
@@ -183,8 +202,8 @@ template <typename T, int D> __device__ __forceinline__ void fetch(const Prefill
 }
 
 // Rows of scores and of sums: a thread has those of lane / 4 of its warp's 16, and of 8 more.
-template <typename T, int D, bool HALVES> __device__ __forceinline__ void compute(const PrefillParams &p, const Tile &tile, Places<D> places, Shared &shared,
-                                                                                  float *handed, int head) {
+template <typename T, int D, bool HALVES, bool KEPT>
+__device__ __forceinline__ void compute(const PrefillParams &p, const Tile &tile, Places<D> places, Shared<KEPT> &shared, float *handed, int head) {
     constexpr int OWN = HALVES ? KEYS / 2 : KEYS; // keys of a step that a warpgroup takes
     const int group = threadIdx.x / GROUP, warp = threadIdx.x / 32, lane = threadIdx.x % 32, G = p.group_size;
     const int first_row = (HALVES ? warp % 4 : warp) * 16 + lane / 4, first_octet = HALVES ? group * (OWN / OCTET) : 0;
@@ -207,19 +226,21 @@ template <typename T, int D, bool HALVES> __device__ __forceinline__ void comput
     };
     // Scores to weights, with the maximum and the weight of each row so far.
     auto soften = [&](int step) {
-        // The mask of all queries, from this thread's columns on.
-        const uint4 masks = *(const uint4 *)shared.masks[step % LISTED];
-        if ((masks.x & masks.y & masks.z & masks.w) != ~0u) {
-            const bool second_half = HALVES && group == 1;
-            const uint32_t words[4] = {second_half ? masks.z : masks.x, second_half ? masks.w : masks.y, masks.z, masks.w};
+        if constexpr (KEPT) {
+            // The mask of all queries, from this thread's columns on.
+            const uint4 masks = *(const uint4 *)shared.masks[step % LISTED];
+            if ((masks.x & masks.y & masks.z & masks.w) != ~0u) {
+                const bool second_half = HALVES && group == 1;
+                const uint32_t words[4] = {second_half ? masks.z : masks.x, second_half ? masks.w : masks.y, masks.z, masks.w};
 #pragma unroll
-            for (int n = 0; n < OWN / 8; ++n) {
-                const uint32_t bits = words[n / 4] >> 2 * (lane % 4) >> 8 * (n % 4);
-                if (!(bits & 1)) c[n][0] = c[n][2] = -INFINITY;
-                if (!(bits & 2)) c[n][1] = c[n][3] = -INFINITY;
+                for (int n = 0; n < OWN / 8; ++n) {
+                    const uint32_t bits = words[n / 4] >> 2 * (lane % 4) >> 8 * (n % 4);
+                    if (!(bits & 1)) c[n][0] = c[n][2] = -INFINITY;
+                    if (!(bits & 2)) c[n][1] = c[n][3] = -INFINITY;
+                }
             }
         }
-        const uint32_t some = shared.mixed[step % LISTED] >> first_octet;
+        const uint32_t some = shared.partly[step % LISTED] >> first_octet;
 #pragma unroll
         for (int n = 0; n < OWN / 8; ++n) {
             if (!(some >> n & 1)) continue;
@@ -350,9 +371,9 @@ template <typename T, int D, bool HALVES> __device__ __forceinline__ void comput
 
 // grid (tiles, kv_heads), THREADS. A row is a query and a head of the group: query * group_size + head; at most ROWS, or 64 by HALVES.
 // Shared memory: (1 + 2 * STAGES) tiles, and 1024 bytes to align them.
-template <typename T, int D, bool HALVES> __device__ __forceinline__ void attend(const PrefillParams &p) {
+template <typename T, int D, bool HALVES, bool KEPT> __device__ __forceinline__ void attend(const PrefillParams &p) {
     extern __shared__ unsigned char unaligned[];
-    __shared__ Shared shared;
+    __shared__ Shared<KEPT> shared;
     const uint32_t before = shared_address(unaligned), aligned = (before + 1023) & ~1023u;
     follow();
     const Tile tile(p, gridDim.x - 1 - blockIdx.x, blockIdx.y); // the longest first
@@ -366,24 +387,27 @@ template <typename T, int D, bool HALVES> __device__ __forceinline__ void attend
     // A thread has 168 registers at first; what one warpgroup gives up is as much as the others take.
     if (threadIdx.x >= 2 * GROUP) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
-        fetch<T, D>(p, tile, Places<D>{aligned}, shared, blockIdx.y);
+        fetch<T, D, KEPT>(p, tile, Places<D>{aligned}, shared, blockIdx.y);
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 224;");
-        compute<T, D, HALVES>(p, tile, Places<D>{aligned}, shared, reinterpret_cast<float *>(unaligned + (aligned - before)), blockIdx.y);
+        compute<T, D, HALVES, KEPT>(p, tile, Places<D>{aligned}, shared, reinterpret_cast<float *>(unaligned + (aligned - before)), blockIdx.y);
     }
 }
 
 } // namespace prefill_wgmma
 
-#define ATTEND(NAME, T, D)                                                                                                                 \
-    extern "C" __global__ void __launch_bounds__(prefill_wgmma::THREADS, 1) attend_prefill_wgmma_##NAME##_##D(const PrefillParams p) {     \
-        prefill_wgmma::attend<T, D, false>(p);                                                                                             \
-    }                                                                                                                                      \
-    extern "C" __global__ void __launch_bounds__(prefill_wgmma::THREADS, 1) attend_prefill_wgmma_halves_##NAME##_##D(const PrefillParams p) { \
-        prefill_wgmma::attend<T, D, true>(p);                                                                                              \
+#define ATTEND_AS(NAME, T, D, HALVES, KEPT)                                                                                          \
+    extern "C" __global__ void __launch_bounds__(prefill_wgmma::THREADS, 1) attend_prefill_wgmma_##NAME##_##D(const PrefillParams p) { \
+        prefill_wgmma::attend<T, D, HALVES, KEPT>(p);                                                                                  \
     }
+#define ATTEND(NAME, T, D)                                                                                                          \
+    ATTEND_AS(NAME, T, D, false, false)                                                                                              \
+    ATTEND_AS(halves_##NAME, T, D, true, false)                                                                                      \
+    ATTEND_AS(kept_##NAME, T, D, false, true)                                                                                        \
+    ATTEND_AS(halves_kept_##NAME, T, D, true, true)
 ATTEND(f16, half, 64) ATTEND(f16, half, 128)
 ATTEND(bf16, __nv_bfloat16, 64) ATTEND(bf16, __nv_bfloat16, 128)
 #undef ATTEND
+#undef ATTEND_AS
 
 #endif

@@ -119,8 +119,9 @@ impl Cuda {
     /// The kernel for tiles of up to `rows` rows, its threads, and the shared memory that it takes.
     fn prefill_kernel(&self, store: &LayerStore, rows: usize) -> (String, usize, usize) {
         let head_dim = store.shape().head_dim();
-        let stem = if 2 * rows <= ROWS { "attend_prefill_wgmma_halves" } else { "attend_prefill_wgmma" };
-        let name = format!("{stem}_{}_{head_dim}", queries_of(store).name());
+        let halves = if 2 * rows <= ROWS { "_halves" } else { "" };
+        let kept = if store.device_kept().is_some() { "_kept" } else { "" };
+        let name = format!("attend_prefill_wgmma{halves}{kept}_{}_{head_dim}", queries_of(store).name());
         if head_dim <= 128 && self.kernels.has(&name) {
             // The queries, three stages of keys and of values, in tiles of 128 rows; and room to align them.
             return (name, 384, 7 * ROWS * head_dim * size_of::<u16>() + 1024);
