@@ -354,6 +354,7 @@ def test_prefill(lib):
 
 def timed(run, layers, repeats=30):
     """The median time of `run(layer, stream)`, in microseconds, as a part of CUDA graphs over all layers."""
+    torch.cuda.synchronize()  # what the layers are made of comes from another stream
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for layer in layers:
