@@ -69,7 +69,6 @@ template <int GROUPS> __device__ __forceinline__ void add_norm(const NormParams 
 
 // What the host wrote since the last time: no cache may have it.
 extern "C" __global__ void fetch_orders(const FetchParams p) {
-    follow();
     for (int i = threadIdx.x; i < p.count; i += blockDim.x) p.to[i] = __ldcv(p.from + i);
 }
 

@@ -225,8 +225,9 @@ impl DeviceMatrix {
     pub(super) unsafe fn put_rows(&self, ids: u64, count: usize, out: u64, factor: f32) -> Result<()> {
         let params = RowsParams { matrix: self.params(0, 0)?, ids, out, columns: self.columns as i32, factor };
         let spread = Spread::new([count, (self.columns / OF_A_THREAD).div_ceil(ROWS_THREADS), 1], ROWS_THREADS);
+        // Begins when all before it is done, unlike kernels that follow: those further on may read a step's position before they wait.
         // SAFETY: the caller's.
-        unsafe { self.kernels.launch_following("matrix_rows", spread, &params) }
+        unsafe { self.kernels.launch("matrix_rows", spread, &params) }
     }
 }
 

@@ -423,10 +423,11 @@ impl CudaStep {
     fn launch_all(&self, key: &Key, cache: &KvCache, q: &Tensor, scratch: &DecodeScratch, select: Option<&SelectScratch>) -> Result<()> {
         let Buffers { orders, state, x, normed, attended, projected, logits, report, .. } = &self.buffers;
         let (token, position) = (address(state)?, address(state)? + 4);
+        // Neither this one nor the next overlaps with what is before it: attention reads the position before it waits for anything.
         let fetch = FetchParams { from: orders.address(), to: address(state)?, count: state.elem_count() as i32 };
         // SAFETY: here and below: the buffers were made for this model's shapes, and live as long as `self`, which the graph does
         // not outlive; weights are kept by `self`, keys and values by the cache, whose tensors the graph is keyed by.
-        unsafe { self.kernels.launch_following("fetch_orders", Spread::new([1, 1, 1], 256), &fetch) }?;
+        unsafe { self.kernels.launch("fetch_orders", Spread::new([1, 1, 1], 256), &fetch) }?;
         // SAFETY: as above.
         unsafe { self.embedding.put_rows(token, 1, address(x)?, self.embedding_factor) }?;
         let mut pending: Option<Option<&Tensor>> = None; // a product that is not added yet, and the norm over it
