@@ -154,26 +154,6 @@ __device__ __forceinline__ uint32_t visible(Octet octet, int t, int sliding_wind
     return past & kept & (sliding_window ? lanes_from(t - sliding_window + 1) : 0xffu);
 }
 
-// What queries at `eldest` to `newest` see of an octet, said as simply as it can be: `mask` where all see the same lanes of it, else the
-// octet for each to look at (`is_mixed`). What all see by the window is as good as kept, and what none sees by it is kept or not.
-struct Sight {
-    Octet octet;
-    bool is_mixed;
-
-    __device__ __forceinline__ Sight(Octet seen, int eldest, int newest, int sliding_window, int local_window) : octet(seen), is_mixed(false) {
-        if (octet.position < 0) return;
-        const int last = octet.position + OCTET - 1;
-        if (local_window && octet.position > newest - local_window) octet.row |= 0xff;
-        else if (local_window && !sliding_window && last <= eldest - local_window) {
-            octet.position = -1;
-            return;
-        }
-        is_mixed = (octet.row & 0xff) != 0xff || last > eldest || sliding_window && octet.position <= newest - sliding_window;
-    }
-
-    __device__ __forceinline__ uint32_t mask() const { return is_mixed ? 0xff : octet.row & 0xff; }
-};
-
 // The octets that queries at `eldest` to `newest` read of a head: a list, or all that is visible.
 struct Reads {
     const Octet *list;

@@ -35,15 +35,17 @@ template <typename T, int D> __device__ void attend(const PrefillParams &p) {
         if (step < steps) {
             const uint32_t to = base + stage * 2 * TILE_BYTES;
             if (warp == 0) {
-                const Sight sight(lane < OCTETS ? reads.octet(step * OCTETS + lane) : Octet{0xff, -1}, eldest, newest, p.sliding_window, local_window);
-                const uint32_t bits = __ballot_sync(~0u, sight.is_mixed || sight.mask() != 0xff);
-                if (lane < OCTETS) listed[stage][lane] = sight.octet;
+                const Octet octet = lane < OCTETS ? reads.octet_by_branches(step * OCTETS + lane) : Octet{0xff, -1};
+                const bool whole = (octet.row & 0xff) == 0xff &&
+                    (octet.position < 0 || octet.position + OCTET - 1 <= eldest && (!p.sliding_window || octet.position > newest - p.sliding_window));
+                const uint32_t bits = __ballot_sync(~0u, !whole);
+                if (lane < OCTETS) listed[stage][lane] = octet;
                 if (lane == 0) partly[stage] = bits;
             }
 #pragma unroll
             for (int i = 0; i < KEYS * CHUNKS / (WARPS * 32); ++i) {
                 const int index = threadIdx.x + WARPS * 32 * i, row = index / CHUNKS, chunk = index % CHUNKS;
-                const Octet octet = reads.octet(step * OCTETS + row / OCTET);
+                const Octet octet = reads.octet_by_branches(step * OCTETS + row / OCTET);
                 // What no query sees stays out: it may be anything, and no number hides it.
                 const bool there = octet.position < 0 ? octet.row >> row % OCTET & 1 : octet.position + row % OCTET <= newest;
                 const int64_t from = there ? ((int64_t)(octet.row >> 8) * OCTET + row % OCTET) * D + chunk * 8 : 0;

@@ -97,6 +97,26 @@ __device__ __forceinline__ void await(uint64_t *barrier, uint32_t parity) {
 __device__ __forceinline__ void meet(int number, int count) { asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(count) : "memory"); }
 __device__ __forceinline__ void pass(int number, int count) { asm volatile("bar.arrive %0, %1;" ::"r"(number), "r"(count) : "memory"); }
 
+// What queries at `eldest` to `newest` see of an octet, said as simply as it can be: `mask` where all see the same lanes of it, else the
+// octet for each to look at (`is_mixed`). What all see by the window is as good as kept, and what none sees by it is kept or not.
+struct Sight {
+    Octet octet;
+    bool is_mixed;
+
+    __device__ __forceinline__ Sight(Octet seen, int eldest, int newest, int sliding_window, int local_window) : octet(seen), is_mixed(false) {
+        if (octet.position < 0) return;
+        const int last = octet.position + OCTET - 1;
+        if (local_window && octet.position > newest - local_window) octet.row |= 0xff;
+        else if (local_window && !sliding_window && last <= eldest - local_window) {
+            octet.position = -1;
+            return;
+        }
+        is_mixed = (octet.row & 0xff) != 0xff || last > eldest || sliding_window && octet.position <= newest - sliding_window;
+    }
+
+    __device__ __forceinline__ uint32_t mask() const { return is_mixed ? 0xff : octet.row & 0xff; }
+};
+
 // What is done about keys that not all queries see. Where a token router hides some (KEPT), octets are seen through by a mask for all queries
 // wherever that says it all; elsewhere most octets are seen whole, and looking for a mask, too, costs 4 to 8 % of a prompt's attention.
 template <bool KEPT> struct Shared {
