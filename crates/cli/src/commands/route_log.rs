@@ -59,7 +59,7 @@ fn line(seen: &Attended<'_>) -> Value {
     // The tokens of the step that stay once they leave the window, per head.
     let admitted = |head: usize| {
         let bits = store.admitted(head)?;
-        Some(ranges(&(step.start..step.end()).filter(|position| bits.contains(*position)).collect::<Vec<_>>()))
+        Some(ranges(&bits.positions(step.start..step.end()).collect::<Vec<_>>()))
     };
     let admitted: Option<Vec<_>> = heads.clone().map(admitted).collect();
     let tiles = match seen.selection {

@@ -1,4 +1,4 @@
-//! The steps between products, on the host: one pass each, on all threads. Other devices run candle's own operations.
+//! The steps between products, on the host: one pass each, on all threads. A GPU runs candle's own operations, or a kernel of its own.
 
 use crate::config::Activation;
 use crate::gpu;
@@ -17,13 +17,7 @@ pub(super) fn gated(activation: Activation, gate: Tensor, up: &Tensor, dtype: DT
         gate.inplace_op2(&up.contiguous()?, &Gated(activation))?;
         return Ok(gate);
     }
-    if gate.device().is_cuda() {
-        return gpu::gated(activation, &gate, up, dtype);
-    }
-    match activation {
-        Activation::Silu => gate.silu()? * up,
-        Activation::GeluTanh => gate.gelu()? * up,
-    }
+    gpu::gated(activation, &gate, up, dtype)
 }
 
 /// `a + b`, of one shape, f32.

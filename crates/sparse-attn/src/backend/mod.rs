@@ -8,7 +8,6 @@ pub mod cuda;
 pub mod cuda;
 mod reads;
 pub mod reference;
-mod write;
 
 pub use cpu::Cpu;
 pub use reference::Reference;

@@ -439,8 +439,10 @@ impl LayerStore {
     /// # Errors
     /// If a sliding layer recycled some of them.
     pub fn admitted_keys(&self, head: usize, range: Range<usize>) -> Result<(Vec<usize>, Vec<f32>)> {
-        let positions: Vec<usize> =
-            range.filter(|position| self.admitted(head).is_none_or(|admitted| admitted.contains(*position))).collect();
+        let positions: Vec<usize> = match self.admitted(head) {
+            Some(admitted) => admitted.positions(range).collect(),
+            None => range.collect(),
+        };
         let slots = positions.iter().map(|position| self.slot(head, *position)).collect::<Result<Vec<u32>>>()?;
         if self.k.values().device().is_cpu() {
             let stored = with_rows(&self.k, |rows| rows.gather(self.k.order(), &slots))?;
@@ -454,7 +456,7 @@ impl LayerStore {
     /// # Errors
     /// If they cannot be read.
     pub fn rows(&self, head: usize, end: usize) -> Result<(Vec<usize>, Tensor, Tensor)> {
-        let kept = (0..self.frontier).filter(|position| self.admitted(head).is_some_and(|admitted| admitted.contains(*position)));
+        let kept = self.admitted(head).into_iter().flat_map(|admitted| admitted.positions(0..self.frontier));
         let positions: Vec<usize> = kept.chain(self.frontier.max(self.table.first_position())..end).collect();
         let slots = positions.iter().map(|position| self.slot(head, *position)).collect::<Result<Vec<u32>>>()?;
         Ok((positions, read_slots(&self.k, &slots)?, read_slots(&self.v, &slots)?))

@@ -131,7 +131,8 @@ impl DeviceMatrix {
         let spread = Spread::new([(columns / UNIT).div_ceil(8), tokens, 1], 256);
         // SAFETY: the tensors have these shapes, and live until the stream frees them.
         unsafe { first.kernels.launch("quantize_activations", spread, &quantize) }?;
-        let products = matrices.iter().zip(&outs).map(|(matrix, out)| Product::of(matrix, address(out)?, 0)).collect::<Result<Vec<_>>>()?;
+        let products = matrices.iter().zip(&outs).map(|(matrix, out)| Ok(Product { matrix, out: address(out)?, bias: 0 }));
+        let products = products.collect::<Result<Vec<_>>>()?;
         // SAFETY: as above.
         unsafe { product(&first.kernels, &products, address(x)?, address(&x_q8)?, columns, tokens) }?;
         Ok(outs)
@@ -236,32 +237,26 @@ pub(super) fn activation_bytes(columns: usize) -> usize {
     (columns + columns / UNIT * 12).next_multiple_of(16)
 }
 
-/// One of the products of a kernel.
+/// One of the products of a kernel: it goes to `out`, with a bias added where there is one (0: none).
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Product {
-    matrix: Matrix,
-    format: Format,
-}
-
-impl Product {
-    /// Of `matrix`: it goes to `out`, with a bias added where there is one (0: none).
-    pub(super) fn of(matrix: &DeviceMatrix, out: u64, bias: u64) -> Result<Self> {
-        Ok(Self { matrix: matrix.params(out, bias)?, format: matrix.format })
-    }
+pub(super) struct Product<'a> {
+    pub(super) matrix: &'a DeviceMatrix,
+    pub(super) out: u64,
+    pub(super) bias: u64,
 }
 
 /// Products of up to four matrices with few tokens.
 ///
 /// # Safety
 /// The addresses must be of what layer_params.h says, and live until the kernel has run.
-pub(super) unsafe fn product(kernels: &Kernels, products: &[Product], x: u64, x_q8: u64, columns: usize, tokens: usize) -> Result<()> {
-    let rows: usize = products.iter().map(|product| product.matrix.rows as usize).sum();
+pub(super) unsafe fn product(kernels: &Kernels, products: &[Product<'_>], x: u64, x_q8: u64, columns: usize, tokens: usize) -> Result<()> {
+    let rows: usize = products.iter().map(|product| product.matrix.rows).sum();
     let mut params = ProductParams { x, x_q8, count: products.len() as i32, columns: columns as i32, ..ProductParams::default() };
     for (to, product) in params.matrices.iter_mut().zip(products) {
-        *to = product.matrix;
+        *to = product.matrix.params(product.out, product.bias)?;
     }
     // Each kernel takes f32, too.
-    let name = Format::kernel("product", products.iter().map(|product| product.format).filter(|format| *format != Format::F32));
+    let name = Format::kernel("product", products.iter().map(|product| product.matrix.format).filter(|format| *format != Format::F32));
     // SAFETY: the caller's.
     unsafe { kernels.launch_following(&name, Spread::new([rows.div_ceil(WARPS), tokens, 1], WARPS * 32), &params) }
 }

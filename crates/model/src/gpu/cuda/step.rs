@@ -178,7 +178,6 @@ pub(crate) fn record(parts: &DecoderParts<'_>, attention: &RoutedAttention, cach
     let (q_heads, kv_heads, head_dim) = (heads.q_heads(), heads.kv_heads(), heads.head_dim());
     let plain = |count: usize| Tensor::zeros(count, DType::F32, device);
     let both = |count: usize| Ok::<_, candle_core::Error>([plain(count)?, Tensor::zeros(activation_bytes(count), DType::U8, device)?]);
-    let kernels = Kernels::of(device)?;
     let buffers = Buffers {
         orders: Pinned::zeros(device, 2 + layers.len() * kv_heads)?,
         state: Tensor::zeros(2 + layers.len() * kv_heads, DType::U32, device)?,
@@ -194,7 +193,7 @@ pub(crate) fn record(parts: &DecoderParts<'_>, attention: &RoutedAttention, cach
         best: Tensor::zeros(1 + 2 * MOST_BEST, DType::U32, device)?,
     };
     Ok(Some(Box::new(CudaStep {
-        kernels,
+        kernels: Kernels::of(device)?,
         device: device.clone(),
         heads,
         scale: parts.scale,
@@ -299,10 +298,7 @@ impl TokenStep for CudaStep {
                 None => state.resize(state.len() + self.heads.kv_heads(), 0),
             }
         }
-        // The step before has read them, if it is done.
-        if self.is_running {
-            self.report()?;
-        }
+        self.report()?; // once the step before is done, it has read its orders
         self.buffers.orders.numbers_mut().copy_from_slice(&state);
         let key = self.key(cache, calls.iter().map(Option::is_some).collect(), step);
         if self.recorded.as_ref().is_none_or(|recorded| recorded.key != key) {
@@ -457,7 +453,7 @@ impl CudaStep {
             pending = Some(layer.post_mlp_norm.as_ref());
         }
         self.add_norm(pending, &self.norm)?;
-        self.multiply(&[Product::of(&self.head, address(logits)?, 0)?], normed, self.head.columns())?;
+        self.multiply(&[Product { matrix: &self.head, out: address(logits)?, bias: 0 }], normed, self.head.columns())?;
         let params = LikeliestParams { logits: address(logits)?, id: report.address(), count: logits.elem_count() as i32 };
         // SAFETY: as above.
         unsafe { self.kernels.launch_following("likeliest", Spread::new([1, 1, 1], 1024), &params) }
@@ -486,10 +482,11 @@ impl CudaStep {
         // First, or its few rows of f32 would be read when all others are done.
         if let TokenGate::Scored { gate, first, scores } = &layer.token_gate {
             let bias = gate.hidden.as_ref().map_or(&gate.bias, |(_, bias)| bias);
-            products.push(Product::of(first, address(scores)?, address(bias)?)?);
+            products.push(Product { matrix: first, out: address(scores)?, bias: address(bias)? });
         }
         for projection in &layer.qkv {
-            products.push(Product::of(&projection.weight, out, projection.bias.as_ref().map_or(Ok(0), address)?)?);
+            let bias = projection.bias.as_ref().map_or(Ok(0), address)?;
+            products.push(Product { matrix: &projection.weight, out, bias });
             out += (projection.weight.height() * size_of::<f32>()) as u64;
         }
         self.multiply(&products, &self.buffers.normed, layer.qkv[0].weight.columns())
@@ -497,10 +494,10 @@ impl CudaStep {
 
     fn project(&self, projection: &Projection, x: &[Tensor; 2], out: &Tensor) -> Result<()> {
         let bias = projection.bias.as_ref().map_or(Ok(0), address)?;
-        self.multiply(&[Product::of(&projection.weight, address(out)?, bias)?], x, projection.weight.columns())
+        self.multiply(&[Product { matrix: &projection.weight, out: address(out)?, bias }], x, projection.weight.columns())
     }
 
-    fn multiply(&self, products: &[Product], x: &[Tensor; 2], columns: usize) -> Result<()> {
+    fn multiply(&self, products: &[Product<'_>], x: &[Tensor; 2], columns: usize) -> Result<()> {
         // SAFETY: as in `launch_all`.
         unsafe { product(&self.kernels, products, address(&x[0])?, address(&x[1])?, columns, 1) }
     }

@@ -2,14 +2,15 @@
 
 mod item;
 mod workspace;
+mod write;
 
 use super::AttentionBackend;
-use super::write::write_rows;
 use crate::cache::{LayerStore, Step};
 use crate::select::Selection;
 use crate::simd::{with_f32, with_rows};
 use candle_core::{Device, Result, Tensor};
 use workspace::Workspace;
+use write::write_rows;
 
 /// Attention on the CPU.
 ///
