@@ -4,7 +4,7 @@ use super::AttentionBackend;
 use crate::cache::{LayerStore, Move, Pool, Step, Summaries, Summary};
 use crate::select::Selection;
 use crate::token_router::Scored;
-use candle_core::{Device, Result, Tensor, bail};
+use candle_core::{DType, Device, Result, Shape, Tensor, bail};
 use std::ops::Range;
 
 /// The backend that this build does not have.
@@ -34,6 +34,10 @@ impl AttentionBackend for Cuda {
 }
 
 pub(crate) fn scatter_rows(_pool: &Pool, _rows: &Tensor, _slots: &[u32]) -> Result<()> {
+    absent()
+}
+
+pub(crate) fn uninitialised(_shape: impl Into<Shape>, _dtype: DType, _device: &Device) -> Result<Tensor> {
     absent()
 }
 

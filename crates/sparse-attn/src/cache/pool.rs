@@ -1,6 +1,7 @@
 //! Pages of rows (keys, values or block summaries) in tensors that backends write in place.
 
 use super::{GROUP, KvDtype, PAGE_SIZE, hadamard};
+use crate::backend::cuda;
 use crate::parallel;
 use candle_core::{DType, Device, Result, Shape, Tensor};
 use half::vec::HalfBitsVecExt;
@@ -119,15 +120,14 @@ impl Pool {
         pages * PAGE_SIZE * dtype.row_bytes(width)
     }
 
-    /// A pool like this one, on a device, with `pages` pages of which the caller writes every number.
+    /// A pool like this one, on a GPU, with `pages` pages that a kernel fills.
     ///
     /// # Errors
     /// If the device has no memory for it.
     pub(super) fn uninitialised(&self, pages: usize) -> Result<Self> {
         let like = |tensor: &Tensor| {
             let (_, rows, width) = tensor.dims3()?;
-            // SAFETY: the caller's.
-            unsafe { Tensor::empty((pages, rows, width), tensor.dtype(), tensor.device()) }
+            cuda::uninitialised((pages, rows, width), tensor.dtype(), tensor.device())
         };
         Ok(Self { values: like(&self.values)?, scales: self.scales.as_ref().map(like).transpose()?, ..*self })
     }
