@@ -34,14 +34,16 @@ struct GatedParams {
     int activation;        // 0: SiLU; 1: GELU by tanh
 };
 
-// `x += y`, or `x += norm(y)`; then `out = norm(x)`, as it is and in 8 bits. Norms are by root mean square.
+// `x += y`, or `x += norm(y)`; then `out = norm(x)`: of one token as it is and in 8 bits, of many as it is or as bf16. Norms are by root
+// mean square.
 struct NormParams {
-    float *x;              // [columns]
+    float *x;              // [tokens, columns]
     const float *y;        // null: none
-    const float *y_weight; // null: no norm of y
+    const float *y_weight; // [columns]; null: no norm of y
     const float *weight;
-    float *out;
-    void *out_q8;
+    float *out;            // null: not of many tokens
+    void *out_q8;          // of one token
+    void *rounded;         // [tokens, columns] bf16; null: none
     int columns;
     float eps;
 };

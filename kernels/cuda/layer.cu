@@ -1,4 +1,4 @@
-// The steps of a decoder layer between products and attention, for one token.
+// The steps of a decoder layer between products and attention.
 
 #include "weights.cuh"
 
@@ -22,11 +22,15 @@ __device__ __forceinline__ float4 scaled(float4 x, float factor, float4 weight) 
     return make_float4(x.x * factor * weight.x, x.y * factor * weight.y, x.z * factor * weight.z, x.w * factor * weight.w);
 }
 
-// GROUPS groups of four neighbours for each thread.
-template <int GROUPS> __device__ __forceinline__ void add_norm(const NormParams &p, float *shared) {
+// GROUPS groups of four neighbours for each thread; of MANY tokens a thread block takes one.
+template <int THREADS, int GROUPS, bool MANY> __device__ __forceinline__ void add_norm(NormParams p, float *shared) {
+    if (MANY) {
+        const int64_t first = (int64_t)blockIdx.x * p.columns;
+        p.x += first, p.y += p.y ? first : 0, p.out += p.out ? first : 0, p.rounded = p.rounded ? (__nv_bfloat16 *)p.rounded + first : nullptr;
+    }
     float4 x[GROUPS], weight[GROUPS];
     const float4 none = make_float4(0.f, 0.f, 0.f, 0.f);
-    auto place = [&](int i) { return 4 * (int)(threadIdx.x + i * NORM_THREADS); };
+    auto place = [&](int i) { return 4 * (int)(threadIdx.x + i * THREADS); };
     // Weights do not depend on the kernel before.
 #pragma unroll
     for (int i = 0; i < GROUPS; ++i) weight[i] = place(i) < p.columns ? *(const float4 *)(p.weight + place(i)) : none;
@@ -60,8 +64,10 @@ template <int GROUPS> __device__ __forceinline__ void add_norm(const NormParams 
 #pragma unroll
     for (int i = 0; i < GROUPS; ++i) {
         const float4 out = scaled(x[i], factor, weight[i]);
-        if (place(i) < p.columns) *(float4 *)(p.out + place(i)) = out;
-        quantize4(out, p.out_q8, p.columns, place(i));
+        if (p.out && place(i) < p.columns) *(float4 *)(p.out + place(i)) = out;
+        if (!MANY) quantize4(out, p.out_q8, p.columns, place(i));
+        else if (p.rounded && place(i) < p.columns)
+            *(uint2 *)((__nv_bfloat16 *)p.rounded + place(i)) = make_uint2(pack<__nv_bfloat16>(out.x, out.y), pack<__nv_bfloat16>(out.z, out.w));
     }
 }
 
@@ -75,9 +81,21 @@ extern "C" __global__ void fetch_orders(const FetchParams p) {
 // One thread block.
 extern "C" __global__ void __launch_bounds__(layer::NORM_THREADS) add_norm(const NormParams p) {
     __shared__ float shared[32];
-    if (p.columns <= 4 * layer::NORM_THREADS) layer::add_norm<1>(p, shared);
-    else layer::add_norm<layer::MOST>(p, shared);
+    using namespace layer;
+    if (p.columns <= 4 * NORM_THREADS) add_norm<NORM_THREADS, 1, false>(p, shared);
+    else add_norm<NORM_THREADS, MOST, false>(p, shared);
 }
+
+// A thread block for each token, by how many threads.
+#define ROWS(THREADS, GROUPS)                                                                                                              \
+    extern "C" __global__ void __launch_bounds__(THREADS) add_norm_rows_##THREADS##_##GROUPS(const NormParams p) {                          \
+        __shared__ float shared[32];                                                                                                       \
+        layer::add_norm<THREADS, GROUPS, true>(p, shared);                                                                                 \
+    }
+ROWS(256, 1)
+ROWS(256, 4)
+ROWS(1024, 4)
+#undef ROWS
 
 namespace layer {
 

@@ -3,11 +3,10 @@
 
 use super::{CausalLm, TokenStep};
 use crate::gpu::{self, DecoderParts, LayerParts};
-use crate::layers::fused::add;
-use crate::layers::{AttentionParts, Embedding, GatedMlp, OutputHead, RmsNorm, Rope, RopeTables, SelfAttention, name};
+use crate::layers::{AttentionParts, Embedding, GatedMlp, OutputHead, Residual, RmsNorm, Rope, RopeTables, SelfAttention, name};
 use crate::weights::{Scope, Weights};
 use crate::{Config, config::RopeConfig};
-use candle_core::{Device, Result, Tensor};
+use candle_core::{DType, Device, Result, Tensor};
 use sparse_attn::{KvCache, RoutedAttention, Step};
 
 /// `x + norm(attention(norm(x)))`, then `x + norm(mlp(norm(x)))`.
@@ -64,11 +63,18 @@ impl SandwichLayer {
         })
     }
 
-    fn forward(&self, x: &Tensor, rope: &RopeTables, attention: &RoutedAttention, step: Step, cache: &mut KvCache) -> Result<Tensor> {
-        let attended = self.attention.forward(&self.attention_norm.forward(x)?, rope, attention, step, cache)?;
-        let x = add(x, &self.post_attention_norm.forward(&attended)?)?;
-        let fed = self.mlp.forward(&self.mlp_norm.forward(&x)?)?;
-        add(&x, &self.post_mlp_norm.forward(&fed)?)
+    fn forward<'a>(
+        &'a self,
+        stream: &mut Residual<'a>,
+        rope: &RopeTables,
+        attention: &RoutedAttention,
+        step: Step,
+        cache: &mut KvCache,
+    ) -> Result<()> {
+        let x = stream.norm(&self.attention_norm, self.attention.dtype_of_input(step.len, attention))?;
+        stream.add(self.attention.forward(&x, rope, attention, step, cache)?, Some(&self.post_attention_norm))?;
+        let x = stream.norm(&self.mlp_norm, self.mlp.dtype_of_input(step.len))?;
+        stream.add(self.mlp.forward(&x)?, Some(&self.post_mlp_norm))
     }
 }
 
@@ -82,13 +88,13 @@ impl CausalLm for Gemma3Text {
     }
 
     fn hidden(&self, tokens: &Tensor, attention: &RoutedAttention, step: Step, cache: &mut KvCache) -> Result<Tensor> {
-        let mut x = (self.embedding.forward(tokens)? * (self.config.hidden_size as f64).sqrt())?;
-        let (global, local) = (self.rope.tables(step, x.device())?, self.local_rope.tables(step, x.device())?);
+        let mut stream = Residual::new((self.embedding.forward(tokens)? * (self.config.hidden_size as f64).sqrt())?);
+        let (global, local) = (self.rope.tables(step, tokens.device())?, self.local_rope.tables(step, tokens.device())?);
         for (layer, window) in self.layers.iter().zip(&self.config.sliding_window) {
             let rope = if window.is_some() { &local } else { &global };
-            x = layer.forward(&x, rope, attention, step, cache)?;
+            layer.forward(&mut stream, rope, attention, step, cache)?;
         }
-        self.norm.forward(&x)
+        stream.norm(&self.norm, DType::F32)
     }
 
     fn logits(&self, hidden: &Tensor) -> Result<Tensor> {

@@ -38,6 +38,17 @@ pub(crate) fn gated(_activation: Activation, _gate: &Tensor, _up: &Tensor, _dtyp
     bail!("this build has no CUDA: build with --features cuda")
 }
 
+/// Only tensors of a GPU get there.
+pub(crate) fn add_norm(
+    _x: &Tensor,
+    _y: Option<(&Tensor, Option<&Tensor>)>,
+    _weight: &Tensor,
+    _eps: f32,
+    _dtype: DType,
+) -> Result<Tensor> {
+    bail!("this build has no CUDA: build with --features cuda")
+}
+
 /// No step runs as a whole on the host.
 pub(crate) fn record(_parts: &DecoderParts<'_>, _attention: &RoutedAttention, _cache: &KvCache) -> Result<Option<Box<dyn TokenStep>>> {
     Ok(None)

@@ -1,7 +1,7 @@
 use super::{Linear, RmsNorm, RopeTables, name};
 use crate::config::Config;
 use crate::weights::{Name, Scope};
-use candle_core::{Result, Tensor};
+use candle_core::{DType, Result, Tensor};
 use sparse_attn::{AttentionInput, HeadShape, KvCache, RoutedAttention, Step};
 
 /// Projections around [`RoutedAttention`].
@@ -59,6 +59,12 @@ impl SelfAttention {
     /// What it is made of.
     pub fn parts(&self) -> &AttentionParts {
         &self.parts
+    }
+
+    /// How the input of so many tokens may come: where someone watches, as it is.
+    pub fn dtype_of_input(&self, tokens: usize, attention: &RoutedAttention) -> DType {
+        let AttentionParts { q_proj, k_proj, v_proj, .. } = &self.parts;
+        if attention.is_observed() { DType::F32 } else { Linear::dtype_of_activations([q_proj, k_proj, v_proj], tokens) }
     }
 
     /// `x` `[tokens, hidden_size]`, after the layer's norm -> the same shape.

@@ -1,5 +1,5 @@
 use crate::weights::{Matrix, Name, Scope};
-use candle_core::{Result, Tensor};
+use candle_core::{DType, Result, Tensor};
 
 /// `x W' + b`, where the checkpoint has a bias.
 #[derive(Debug, Clone)]
@@ -57,6 +57,12 @@ impl Linear {
         let products = Matrix::multiply_each(&projections.map(|projection| &projection.weight), x)?;
         let outputs = projections.iter().zip(products).map(|(projection, y)| projection.add_bias(y)).collect::<Result<Vec<_>>>()?;
         outputs.try_into().map_err(|_| candle_core::Error::Msg("linear: a product is missing".into()))
+    }
+
+    /// How so many tokens may come that all of these multiply: bf16 where all round to it, f32 otherwise.
+    pub fn dtype_of_activations<const N: usize>(projections: [&Self; N], tokens: usize) -> DType {
+        let rounds = |projection: &&Self| projection.weight.dtype_of_activations(tokens) == DType::BF16;
+        if projections.iter().all(rounds) { DType::BF16 } else { DType::F32 }
     }
 
     fn add_bias(&self, y: Tensor) -> Result<Tensor> {

@@ -2,7 +2,7 @@ use super::fused::gated;
 use super::{Linear, name};
 use crate::config::{Activation, Config};
 use crate::weights::Scope;
-use candle_core::{Result, Tensor};
+use candle_core::{DType, Result, Tensor};
 
 /// `down(activation(gate(x)) * up(x))`
 #[derive(Debug, Clone)]
@@ -31,6 +31,11 @@ impl GatedMlp {
     /// Gate, up and down.
     pub fn projections(&self) -> [&Linear; 3] {
         [&self.gate, &self.up, &self.down]
+    }
+
+    /// How the input of so many tokens may come.
+    pub fn dtype_of_input(&self, tokens: usize) -> DType {
+        Linear::dtype_of_activations([&self.gate, &self.up], tokens)
     }
 
     /// `[tokens, hidden_size]` -> the same.

@@ -7,6 +7,7 @@ mod linear;
 mod mlp;
 mod norm;
 mod pre_norm;
+mod residual;
 mod rope;
 
 pub use attention::{AttentionParts, SelfAttention};
@@ -15,6 +16,7 @@ pub use linear::Linear;
 pub use mlp::GatedMlp;
 pub use norm::RmsNorm;
 pub use pre_norm::{PreNormDecoder, PreNormLayer};
+pub use residual::Residual;
 pub use rope::{Rope, RopeTables};
 
 use crate::weights::Name;

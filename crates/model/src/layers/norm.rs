@@ -28,6 +28,11 @@ impl RmsNorm {
         if scope.is_gguf() { Ok(plain) } else { Ok(Self { weight: (plain.weight + 1.0)?, eps: plain.eps }) }
     }
 
+    /// A norm of these parts: `[width]`, f32.
+    pub fn new(weight: Tensor, eps: f32) -> Self {
+        Self { weight, eps }
+    }
+
     /// `[width]`, f32.
     pub fn weight(&self) -> &Tensor {
         &self.weight

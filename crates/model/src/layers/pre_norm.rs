@@ -1,10 +1,9 @@
-use super::fused::add;
-use super::{AttentionParts, Embedding, GatedMlp, OutputHead, RmsNorm, Rope, RopeTables, SelfAttention, name};
+use super::{AttentionParts, Embedding, GatedMlp, OutputHead, Residual, RmsNorm, Rope, RopeTables, SelfAttention, name};
 use crate::arch::{CausalLm, TokenStep};
 use crate::config::Config;
 use crate::gpu::{self, DecoderParts, LayerParts};
 use crate::weights::{Scope, Weights};
-use candle_core::{Device, Result, Tensor};
+use candle_core::{DType, Device, Result, Tensor};
 use sparse_attn::{KvCache, RoutedAttention, Step};
 
 /// `x + attention(norm(x))`, then `x + mlp(norm(x))`.
@@ -27,9 +26,18 @@ impl PreNormLayer {
         })
     }
 
-    fn forward(&self, x: &Tensor, rope: &RopeTables, attention: &RoutedAttention, step: Step, cache: &mut KvCache) -> Result<Tensor> {
-        let x = add(x, &self.attention.forward(&self.attention_norm.forward(x)?, rope, attention, step, cache)?)?;
-        add(&x, &self.mlp.forward(&self.mlp_norm.forward(&x)?)?)
+    fn forward(
+        &self,
+        stream: &mut Residual<'_>,
+        rope: &RopeTables,
+        attention: &RoutedAttention,
+        step: Step,
+        cache: &mut KvCache,
+    ) -> Result<()> {
+        let x = stream.norm(&self.attention_norm, self.attention.dtype_of_input(step.len, attention))?;
+        stream.add(self.attention.forward(&x, rope, attention, step, cache)?, None)?;
+        let x = stream.norm(&self.mlp_norm, self.mlp.dtype_of_input(step.len))?;
+        stream.add(self.mlp.forward(&x)?, None)
     }
 }
 
@@ -81,12 +89,12 @@ impl CausalLm for PreNormDecoder {
     }
 
     fn hidden(&self, tokens: &Tensor, attention: &RoutedAttention, step: Step, cache: &mut KvCache) -> Result<Tensor> {
-        let mut x = self.embedding.forward(tokens)?;
-        let rope = self.rope.tables(step, x.device())?;
+        let mut stream = Residual::new(self.embedding.forward(tokens)?);
+        let rope = self.rope.tables(step, tokens.device())?;
         for layer in &self.layers {
-            x = layer.forward(&x, &rope, attention, step, cache)?;
+            layer.forward(&mut stream, &rope, attention, step, cache)?;
         }
-        self.norm.forward(&x)
+        stream.norm(&self.norm, DType::F32)
     }
 
     fn logits(&self, hidden: &Tensor) -> Result<Tensor> {

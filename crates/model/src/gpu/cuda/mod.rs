@@ -2,10 +2,12 @@
 
 mod gated;
 mod matrix;
+mod norm;
 mod pack;
 mod params;
 mod step;
 
 pub(crate) use gated::gated;
 pub use matrix::DeviceMatrix;
+pub(crate) use norm::add_norm;
 pub(crate) use step::record;

@@ -8,7 +8,7 @@ sparse_attn::mirrors! { "layer_params.h":
     /// `activation(gate x) * up x`
     GatedParams { gate: Matrix, up: Matrix, x: u64, x_q8: u64, out: u64, out_q8: u64, columns: i32, activation: i32 }
     /// A residual connection and the norm that follows.
-    NormParams { x: u64, y: u64, y_weight: u64, weight: u64, out: u64, out_q8: u64, columns: i32, eps: f32 }
+    NormParams { x: u64, y: u64, y_weight: u64, weight: u64, out: u64, out_q8: u64, rounded: u64, columns: i32, eps: f32 }
     /// What a gate says of a token.
     Verdict { scores: u64, weight: u64, bias: u64, masks: u64, kept: u64, width: i32, sinks: i32, tau: f32 }
     /// A token's query, key and value.

@@ -5,6 +5,7 @@ use super::super::{DecoderParts, LayerParts};
 use super::matrix::{Product, activation_bytes, product};
 use super::pack::Format;
 use super::params::{BestParams, FetchParams, GatedParams, LikeliestParams, NormParams, Verdict, WriteParams};
+use super::norm::WIDEST;
 use super::{DeviceMatrix, gated};
 use crate::arch::TokenStep;
 use crate::layers::{Linear, RmsNorm};
@@ -21,9 +22,6 @@ use sparse_attn::select::Limits;
 use sparse_attn::token_router::{Feedforward, GateLayer};
 use sparse_attn::{HeadShape, KvCache, LayerStore, RoutedAttention, Step};
 use std::sync::Arc;
-
-/// Widest residual stream of `add_norm`, in numbers.
-const WIDEST: usize = 16 * 1024;
 
 /// Rows that a thread block of `gated_product` makes, and its threads.
 const GATED_ROWS: usize = 32;
@@ -469,6 +467,7 @@ impl CudaStep {
             weight: address(weight)?,
             out: address(&normed[0])?,
             out_q8: address(&normed[1])?,
+            rounded: 0,
             columns: x.elem_count() as i32,
             eps: self.eps,
         };

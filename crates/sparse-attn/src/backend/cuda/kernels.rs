@@ -1,7 +1,7 @@
 //! The code of kernels/cuda on a GPU: loaded once, launched by name.
 
-use candle_core::cuda_backend::cudarc::driver::sys;
-use candle_core::cuda_backend::cudarc::driver::{CudaFunction, CudaModule, CudaStream, DevicePtr};
+use candle_core::cuda_backend::cudarc::driver::{CudaContext, CudaFunction, CudaModule, CudaStream, DevicePtr};
+use candle_core::cuda_backend::cudarc::driver::{result, sys};
 use candle_core::cuda_backend::cudarc::nvrtc::Ptx;
 use candle_core::cuda_backend::{CudaStorageSlice, DeviceId, WrapErr};
 use candle_core::{Device, Result, Storage, Tensor, bail};
@@ -14,6 +14,10 @@ const BINARY: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/kernels.fatbin")
 
 /// Shared memory that a thread block surely gets without asking, beside what kernels declare.
 const SHARED_BYTES: usize = 32 << 10;
+
+/// Of a device's memory, the part that stays this process's when nothing is in it: by default all goes back to the driver whenever the
+/// host waits, and the next step pays for getting it again.
+const HELD: usize = 16;
 
 /// What each device has loaded: like candle's own kernels, once for a process.
 static LOADED: Mutex<Vec<(DeviceId, Arc<Kernels>)>> = Mutex::new(Vec::new());
@@ -58,6 +62,7 @@ impl Kernels {
         }
         let stream = cuda.cuda_stream();
         let context = stream.context();
+        hold_memory(context)?;
         let module = context.load_module(Ptx::from_binary(BINARY.to_vec())).w()?;
         let multiprocessors = context.attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT).w()? as usize;
         let kernels = Arc::new(Self { module, stream, functions: Mutex::default(), multiprocessors });
@@ -152,6 +157,20 @@ impl Kernels {
             function.set_attribute(attribute, shared_bytes as i32).w()?;
         }
         Ok(function)
+    }
+}
+
+/// Keeps some of what is freed, where tensors come from the driver's pool.
+fn hold_memory(context: &CudaContext) -> Result<()> {
+    if !context.has_async_alloc() {
+        return Ok(());
+    }
+    let mut most = (context.total_mem().w()? / HELD) as u64;
+    let threshold = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
+    // SAFETY: the device is the context's, the pool is the device's, and the attribute is one number of 64 bits.
+    unsafe {
+        let pool = result::device::get_mem_pool(context.cu_device()).w()?;
+        result::mem_pool::set_attribute(pool, threshold, (&raw mut most).cast()).w()
     }
 }
 

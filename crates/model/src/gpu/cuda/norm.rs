@@ -1,0 +1,50 @@
+//! The step between layers, for many tokens.
+
+use super::params::NormParams;
+use candle_core::{DType, Result, Tensor, bail};
+use sparse_attn::backend::cuda::{Kernels, Spread, address, uninitialised};
+
+/// Widest residual stream that kernels norm, in numbers: four times what a thread block of the most threads takes at a time.
+pub(super) const WIDEST: usize = 16 * 1024;
+
+/// Whether there is a kernel for streams of this width.
+pub(crate) fn norms(columns: usize) -> bool {
+    columns <= WIDEST && columns.is_multiple_of(4)
+}
+
+/// Adds `y` to `x` in its place, or the norm of it by a weight; both `[tokens, columns]`, f32. Returns the norm of the sum by `weight`, f32
+/// or bf16.
+///
+/// # Errors
+/// If shapes differ, there is no kernel for that width, or the device is out of memory.
+pub(crate) fn add_norm(x: &Tensor, y: Option<(&Tensor, Option<&Tensor>)>, weight: &Tensor, eps: f32, dtype: DType) -> Result<Tensor> {
+    let (tokens, columns) = x.dims2()?;
+    let y = y.map(|(y, norm)| Ok::<_, candle_core::Error>((y.contiguous()?, norm))).transpose()?;
+    let others = y.iter().any(|(y, norm)| y.shape() != x.shape() || norm.is_some_and(|norm| norm.dims() != [columns]));
+    if others || weight.dims() != [columns] || !norms(columns) {
+        let y = y.as_ref().map(|(y, _)| y.shape());
+        bail!("cuda: norm of {:?} with {y:?} by {:?}, of up to {WIDEST} numbers", x.shape(), weight.shape());
+    }
+    let out = uninitialised(x.shape(), dtype, x.device())?;
+    let is_rounded = dtype == DType::BF16;
+    let params = NormParams {
+        x: address(x)?,
+        y: y.as_ref().map_or(Ok(0), |(y, _)| address(y))?,
+        y_weight: y.as_ref().and_then(|(_, norm)| *norm).map_or(Ok(0), address)?,
+        weight: address(weight)?,
+        out: if is_rounded { 0 } else { address(&out)? },
+        out_q8: 0,
+        rounded: if is_rounded { address(&out)? } else { 0 },
+        columns: columns as i32,
+        eps,
+    };
+    let (threads, groups) = match columns {
+        ..=1024 => (256, 1),
+        1025..=4096 => (256, 4),
+        _ => (1024, 4),
+    };
+    let spread = Spread::new([tokens, 1, 1], threads);
+    // SAFETY: the tensors have these shapes, and live until the stream frees them.
+    unsafe { Kernels::of(x.device())?.launch(&format!("add_norm_rows_{threads}_{groups}"), spread, &params) }?;
+    Ok(out)
+}
