@@ -157,14 +157,27 @@ struct WidenParams {
     int64_t count;         // a multiple of 32
 };
 
-// Rows of up to four tensors that are copied to other slots, of the same tensor, where none is left and taken, or of another one.
-// grid (moves * longest row / 256, tensors)
+// Rows of up to four tensors that are copied to other slots, where none is left and taken. grid (moves * longest row / 256, tensors)
 struct CopyParams {
-    const uint32_t *from[4]; // [.., words]
-    uint32_t *to[4];         // [.., words]
-    int words[4];            // of a row of each: 4 bytes each, whatever they mean
-    const int *moves;        // [count, 2] from, to
+    uint32_t *rows[4];     // [.., words]
+    int words[4];          // of a row of each: 4 bytes each, whatever they mean
+    const int *moves;      // [count, 2] from, to
     int count;
+};
+
+// All tokens of a layer, to new pools by new tables; of recent tokens that are kept ones there, those that masks keep. Slots of kept pages
+// that hold none yet get zeros. grid (most kept pages of a head + recent pages from the first position of `kept`, kv_heads, tensors)
+struct CompactParams {
+    const uint32_t *from[4]; // [.., words]
+    uint32_t *to[4];
+    int words[4];            // as in CopyParams
+    const int *old_pages;    // [kv_heads, old_max_pages]
+    Kept old;
+    const int *pages;        // [kv_heads, max_pages]
+    Kept kept;               // masks are the old ones
+    int old_max_pages;
+    int max_pages;
+    int kept_pages;
 };
 
 // Summaries of complete blocks; one of which nothing is kept has none.
@@ -195,7 +208,6 @@ struct ExpandParams {
     int head_dim;
 };
 
-
 // Verdicts of a gate on the tokens of a step, as bits.
 struct VerdictParams {
     const float *scores;   // [tokens, kv_heads]
@@ -209,14 +221,20 @@ struct VerdictParams {
     float tau;             // kept from this score on
 };
 
-// Scores of a token router's gate, or its hidden layer: `x weight' + bias`, each from its token alone.
+// A layer of a token router's gate: `x weight' + bias`, each from its token alone. The last one gives scores, verdicts or both.
 struct GateParams {
-    const float *x;        // [tokens, columns]
+    const void *x;         // [tokens, columns] f32 or bf16
     const float *weight;   // [rows, columns]
     const float *bias;     // [rows]
-    float *out;            // [tokens, rows]
+    float *out;            // [tokens, rows]; null: not asked for
+    uint8_t *masks;        // as in Kept, of a row each; null: no verdict
+    uint8_t *noted;        // as in VerdictParams
+    int start;             // position of the first token
     int tokens;
     int rows;
-    int columns;
+    int columns;           // a multiple of 8
     int is_hidden;         // GELU of the sums, by erf
+    int max_pages;
+    int sinks;             // as in VerdictParams
+    float tau;
 };

@@ -27,7 +27,47 @@ __device__ __forceinline__ void copy(const CopyParams &p) {
     const int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x, row = i / words;
     if (row >= p.count) return;
     const int2 move = *(const int2 *)(p.moves + 2 * row);
-    p.to[blockIdx.y][(int64_t)move.y * words + i % words] = p.from[blockIdx.y][(int64_t)move.x * words + i % words];
+    uint32_t *rows = p.rows[blockIdx.y];
+    rows[(int64_t)move.y * words + i % words] = rows[(int64_t)move.x * words + i % words];
+}
+
+// The slot of token `index` of those of a head that are kept only since the frontier moved: among recent ones, by the old tables.
+__device__ __forceinline__ int slot_of_new(const CompactParams &p, int head, int index) {
+    // The last 64 positions before which there are no more than so many.
+    const int *ranks = p.kept.ranks + (int64_t)head * p.max_pages;
+    int low = p.old.counts[0] / PAGE, high = p.kept.counts[0] / PAGE;
+    while (high - low > 1) {
+        const int middle = (low + high) / 2;
+        (ranks[middle] <= index ? low : high) = middle;
+    }
+    const uint64_t mask = *(const uint64_t *)(p.old.masks + ((int64_t)head * p.old_max_pages + low) * (PAGE / OCTET));
+    int left = index - ranks[low], slot = 0;
+    for (; slot < PAGE - 1; ++slot)
+        if ((mask >> slot & 1) && left-- == 0) break;
+    return p.old_pages[(int64_t)head * p.old_max_pages + low] * PAGE + slot;
+}
+
+// A page, row by row.
+__device__ __forceinline__ void compact(const CompactParams &p) {
+    __shared__ int from[PAGE];
+    const int head = blockIdx.y, words = p.words[blockIdx.z], slot = threadIdx.x;
+    const bool is_kept = blockIdx.x < p.kept_pages;
+    const int first = p.kept.counts[0] / PAGE, of_head = is_kept ? blockIdx.x : first + blockIdx.x - p.kept_pages;
+    const int count = p.kept.counts[1 + head], had = p.old.counts[1 + head];
+    if (is_kept && of_head * PAGE >= count) return;
+    if (slot < PAGE) {
+        const int index = of_head * PAGE + slot;
+        if (!is_kept) from[slot] = p.old_pages[(int64_t)head * p.old_max_pages + of_head] * PAGE + slot;
+        else if (index < had) from[slot] = p.old.pages[(int64_t)head * p.old.max_pages + of_head] * PAGE + slot;
+        else from[slot] = index < count ? slot_of_new(p, head, index) : -1;
+    }
+    __syncthreads();
+    const int page = is_kept ? p.kept.pages[(int64_t)head * p.kept.max_pages + of_head] : p.pages[(int64_t)head * p.max_pages + of_head];
+    uint32_t *to = p.to[blockIdx.z] + (int64_t)page * PAGE * words;
+    for (int i = threadIdx.x; i < PAGE * words; i += blockDim.x) {
+        const int row = from[i / words];
+        to[i] = row < 0 ? 0 : p.from[blockIdx.z][(int64_t)row * words + i % words];
+    }
 }
 
 // The smallest number of T that is not below x.
@@ -127,65 +167,119 @@ __device__ __forceinline__ void note_verdicts(const VerdictParams &p) {
     p.noted[head * ((end + OCTET - 1) / OCTET - p.start / OCTET) + octet - p.start / OCTET] = bits;
 }
 
-// Tokens and rows of a thread block, columns at a time, and tokens of a warp.
-constexpr int GATE_TOKENS = 16, GATE_ROWS = 8, GATE_COLUMNS = 512, GATE_WARPS = 4, GATE_OWN = GATE_TOKENS / GATE_WARPS;
+// Tokens of a thread block, and of a tile of rows; columns that a warp takes at a time, one warp after the other.
+constexpr int GATE_TOKENS = 16, GATE_ROWS = 8, GATE_COLUMNS = 32, GATE_WARPS = 8;
 
 __device__ __forceinline__ float gelu(float x) { return 0.5f * x * (1.f + erff(x * 0.70710678118654752f)); }
 
-} // namespace cache
+// Eight numbers as bf16, and what is lost by that, again as bf16.
+struct Halves {
+    uint32_t high[4], low[4];
+};
 
-// grid (ceil(tokens / GATE_TOKENS), ceil(rows / GATE_ROWS)). A lane sums every 32nd four columns, then a warp's lanes: in one order for any
-// number of tokens.
-extern "C" __global__ void __launch_bounds__(cache::GATE_WARPS * 32) gate_scores(const GateParams p) {
-    using namespace cache;
-    constexpr int FOURS = GATE_COLUMNS / 4, EACH = FOURS / 32;
-    __shared__ float4 weight[GATE_ROWS][FOURS];
-    const int lane = threadIdx.x % 32, first_token = blockIdx.x * GATE_TOKENS + threadIdx.x / 32 * GATE_OWN, first_row = blockIdx.y * GATE_ROWS;
-    auto four = [&](const float *from, int row, int rows, int column) {
-        return row < rows && column < p.columns ? *(const float4 *)(from + (int64_t)row * p.columns + column) : make_float4(0.f, 0.f, 0.f, 0.f);
-    };
-    float sums[GATE_OWN][GATE_ROWS] = {};
-    for (int column = 0; column < p.columns; column += GATE_COLUMNS) {
-        float4 x[GATE_OWN][EACH];
+__device__ __forceinline__ Halves halves(float4 a, float4 b) {
+    const float x[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+    Halves out;
 #pragma unroll
-        for (int token = 0; token < GATE_OWN; ++token)
+    for (int i = 0; i < 4; ++i) {
+        out.high[i] = pack<__nv_bfloat16>(x[2 * i], x[2 * i + 1]);
+        const float2 near = unpack<__nv_bfloat16>(out.high[i]);
+        out.low[i] = pack<__nv_bfloat16>(x[2 * i] - near.x, x[2 * i + 1] - near.y);
+    }
+    return out;
+}
+
+// Eight neighbours of a row, T: f32 or bf16.
+template <typename T> __device__ __forceinline__ Halves eight(const void *x, int64_t at, bool is_there) {
+    Halves out{};
+    if (!is_there) return out;
+    if constexpr (std::is_same_v<T, float>) {
+        const float4 *from = (const float4 *)((const float *)x + at);
+        return halves(from[0], from[1]);
+    } else *(uint4 *)out.high = *(const uint4 *)((const T *)x + at);
+    return out;
+}
+
+// TILES tiles of rows with GATE_TOKENS tokens, from a multiple of them on. Products are of bf16 and of what is lost by that: 16 bits of
+// both, in one order for any number of tokens.
+template <typename T, int TILES> __device__ __forceinline__ void gate(const GateParams &p) {
+    __shared__ float sums[GATE_WARPS][GATE_TOKENS][TILES * GATE_ROWS];
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, first_row = blockIdx.y * TILES * GATE_ROWS;
+    const int first_token = (p.start / GATE_TOKENS + blockIdx.x) * GATE_TOKENS - p.start; // in the step; before it there is none
+    const auto is_token = [&](int token) { return token >= 0 && token < p.tokens; };
+    float c[TILES][4] = {};
+#pragma unroll 4
+    for (int at = warp * GATE_COLUMNS + lane % 4 * 8; at - lane % 4 * 8 < p.columns; at += GATE_WARPS * GATE_COLUMNS) {
+        // A lane has two tokens and a row of each tile, of which eight columns: of every product the first half is of columns 0, 1 and 2, 3
+        // of all lanes, the second of the others.
+        const bool is_inside = at < p.columns;
+        Halves x[2];
 #pragma unroll
-            for (int i = 0; i < EACH; ++i) x[token][i] = four(p.x, first_token + token, p.tokens, column + 4 * (32 * i + lane));
+        for (int i = 0; i < 2; ++i) {
+            const int token = first_token + lane / 4 + 8 * i;
+            x[i] = eight<T>(p.x, (int64_t)token * p.columns + at, is_inside && is_token(token));
+        }
 #pragma unroll
-        for (int at = threadIdx.x; at < GATE_ROWS * FOURS; at += GATE_WARPS * 32)
-            weight[at / FOURS][at % FOURS] = four(p.weight, first_row + at / FOURS, p.rows, column + 4 * (at % FOURS));
-        __syncthreads();
+        for (int tile = 0; tile < TILES; ++tile) {
+            const int row = first_row + tile * GATE_ROWS + lane / 4;
+            const Halves w = eight<float>(p.weight, (int64_t)row * p.columns + at, is_inside && row < p.rows);
 #pragma unroll
-        for (int i = 0; i < EACH; ++i) {
-#pragma unroll
-            for (int row = 0; row < GATE_ROWS; ++row) {
-                const float4 w = weight[row][32 * i + lane];
-#pragma unroll
-                for (int token = 0; token < GATE_OWN; ++token) {
-                    float &sum = sums[token][row];
-                    sum = fmaf(x[token][i].x, w.x, sum), sum = fmaf(x[token][i].y, w.y, sum);
-                    sum = fmaf(x[token][i].z, w.z, sum), sum = fmaf(x[token][i].w, w.w, sum);
+            for (int i = 0; i < 4; i += 2) {
+                const uint32_t high[4] = {x[0].high[i], x[1].high[i], x[0].high[i + 1], x[1].high[i + 1]};
+                multiply<__nv_bfloat16>(c[tile], high, w.high[i], w.high[i + 1]);
+                multiply<__nv_bfloat16>(c[tile], high, w.low[i], w.low[i + 1]);
+                if constexpr (std::is_same_v<T, float>) {
+                    const uint32_t low[4] = {x[0].low[i], x[1].low[i], x[0].low[i + 1], x[1].low[i + 1]};
+                    multiply<__nv_bfloat16>(c[tile], low, w.high[i], w.high[i + 1]);
                 }
             }
         }
-        __syncthreads();
     }
-    // Each lane a sum.
-    static_assert(GATE_OWN * GATE_ROWS == 32);
-    float own = 0.f;
 #pragma unroll
-    for (int token = 0; token < GATE_OWN; ++token) {
+    for (int tile = 0; tile < TILES; ++tile)
 #pragma unroll
-        for (int row = 0; row < GATE_ROWS; ++row) {
-            const float sum = sum_of_warp(sums[token][row]);
-            if (lane == token * GATE_ROWS + row) own = sum;
+        for (int i = 0; i < 4; ++i) sums[warp][lane / 4 + i / 2 * 8][tile * GATE_ROWS + lane % 4 * 2 + i % 2] = c[tile][i];
+    __syncthreads();
+    __shared__ uint32_t kept[GATE_TOKENS * GATE_ROWS / 32];
+#pragma unroll
+    for (int i = threadIdx.x; i < GATE_TOKENS * TILES * GATE_ROWS; i += GATE_WARPS * 32) {
+        const int token = first_token + i / (TILES * GATE_ROWS), own = i % (TILES * GATE_ROWS), row = first_row + own;
+        float sum = row < p.rows ? p.bias[row] : 0.f;
+#pragma unroll
+        for (int of = 0; of < GATE_WARPS; ++of) sum += sums[of][i / (TILES * GATE_ROWS)][own];
+        const bool is_there = is_token(token) && row < p.rows;
+        if (p.out && is_there) p.out[(int64_t)token * p.rows + row] = p.is_hidden ? gelu(sum) : sum;
+        if (TILES == 1) {
+            const uint32_t bits = __ballot_sync(~0u, is_there && (p.start + token < p.sinks || sum >= p.tau));
+            if (lane == 0) kept[warp] = bits;
         }
     }
-    const int token = first_token + lane / GATE_ROWS, row = first_row + lane % GATE_ROWS;
-    if (token >= p.tokens || row >= p.rows) return;
-    own += p.bias[row];
-    p.out[(int64_t)token * p.rows + row] = p.is_hidden ? gelu(own) : own;
+    if (TILES > 1 || !p.masks) return;
+    __syncthreads();
+    // An octet of a row for each thread: a warp has had four tokens.
+    constexpr int OCTETS = GATE_TOKENS / OCTET;
+    const int row = first_row + threadIdx.x % GATE_ROWS, of_block = threadIdx.x / GATE_ROWS, octet = (p.start + first_token) / OCTET + of_block;
+    const int first = p.start / OCTET, end = (p.start + p.tokens + OCTET - 1) / OCTET;
+    if (of_block >= OCTETS || row >= p.rows || octet < first || octet >= end) return;
+    uint8_t *mask = p.masks + (int64_t)row * p.max_pages * (PAGE / OCTET) + octet;
+    // Of tokens before the step, what is known.
+    uint32_t bits = *mask & ~(0xffu << max(0, min(OCTET, p.start - octet * OCTET)));
+#pragma unroll
+    for (int i = 0; i < OCTET; ++i) bits |= (kept[of_block * 2 + i / 4] >> (i % 4 * GATE_ROWS + threadIdx.x % GATE_ROWS) & 1) << i;
+    *mask = bits;
+    p.noted[row * (end - first) + octet - first] = bits;
 }
+
+} // namespace cache
+
+// grid (tiles of tokens that the step has a part of, ceil(rows / (8 TILES)))
+#define GATE(NAME, T, TILES)                                                                                                               \
+    extern "C" __global__ void __launch_bounds__(cache::GATE_WARPS * 32) gate_##NAME##_##TILES(const GateParams p) { cache::gate<T, TILES>(p); }
+GATE(f32, float, 1)
+GATE(f32, float, 8)
+GATE(bf16, __nv_bfloat16, 1)
+GATE(bf16, __nv_bfloat16, 8)
+#undef GATE
 
 namespace cache {
 
@@ -226,3 +320,4 @@ EXPAND(f16, half)
 EXPAND(bf16, __nv_bfloat16)
 #undef EXPAND
 extern "C" __global__ void copy_rows(const CopyParams p) { cache::copy(p); }
+extern "C" __global__ void __launch_bounds__(256) compact_pages(const CompactParams p) { cache::compact(p); }

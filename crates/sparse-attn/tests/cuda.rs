@@ -8,7 +8,7 @@ use sparse_attn::backend::cuda::Cuda;
 use sparse_attn::backend::{AttentionBackend, Cpu, Reference};
 use sparse_attn::block_router::{self, Bound, Mean, Spread};
 use sparse_attn::select::{Budget, Limits, Selection};
-use sparse_attn::token_router::{self, Random};
+use sparse_attn::token_router::{self, Feedforward, Gate, GateLayer, Random};
 use sparse_attn::{Attended, AttentionInput, HeadShape, KvCache, KvDtype, LayerSpec, Observer, RoutedAttention, Routing, Step};
 use std::sync::{Arc, Mutex};
 
@@ -84,6 +84,9 @@ impl Case {
             let input = AttentionInput { hidden: &q, q: &q, k: &k, k_before_rope: &k, v: &v, scale };
             parts.push(attention.forward(0, input, step, &mut cache)?.to_device(&Device::Cpu)?);
             cache.commit(step)?;
+            if step.start.is_multiple_of(3) {
+                cache.trim()?;
+            }
         }
         Ok((Tensor::cat(&parts, 0)?, cache))
     }
@@ -290,6 +293,66 @@ fn a_token_router_is_followed() -> Result<()> {
         let seen = Arc::new(Seen::default());
         let (got, _) = case.run(&on_gpu(&device, both.clone())?.observed(seen.clone()), KvDtype::F16, &device, chunks)?;
         case.check(&both, KvDtype::F16, &got, &seen)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn gates_score_and_decide_as_on_the_host() -> Result<()> {
+    let Some(device) = gpu() else { return Ok(()) };
+    let (kv_heads, width) = (3, 576);
+    // No numbers that bf16 holds.
+    let odd = |seed, shape: &[usize]| normal(seed, shape)? * 0.7;
+    let linear = Feedforward { hidden: None, weight: odd(1, &[kv_heads, width])?, bias: odd(2, &[kv_heads])? };
+    let deep =
+        Feedforward { hidden: Some((odd(3, &[72, width])?, odd(4, &[72])?)), weight: odd(5, &[kv_heads, 72])?, bias: odd(6, &[kv_heads])? };
+    let x = odd(7, &[500, width])?;
+    for gate in [linear, deep] {
+        let on_device = gate.to_device(&device)?;
+        let want = gate.score(&x)?;
+        let scale = want.abs()?.max_all()?.to_scalar::<f32>()?;
+        for dtype in [DType::BF16, DType::F32] {
+            let x = x.to_dtype(dtype)?;
+            let (want, got) = (gate.score(&x)?, on_device.score(&x.to_device(&device)?)?.to_device(&Device::Cpu)?);
+            assert!(far(&got, &want)? < 3e-4 * scale, "{dtype:?}: {} of {scale}", far(&got, &want)?);
+        }
+        let sinks = Routing::dense().limits.sinks;
+        let (want, tau) = (want.to_vec2::<f32>()?, 0.1 * scale);
+        let routing = Routing {
+            token_router: Arc::new(Gate::new(vec![GateLayer::Feedforward(on_device)], tau, 0.5)?),
+            limits: Limits { window: 64, ..Routing::dense().limits },
+            ..Routing::dense()
+        };
+        let attention = on_gpu(&device, routing)?;
+        for chunks in [&[500][..], &[3, 30, 1, 200], &[17]] {
+            let spec = LayerSpec::full(HeadShape::new(9, kv_heads, 64)?);
+            let mut cache = KvCache::new(&attention.layer_specs(&[spec]), KvDtype::F16.into(), &device, 0)?;
+            let mut chunks = chunks.iter().copied().cycle();
+            while cache.len() < 500 {
+                let step = cache.reserve(chunks.next().unwrap_or(1).min(500 - cache.len()))?;
+                let rows = |heads| normal(8, &[step.len, heads, 64])?.to_device(&device);
+                let (q, k, hidden) = (rows(9)?, rows(kv_heads)?, x.narrow(0, step.start, step.len)?.to_device(&device)?);
+                attention.forward(
+                    0,
+                    AttentionInput { hidden: &hidden, q: &q, k: &k, k_before_rope: &k, v: &k, scale: 0.1 },
+                    step,
+                    &mut cache,
+                )?;
+                cache.commit(step)?;
+                cache.trim()?;
+            }
+            let mut kept = 0;
+            for (t, head) in (0..500).flat_map(|t| (0..kv_heads).map(move |head| (t, head))) {
+                let admitted = cache.layer(0).admitted(head).is_some_and(|admitted| admitted.contains(t));
+                let score = want[t][head];
+                kept += usize::from(admitted);
+                assert!(
+                    (score - tau).abs() < 3e-4 * scale || admitted == (t < sinks || score >= tau),
+                    "{chunks:?}, token {t}, head {head}: {score} of {tau}"
+                );
+            }
+            assert!((200..1300).contains(&kept), "{kept} of 1500");
+        }
     }
     Ok(())
 }

@@ -210,7 +210,7 @@ impl TokenRouter for Scores {
         // The threshold itself is kept, NaN is not.
         let scores: Vec<f32> = keeps.iter().enumerate().map(|(i, keeps)| if *keeps { 0.5 } else { [0.4, f32::NAN][i % 2] }).collect();
         let scores = Tensor::from_vec(scores, input.k.dims()[..2].to_vec(), &Device::Cpu)?;
-        Ok(Admission::Scored(Scored { scores, tau: 0.5 }))
+        Ok(Admission::Scored(Scored { scores: token_router::Scores::Made(scores), tau: 0.5 }))
     }
 }
 

@@ -39,13 +39,7 @@ pub(crate) fn gated(_activation: Activation, _gate: &Tensor, _up: &Tensor, _dtyp
 }
 
 /// Only tensors of a GPU get there.
-pub(crate) fn add_norm(
-    _x: &Tensor,
-    _y: Option<(&Tensor, Option<&Tensor>)>,
-    _weight: &Tensor,
-    _eps: f32,
-    _dtype: DType,
-) -> Result<Tensor> {
+pub(crate) fn add_norm(_x: &Tensor, _y: Option<(&Tensor, Option<&Tensor>)>, _weight: &Tensor, _eps: f32, _dtype: DType) -> Result<Tensor> {
     bail!("this build has no CUDA: build with --features cuda")
 }
 

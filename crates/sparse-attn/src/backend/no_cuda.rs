@@ -1,7 +1,7 @@
 //! What stands for the CUDA backend in a build without it: nothing gets here, since no tensor can be on a GPU.
 
 use super::AttentionBackend;
-use crate::cache::{LayerStore, Move, Pool, Step, Summaries, Summary};
+use crate::cache::{LayerStore, Move, Pool, Staged, Step, Summaries, Summary};
 use crate::select::Selection;
 use crate::token_router::Scored;
 use candle_core::{DType, Device, Result, Shape, Tensor, bail};
@@ -41,7 +41,11 @@ pub(crate) fn uninitialised(_shape: impl Into<Shape>, _dtype: DType, _device: &D
     absent()
 }
 
-pub(crate) fn copy_rows(_from: [&Pool; 2], _to: [&Pool; 2], _moves: &[Move]) -> Result<()> {
+pub(crate) fn copy_rows(_pools: [&Pool; 2], _moves: &[Move]) -> Result<()> {
+    absent()
+}
+
+pub(crate) fn compact(_store: &LayerStore, _new: &[Pool; 2], _staged: &Staged, _layer: usize, _pages: [usize; 2]) -> Result<()> {
     absent()
 }
 
@@ -55,7 +59,7 @@ pub(crate) fn summarise(
     absent()
 }
 
-pub(crate) fn gate_scores(_x: &Tensor, _weight: &Tensor, _bias: &Tensor, _is_hidden: bool) -> Result<Tensor> {
+pub(crate) fn gate_layer(_x: &Tensor, _weight: &Tensor, _bias: &Tensor, _is_hidden: bool) -> Result<Tensor> {
     absent()
 }
 

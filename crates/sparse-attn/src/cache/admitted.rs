@@ -87,8 +87,13 @@ impl Admitted {
         let first = self.len / OCTET;
         while self.len < end {
             let (word, used) = (self.len / 64, self.len % 64);
-            let of_word = (0..64 / OCTET).filter_map(|i| Some((i, *octets.get((word * (64 / OCTET) + i).checked_sub(first)?)?)));
-            let bits = of_word.fold(0, |bits, (i, octet)| bits | u64::from(octet) << (OCTET * i));
+            // The octets of the word: before the first one are none.
+            let (mut of_word, at) = ([0; 64 / OCTET], word * (64 / OCTET));
+            let rest = &octets[at.saturating_sub(first).min(octets.len())..];
+            let to = &mut of_word[first.saturating_sub(at)..];
+            let count = to.len().min(rest.len());
+            to[..count].copy_from_slice(&rest[..count]);
+            let bits = u64::from_le_bytes(of_word);
             let filled = (end - 64 * word).min(64);
             self.fill_word(bits & u64::MAX << used & u64::MAX >> (64 - filled), filled);
         }

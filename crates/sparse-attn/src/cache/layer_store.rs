@@ -1,7 +1,7 @@
 //! Keys and values of one layer.
 
 use super::admitted::Admitted;
-use super::mirror::{DeviceKept, Mirror, Tables};
+use super::mirror::{DeviceKept, Mirror, Staged, Tables};
 use super::{KvDtypes, NO_PAGE, Order, PAGE_SIZE, PageTable, Pool, ReadCount, Step, Summaries, Summary};
 use crate::HeadShape;
 use crate::backend::cuda::{self, Pinned};
@@ -67,6 +67,14 @@ pub struct Move {
     pub from: u32,
     /// Where it goes.
     pub to: u32,
+}
+
+/// Where everything of a layer is to be, so that no page is free.
+#[derive(Debug)]
+pub(super) struct Compaction {
+    table: PageTable,
+    frontier: usize,
+    pages: usize,
 }
 
 /// Keys and values of one layer, in pages of [`PAGE_SIZE`] slots of one head.
@@ -171,26 +179,19 @@ impl LayerStore {
     pub(super) fn reserve(&mut self, step: Step) -> Result<()> {
         // What a failed step left behind is written again.
         self.forget(step.start);
-        self.make_room(step)?;
-        self.reflect()
+        self.make_room(step)
     }
 
     /// Gives the tokens of `step` places, and what leaves the window before it one among the kept ones: on the host.
     fn make_room(&mut self, step: Step) -> Result<()> {
-        if self.table.holds(step) && self.table.frontier(step) <= self.frontier {
-            return Ok(());
-        }
         // On copies: if growing the pools fails, all is as it was.
-        let mut table = self.table.clone();
-        let frontier = table.frontier(step).max(self.frontier);
+        let Some((table, frontier)) = self.planned(step) else { return Ok(()) };
         let mut moves = Vec::new();
         for (head, admitted) in self.admitted.iter().flatten().enumerate() {
-            table.reserve_kept(head, admitted.rank(frontier));
             for (position, index) in admitted.positions(self.frontier..frontier).zip(admitted.rank(self.frontier)..) {
                 moves.push(Move { from: self.table.recent_slot(head, position), to: table.kept_slot(head, index) });
             }
         }
-        table.reserve(step);
         let have = self.k.pages();
         if table.pages() > have {
             let pages = table.pages().max(have + have / 8);
@@ -205,17 +206,34 @@ impl LayerStore {
         Ok(())
     }
 
-    /// Brings the page tables to the device of the pools, if that is not the host.
-    fn reflect(&mut self) -> Result<()> {
-        let device = self.k.values().device();
-        if device.is_cpu() || self.mirror.as_ref().is_some_and(|mirror| mirror.is_of(&self.table)) {
-            return Ok(());
+    /// The tables and the frontier that `step` needs; `None`: those that there are.
+    fn planned(&self, step: Step) -> Option<(PageTable, usize)> {
+        if self.table.holds(step) && self.table.frontier(step) <= self.frontier {
+            return None;
         }
+        let mut table = self.table.clone();
+        let frontier = table.frontier(step).max(self.frontier);
+        for (head, admitted) in self.admitted.iter().flatten().enumerate() {
+            table.reserve_kept(head, admitted.rank(frontier));
+        }
+        table.reserve(step);
+        Some((table, frontier))
+    }
+
+    /// What kernels are to look up.
+    pub(super) fn tables(&self) -> Tables<'_> {
+        self.tables_of(&self.table, self.frontier)
+    }
+
+    fn tables_of<'a>(&'a self, table: &'a PageTable, frontier: usize) -> Tables<'a> {
         let kv_heads = self.spec.shape.kv_heads();
-        let tables = Tables { kv_heads, table: &self.table, admitted: self.admitted.as_deref(), frontier: self.frontier };
         // As much room as the pools have, so that it seldom moves.
-        self.mirror = Some(Mirror::new(tables, self.mirror.take(), self.k.pages() / kv_heads, device)?);
-        Ok(())
+        Tables { kv_heads, table, admitted: self.admitted.as_deref(), frontier, enough: self.k.pages() / kv_heads }
+    }
+
+    /// Notes where on the device they are.
+    pub(super) fn look_up_in(&mut self, mirror: Mirror) {
+        self.mirror = Some(mirror);
     }
 
     /// The page of each recent token on the device of the pools: `[kv_heads, room]`, u32, with anything beyond the last one. It stays
@@ -258,7 +276,7 @@ impl LayerStore {
         let verdicts = match &admission {
             Admission::Every => step.len * kv_heads,
             Admission::Some(admitted) => admitted.len(),
-            Admission::Scored(scored) => scored.scores.elem_count(),
+            Admission::Scored(scored) => scored.scores.dims()?.into_iter().product(),
         };
         if self.admitted.is_none() {
             return match admission {
@@ -280,7 +298,7 @@ impl LayerStore {
                     self.undecided = Some(step);
                     return Ok(());
                 }
-                let scores = scored.scores.flatten_all()?.to_vec1::<f32>()?;
+                let scores = scored.scores.made()?.flatten_all()?.to_vec1::<f32>()?;
                 self.keep(step, sinks, |index| scores[index] >= scored.tau);
             }
         }
@@ -496,38 +514,69 @@ impl LayerStore {
     pub(super) fn truncate(&mut self, len: usize) {
         if len == 0 {
             // Recycled pages leave holes that only a fresh table forgets.
-            self.table = PageTable::new(self.spec.shape.kv_heads(), self.spec.window());
+            self.table.clear();
             self.frontier = 0;
             self.moves.clear();
-            self.mirror = None;
         } else {
             self.table.truncate(len);
         }
         self.forget(len);
     }
 
-    /// Gives memory back that the step before took and the next ones will not need, where a token router is at work.
+    /// Gives memory back that the step before took and the next ones will not need, where a token router is at work: on the host.
     /// `len`: tokens that are committed.
     pub(super) fn trim(&mut self, len: usize) -> Result<()> {
-        if self.admitted.is_none() || len == 0 {
+        let Some(step) = self.step_to_trim_for(len) else { return Ok(()) };
+        self.make_room(step)?;
+        self.apply_moves()?; // in place: most tokens stay where they are
+        if is_tight(&self.table, self.k.pages()) {
             return Ok(());
         }
-        // What a step after the newest token will not see moves now; that token may still be taken back and fed again.
-        self.make_room(Step { start: len - 1, len: 1 })?;
-        let free = self.table.free_pages() + (self.k.pages() - self.table.pages());
-        if free * 32 < self.table.pages() {
+        let used = self.table.compact();
+        (self.k, self.v) = (self.k.selected(&used)?, self.v.selected(&used)?);
+        Ok(())
+    }
+
+    /// What makes [`LayerStore::trim`] of a store on a GPU; `None`: it is done, there was little to give back.
+    ///
+    /// # Errors
+    /// If memory for what moves runs out.
+    pub(super) fn compaction(&mut self, len: usize) -> Result<Option<Compaction>> {
+        let Some(step) = self.step_to_trim_for(len) else { return Ok(None) };
+        self.apply_moves()?;
+        let (mut table, frontier) = self.planned(step).unwrap_or_else(|| (self.table.clone(), self.frontier));
+        if is_tight(&table, self.k.pages()) {
+            self.make_room(step)?;
             self.apply_moves()?;
-            return self.reflect();
+            return Ok(None);
         }
-        if self.k.values().device().is_cpu() {
-            self.apply_moves()?; // in place: most tokens stay where they are
-        }
-        let mut table = self.table.clone();
-        let used = table.compact();
-        [self.k, self.v] = Pool::compacted([&self.k, &self.v], &self.moves, &used)?;
-        self.table = table;
-        self.moves.clear();
-        self.reflect()
+        let pages = table.compact().len();
+        Ok(Some(Compaction { table, frontier, pages }))
+    }
+
+    /// What a step after the newest token will not see moves now; that token may still be taken back and fed again.
+    fn step_to_trim_for(&self, len: usize) -> Option<Step> {
+        (self.admitted.is_some() && len > 0).then(|| Step { start: len - 1, len: 1 })
+    }
+
+    /// What kernels are to look up once `compaction` is done.
+    pub(super) fn tables_after<'a>(&'a self, compaction: Option<&'a Compaction>) -> Tables<'a> {
+        compaction.map_or_else(|| self.tables(), |compaction| self.tables_of(&compaction.table, compaction.frontier))
+    }
+
+    /// Puts all into pools of as many pages as that takes. The new tables are number `layer` of those `staged`; kernels still look up the old.
+    ///
+    /// # Errors
+    /// If memory for the copy runs out: nothing is changed then.
+    pub(super) fn compact(&mut self, compaction: Compaction, staged: &Staged, layer: usize) -> Result<()> {
+        let Compaction { table, frontier, pages } = compaction;
+        let new = [self.k.uninitialised(pages)?, self.v.uninitialised(pages)?];
+        let recent = table.recent(0).len() - frontier / PAGE_SIZE;
+        let kept = (0..self.spec.shape.kv_heads()).map(|head| table.kept(head).len()).max().unwrap_or(0);
+        cuda::compact(self, &new, staged, layer, [kept, recent])?;
+        [self.k, self.v] = new;
+        (self.table, self.frontier) = (table, frontier);
+        Ok(())
     }
 
     /// The same store, with a memory of its own.
@@ -542,7 +591,7 @@ impl LayerStore {
             moves: self.moves.clone(),
             written: self.written,
             summaries: self.summaries.as_ref().map(Summaries::fork).transpose()?,
-            mirror: self.mirror.as_ref().map(Mirror::fork).transpose()?,
+            mirror: None,
             noted: None,
             undecided: self.undecided,
         })
@@ -579,6 +628,12 @@ impl LayerStore {
         }
         Ok(())
     }
+}
+
+/// Whether hardly more pages are there than are used.
+fn is_tight(table: &PageTable, pages: usize) -> bool {
+    let free = table.free_pages() + pages.saturating_sub(table.pages());
+    free * 32 < table.pages()
 }
 
 /// The rows of `slots`, `[slots, width]` f32, by reading the pages that hold them.

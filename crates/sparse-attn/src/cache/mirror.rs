@@ -1,23 +1,35 @@
-//! Where a layer's tokens lie, on the device of its pools: what kernels look rows up by.
+//! Where the tokens of all layers lie, on the device of their pools: what kernels look rows up by.
 
 use super::admitted::Admitted;
 use super::{OCTET, PAGE_SIZE, PageTable};
 use candle_core::{DType, Device, Result, Tensor};
+use std::ops::Range;
 
-/// A copy of the page tables in one tensor, which stays where it is until there is no more room.
+/// The page tables of all layers in one tensor, which stays where it is until there is no more room: they are brought at once.
+#[derive(Debug, Default)]
+pub(super) struct Mirrors {
+    numbers: Option<Tensor>, // u32
+    parts: Vec<Part>,
+}
+
 #[derive(Debug)]
+struct Part {
+    layout: Layout,
+    version: u64,
+    mirror: Mirror,
+}
+
+/// A layer's part of the tables.
+#[derive(Debug, Clone)]
 pub(super) struct Mirror {
-    table: Tensor,
-    rooms: [usize; 2], // for recent and kept pages of a head
-    /// The page of each recent token, `[kv_heads, room]` u32, with anything beyond the last one: a part of the tensor.
+    /// The page of each recent token, `[kv_heads, room]` u32, with anything beyond the last one.
     pub(super) pages: Tensor,
     /// What the token router leaves, where there is one.
     pub(super) kept: Option<DeviceKept>,
-    version: u64,
 }
 
 /// What a token router leaves, on the device of the pools: `Kept` of kernels/params.h.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct DeviceKept {
     /// The pages of kept tokens, `[kv_heads, room]` u32.
     pub pages: Tensor,
@@ -38,84 +50,173 @@ pub(super) struct Tables<'a> {
     /// Per head, where a token router decides; and the first position that it does not.
     pub(super) admitted: Option<&'a [Admitted]>,
     pub(super) frontier: usize,
+    /// Pages of a head that there is to be room for at least.
+    pub(super) enough: usize,
 }
 
-impl Mirror {
-    /// Whether it says what the tables do.
-    pub(super) fn is_of(&self, table: &PageTable) -> bool {
-        self.version == table.version()
+/// Where a layer's tables are among the numbers of all.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Layout {
+    first: usize,
+    /// For recent and kept pages of a head.
+    pub(crate) rooms: [usize; 2],
+    kv_heads: usize,
+    is_routed: bool,
+}
+
+/// Tables on their way: all that will be in the tensor of [`Mirrors`], which still says what was.
+#[derive(Debug)]
+pub(crate) struct Staged {
+    /// u32
+    pub(crate) numbers: Tensor,
+    /// Of each layer.
+    pub(crate) layouts: Vec<Layout>,
+    versions: Vec<u64>,
+}
+
+impl Layout {
+    /// `[kv_heads, room]`
+    pub(crate) fn pages(&self) -> Range<usize> {
+        self.first..self.first + self.kv_heads * self.rooms[0]
     }
 
-    /// The tables on `device`: in the place of `old`, if they fit. `enough`: pages that there is room for at least.
+    /// `[kv_heads, room]`
+    pub(crate) fn kept_pages(&self) -> Range<usize> {
+        let first = self.pages().end;
+        first..first + self.routed(self.kv_heads * self.rooms[1])
+    }
+
+    /// `[kv_heads, room for recent pages]`
+    pub(crate) fn ranks(&self) -> Range<usize> {
+        let first = self.kept_pages().end;
+        first..first + self.routed(self.kv_heads * self.rooms[0])
+    }
+
+    /// `[1 + kv_heads]`
+    pub(crate) fn counts(&self) -> Range<usize> {
+        let first = self.ranks().end;
+        first..first + self.routed(1 + self.kv_heads)
+    }
+
+    fn routed(&self, count: usize) -> usize {
+        if self.is_routed { count } else { 0 }
+    }
+}
+
+impl Mirrors {
+    /// Whether the tensor says what these tables do, layer by layer.
+    pub(super) fn are_of<'a>(&self, tables: impl ExactSizeIterator<Item = &'a PageTable>) -> bool {
+        self.parts.len() == tables.len() && self.parts.iter().zip(tables).all(|(part, table)| part.version == table.version())
+    }
+
+    /// Brings the tables to `device`, beside those that are there.
     ///
     /// # Errors
     /// If the device has no memory for it.
-    pub(super) fn new(tables: Tables<'_>, old: Option<Self>, enough: usize, device: &Device) -> Result<Self> {
-        let Tables { kv_heads, table, admitted, frontier } = tables;
-        let (recent, kept) = ((0..kv_heads).map(|head| table.recent(head)), (0..kv_heads).map(|head| table.kept(head)));
-        let had = old.as_ref().map_or([0; 2], |old| old.rooms);
-        let room =
-            |had: usize, longest: usize| if had >= longest.max(1) { had } else { (longest + longest / 4).max(enough).next_multiple_of(16) };
-        let longest = |lists: &mut dyn Iterator<Item = &[u32]>| lists.map(<[u32]>::len).max().unwrap_or(0);
-        let rooms = [room(had[0], longest(&mut recent.clone())), room(had[1], longest(&mut kept.clone()))];
-        let mut numbers = Vec::with_capacity(kv_heads * (2 * rooms[0] + rooms[1] + 1) + 1);
-        recent.for_each(|list| put(&mut numbers, list, rooms[0]));
-        if let Some(admitted) = admitted {
-            kept.for_each(|list| put(&mut numbers, list, rooms[1]));
-            for admitted in admitted {
-                let ranks: Vec<u32> = (0..=frontier / PAGE_SIZE).map(|page| admitted.rank(page * PAGE_SIZE) as u32).collect();
-                put(&mut numbers, &ranks, rooms[0]);
-            }
-            numbers.push(frontier as u32);
-            numbers.extend(admitted.iter().map(|admitted| admitted.rank(frontier) as u32));
+    pub(super) fn stage(&self, tables: &[Tables<'_>], device: &Device) -> Result<Staged> {
+        let (mut layouts, mut first) = (Vec::with_capacity(tables.len()), 0);
+        for (index, tables) in tables.iter().enumerate() {
+            let had = self.parts.get(index).map_or([0; 2], |part| part.layout.rooms);
+            let layout = Layout { first, rooms: tables.rooms(had), kv_heads: tables.kv_heads, is_routed: tables.admitted.is_some() };
+            first = layout.counts().end;
+            layouts.push(layout);
         }
-        let count = numbers.len();
-        let numbers = Tensor::from_vec(numbers, count, device)?;
-        if let Some(old) = old.filter(|old| old.rooms == rooms) {
-            old.table.slice_set(&numbers, 0, 0)?;
-            return Ok(Self { version: table.version(), ..old });
+        let mut numbers = Vec::with_capacity(first);
+        for (tables, layout) in tables.iter().zip(&layouts) {
+            tables.put_into(&mut numbers, layout);
         }
-        let masks = Tensor::zeros((kv_heads, rooms[0] * (PAGE_SIZE / OCTET)), DType::U8, device)?;
-        let new = Self::of_table(numbers, rooms, admitted.map(|_| masks), kv_heads, table.version())?;
-        if let (Some(kept), Some(admitted)) = (&new.kept, admitted) {
-            kept.put_masks(admitted, 0)?;
-        }
-        Ok(new)
+        Ok(Staged {
+            numbers: Tensor::from_vec(numbers, first, device)?,
+            layouts,
+            versions: tables.iter().map(|tables| tables.table.version()).collect(),
+        })
     }
 
-    /// The parts of a tensor.
-    fn of_table(table: Tensor, rooms: [usize; 2], masks: Option<Tensor>, kv_heads: usize, version: u64) -> Result<Self> {
-        let mut at = 0;
-        let mut part = |rows: usize, room: usize| {
-            at += rows * room;
-            table.narrow(0, at - rows * room, rows * room)?.reshape((rows, room))
-        };
-        let pages = part(kv_heads, rooms[0])?;
-        let kept = match masks {
-            Some(masks) => Some(DeviceKept {
-                pages: part(kv_heads, rooms[1])?,
-                ranks: part(kv_heads, rooms[0])?,
-                counts: part(1, 1 + kv_heads)?.flatten_all()?,
-                masks,
-            }),
-            None => None,
-        };
-        Ok(Self { table, rooms, pages, kept, version })
-    }
-
-    /// The same in memory of its own.
+    /// Makes what was staged of `tables` that which kernels look up. Returns whether it is somewhere else now: [`Mirrors::part`] tells where.
     ///
     /// # Errors
-    /// If the device has none for it.
-    pub(super) fn fork(&self) -> Result<Self> {
-        let masks = self.kept.as_ref().map(|kept| kept.masks.copy()).transpose()?;
-        Self::of_table(self.table.copy()?, self.rooms, masks, self.pages.dim(0)?, self.version)
+    /// If the device has no memory for it.
+    pub(super) fn put(&mut self, staged: Staged, tables: &[Tables<'_>]) -> Result<bool> {
+        let Staged { numbers, layouts, versions } = staged;
+        if let Some(old) = &self.numbers
+            && self.parts.iter().map(|part| &part.layout).eq(&layouts)
+        {
+            old.slice_set(&numbers, 0, 0)?;
+            self.parts.iter_mut().zip(versions).for_each(|(part, version)| part.version = version);
+            return Ok(false);
+        }
+        let mut parts = Vec::with_capacity(layouts.len());
+        for (((layout, version), tables), index) in layouts.into_iter().zip(versions).zip(tables).zip(0..) {
+            let old = self.parts.get(index).filter(|part| part.layout.rooms[0] == layout.rooms[0]);
+            let masks = old.and_then(|part| part.mirror.kept.as_ref()).map(|kept| kept.masks.clone());
+            parts.push(Part { layout, version, mirror: Mirror::of(&numbers, &layout, masks, tables.admitted)? });
+        }
+        (self.numbers, self.parts) = (Some(numbers), parts);
+        Ok(true)
+    }
+
+    /// Where a layer's tables are.
+    pub(super) fn part(&self, layer: usize) -> &Mirror {
+        &self.parts[layer].mirror
+    }
+}
+
+impl Tables<'_> {
+    /// Room for them, where there `had` been some.
+    fn rooms(&self, had: [usize; 2]) -> [usize; 2] {
+        let longest =
+            |list: fn(&PageTable, usize) -> &[u32]| (0..self.kv_heads).map(|head| list(self.table, head).len()).max().unwrap_or(0);
+        let room = |had: usize, longest: usize| {
+            if had >= longest.max(1) { had } else { (longest + longest / 4).max(self.enough).next_multiple_of(16) }
+        };
+        [room(had[0], longest(PageTable::recent)), room(had[1], longest(PageTable::kept))]
+    }
+
+    /// Adds them to the numbers of other layers.
+    fn put_into(&self, numbers: &mut Vec<u32>, layout: &Layout) {
+        let [recent, kept] = layout.rooms;
+        (0..self.kv_heads).for_each(|head| put(numbers, self.table.recent(head).iter().copied(), recent));
+        let Some(admitted) = self.admitted else { return };
+        (0..self.kv_heads).for_each(|head| put(numbers, self.table.kept(head).iter().copied(), kept));
+        for admitted in admitted {
+            put(numbers, (0..=self.frontier / PAGE_SIZE).map(|page| admitted.rank(page * PAGE_SIZE) as u32), recent);
+        }
+        numbers.push(self.frontier as u32);
+        numbers.extend(admitted.iter().map(|admitted| admitted.rank(self.frontier) as u32));
+    }
+}
+
+impl Mirror {
+    /// A layer's part of the numbers of all, with `masks` for as many positions if there are some already.
+    fn of(numbers: &Tensor, layout: &Layout, masks: Option<Tensor>, admitted: Option<&[Admitted]>) -> Result<Self> {
+        let part = |range: Range<usize>, rows: usize| numbers.narrow(0, range.start, range.len())?.reshape((rows, range.len() / rows));
+        let kv_heads = layout.kv_heads;
+        let pages = part(layout.pages(), kv_heads)?;
+        let Some(admitted) = admitted else { return Ok(Self { pages, kept: None }) };
+        let masks_are_new = masks.is_none();
+        let masks = match masks {
+            Some(masks) => masks,
+            None => Tensor::zeros((kv_heads, layout.rooms[0] * (PAGE_SIZE / OCTET)), DType::U8, numbers.device())?,
+        };
+        let kept = DeviceKept {
+            pages: part(layout.kept_pages(), kv_heads)?,
+            ranks: part(layout.ranks(), kv_heads)?,
+            counts: part(layout.counts(), 1)?.flatten_all()?,
+            masks,
+        };
+        if masks_are_new {
+            kept.put_masks(admitted, 0)?;
+        }
+        Ok(Self { pages, kept: Some(kept) })
     }
 
     /// Bytes that it takes.
     pub(super) fn bytes(&self) -> usize {
-        let masks = self.kept.as_ref().map_or(0, |kept| kept.masks.elem_count());
-        self.table.elem_count() * size_of::<u32>() + masks
+        let of_kept = |kept: &DeviceKept| {
+            let numbers = [&kept.pages, &kept.ranks, &kept.counts].map(Tensor::elem_count);
+            numbers.iter().sum::<usize>() * size_of::<u32>() + kept.masks.elem_count()
+        };
+        self.pages.elem_count() * size_of::<u32>() + self.kept.as_ref().map_or(0, of_kept)
     }
 }
 
@@ -136,7 +237,7 @@ impl DeviceKept {
 }
 
 /// Adds a list to others, with zeros up to `room`.
-fn put(numbers: &mut Vec<u32>, list: &[u32], room: usize) {
+fn put(numbers: &mut Vec<u32>, list: impl Iterator<Item = u32>, room: usize) {
     let end = numbers.len() + room;
     numbers.extend(list);
     numbers.resize(end, 0);
@@ -149,23 +250,34 @@ mod tests {
 
     #[test]
     fn what_kernels_look_up_is_what_the_host_has() -> Result<()> {
-        let (mut table, mut mirror) = (PageTable::new(2, Some(100)), None);
+        // A layer whose tokens a router decides on, and one that keeps all.
+        let (mut routed, mut plain) = (PageTable::new(2, Some(100)), PageTable::new(1, None));
         let mut admitted = vec![Admitted::default(), Admitted::default()];
+        let mut mirrors = Mirrors::default();
         for (start, len) in [(0, 300), (300, 1), (301, 2000), (2301, 40)] {
             let step = Step { start, len };
-            let frontier = table.frontier(step);
+            let frontier = routed.frontier(step);
             for (head, admitted) in admitted.iter_mut().enumerate() {
-                table.reserve_kept(head, admitted.rank(frontier));
+                routed.reserve_kept(head, admitted.rank(frontier));
             }
-            table.reserve(step);
-            let tables = Tables { kv_heads: 2, table: &table, admitted: Some(&admitted), frontier };
-            let new = Mirror::new(tables, mirror.take(), 4, &Device::Cpu)?;
-            assert!(new.is_of(&table));
+            routed.reserve(step);
+            plain.reserve(step);
+            let tables = [
+                Tables { kv_heads: 2, table: &routed, admitted: Some(&admitted), frontier, enough: 4 },
+                Tables { kv_heads: 1, table: &plain, admitted: None, frontier: 0, enough: 4 },
+            ];
+            assert!(!mirrors.are_of([&routed, &plain].into_iter()));
+            let staged = mirrors.stage(&tables, &Device::Cpu)?;
+            assert_eq!(mirrors.put(staged, &tables)?, start == 0 || start == 301, "only tables that need more room move");
+            assert!(mirrors.are_of([&routed, &plain].into_iter()));
+            let own = mirrors.part(1);
+            assert_eq!(own.pages.to_vec2::<u32>()?[0][..plain.recent(0).len()], *plain.recent(0));
+            let new = mirrors.part(0);
             for (head, admitted) in admitted.iter_mut().enumerate() {
                 let pages = new.pages.to_vec2::<u32>()?;
-                assert_eq!(pages[head][..table.recent(head).len()], *table.recent(head));
+                assert_eq!(pages[head][..routed.recent(head).len()], *routed.recent(head));
                 let kept = new.kept.as_ref().expect("a token router decides");
-                assert_eq!(kept.pages.to_vec2::<u32>()?[head][..table.kept(head).len()], *table.kept(head));
+                assert_eq!(kept.pages.to_vec2::<u32>()?[head][..routed.kept(head).len()], *routed.kept(head));
                 assert_eq!(kept.counts.to_vec1::<u32>()?[1 + head] as usize, admitted.rank(frontier));
                 let (ranks, masks) = (kept.ranks.to_vec2::<u32>()?, kept.masks.to_vec2::<u8>()?);
                 assert!((0..=frontier / 64).all(|page| ranks[head][page] as usize == admitted.rank(64 * page)));
@@ -175,9 +287,6 @@ mod tests {
             if let Some(kept) = &new.kept {
                 kept.put_masks(&admitted, start)?;
             }
-            let fork = new.fork()?;
-            assert_eq!((fork.bytes(), fork.pages.to_vec2::<u32>()?), (new.bytes(), new.pages.to_vec2::<u32>()?));
-            mirror = Some(new);
         }
         Ok(())
     }

@@ -18,7 +18,11 @@ pub use page_table::{NO_PAGE, PAGE_SIZE, PageTable};
 pub use pool::{LANES, OCTET, Order, Pool};
 pub use summary::{Summaries, Summary};
 
+use mirror::Mirrors;
+pub(crate) use mirror::Staged;
+
 use crate::backend::cuda::Pinned;
+use crate::parallel;
 use candle_core::{Device, Result, bail};
 use std::ops::Range;
 use std::sync::Arc;
@@ -54,6 +58,8 @@ pub struct KvCache {
     device: Device,
     len: usize,
     read: ReadCount,
+    /// The page tables, where a device has the pools.
+    mirrors: Mirrors,
     /// Where a device notes verdicts of token routers for the host: every layer's of a step.
     noted: Option<Arc<Pinned<u8>>>,
 }
@@ -85,7 +91,7 @@ impl KvCache {
     /// If the device has no memory for it.
     pub fn new(specs: &[LayerSpec], dtypes: KvDtypes, device: &Device, capacity: usize) -> Result<Self> {
         let layers = specs.iter().map(|spec| LayerStore::new(*spec, dtypes, device, capacity)).collect::<Result<Vec<_>>>()?;
-        Ok(Self { layers, device: device.clone(), len: 0, read: ReadCount::default(), noted: None })
+        Ok(Self { layers, device: device.clone(), len: 0, read: ReadCount::default(), mirrors: Mirrors::default(), noted: None })
     }
 
     /// Bytes that [`KvCache::new`] allocates, without allocating them.
@@ -130,9 +136,32 @@ impl KvCache {
         for layer in &mut self.layers {
             layer.reserve(step)?;
         }
+        self.reflect()?;
         self.make_room_for_verdicts(step)?;
         self.read = ReadCount::default();
         Ok(step)
+    }
+
+    /// Brings the page tables to the device of the pools, if that is not the host.
+    fn reflect(&mut self) -> Result<()> {
+        if self.device.is_cpu() || self.mirrors.are_of(self.layers.iter().map(LayerStore::table)) {
+            return Ok(());
+        }
+        let tables: Vec<_> = self.layers.iter().map(LayerStore::tables).collect();
+        let staged = self.mirrors.stage(&tables, &self.device)?;
+        let are_moved = self.mirrors.put(staged, &tables)?;
+        drop(tables);
+        self.look_up(are_moved);
+        Ok(())
+    }
+
+    /// Tells layers where their tables are, if that changed.
+    fn look_up(&mut self, are_moved: bool) {
+        if are_moved {
+            for (index, layer) in self.layers.iter_mut().enumerate() {
+                layer.look_up_in(self.mirrors.part(index).clone());
+            }
+        }
     }
 
     /// What the newest step read.
@@ -165,10 +194,17 @@ impl KvCache {
             return Ok(());
         }
         self.device.synchronize()?;
-        for layer in self.layers.iter_mut().filter(|layer| !layer.is_decided()) {
-            layer.settle();
-            self.read.add(layer.count_visible(step));
-        }
+        let mut waiting: Vec<_> =
+            self.layers.iter_mut().filter(|layer| !layer.is_decided()).map(|layer| (layer, ReadCount::default())).collect();
+        parallel::for_each_mut(
+            &mut waiting,
+            || (),
+            |(), _, (layer, count)| {
+                layer.settle();
+                *count = layer.count_visible(step);
+            },
+        );
+        waiting.iter().for_each(|(_, count)| self.read.add(*count));
         Ok(())
     }
 
@@ -222,7 +258,27 @@ impl KvCache {
     /// # Errors
     /// If memory for the copy runs out; the cache is then as it was.
     pub fn trim(&mut self) -> Result<()> {
-        self.layers.iter_mut().try_for_each(|layer| layer.trim(self.len))
+        if self.device.is_cpu() {
+            return self.layers.iter_mut().try_for_each(|layer| layer.trim(self.len));
+        }
+        let compactions = self.layers.iter_mut().map(|layer| layer.compaction(self.len)).collect::<Result<Vec<_>>>()?;
+        // By the old tables, which are on the device, and the new ones.
+        self.reflect()?;
+        if compactions.iter().all(Option::is_none) {
+            return Ok(());
+        }
+        let after = self.layers.iter().zip(&compactions).map(|(layer, compaction)| layer.tables_after(compaction.as_ref()));
+        let staged = self.mirrors.stage(&after.collect::<Vec<_>>(), &self.device)?;
+        for (index, (layer, compaction)) in self.layers.iter_mut().zip(compactions).enumerate() {
+            if let Some(compaction) = compaction {
+                layer.compact(compaction, &staged, index)?;
+            }
+        }
+        let tables: Vec<_> = self.layers.iter().map(LayerStore::tables).collect();
+        let are_moved = self.mirrors.put(staged, &tables)?;
+        drop(tables);
+        self.look_up(are_moved);
+        Ok(())
     }
 
     /// A copy of the sequence so far, to go on from in another direction: a shared prefix is computed once.
@@ -231,7 +287,14 @@ impl KvCache {
     /// If the device has no memory for it.
     pub fn fork(&self) -> Result<Self> {
         let layers = self.layers.iter().map(LayerStore::fork).collect::<Result<Vec<_>>>()?;
-        Ok(Self { layers, device: self.device.clone(), len: self.len, read: ReadCount::default(), noted: None })
+        Ok(Self {
+            layers,
+            device: self.device.clone(),
+            len: self.len,
+            read: ReadCount::default(),
+            mirrors: Mirrors::default(),
+            noted: None,
+        })
     }
 
     /// Bytes allocated for keys, values, page tables and block summaries, slack included.

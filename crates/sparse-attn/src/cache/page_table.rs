@@ -113,6 +113,11 @@ impl PageTable {
         recycled * PAGE_SIZE
     }
 
+    /// Forgets everything: no page is handed out.
+    pub fn clear(&mut self) {
+        *self = Self { version: self.version + 1, ..Self::new(self.recent.len(), self.window) };
+    }
+
     /// Gives back the pages of all positions from `len` on.
     pub fn truncate(&mut self, len: usize) {
         self.version += 1;

@@ -46,7 +46,7 @@ impl Pool {
             for pool in pools {
                 pool.check_slots(moves.iter().map(|token| token.from.max(token.to)))?;
             }
-            return cuda::copy_rows(pools, pools, moves);
+            return cuda::copy_rows(pools, moves);
         }
         let move_in = |pool: &Self| pool.tensors().try_for_each(|tensor| tensor.inplace_op1(&Apply { order: pool.order(), moves }));
         pools.into_iter().try_for_each(move_in)
@@ -54,26 +54,6 @@ impl Pool {
 }
 
 impl Pool {
-    /// Only the `pages` of both `pools`, in this order, as they are after `moves`: lists that are one after the other what [`Pool::apply`]
-    /// takes. The pools themselves may be changed by them, or not.
-    ///
-    /// # Errors
-    /// As [`Pool::apply`], or if the device has no memory for it.
-    pub fn compacted(pools: [&Self; 2], moves: &[Vec<Move>], pages: &[u32]) -> Result<[Self; 2]> {
-        if !pools[0].values().device().is_cuda() {
-            moves.iter().try_for_each(|moves| Self::apply(pools, moves))?;
-            return Ok([pools[0].selected(pages)?, pools[1].selected(pages)?]);
-        }
-        pools[0].check_slots(pages.iter().map(|page| page * PAGE_SIZE as u32))?;
-        pools[0].check_slots(moves.iter().flatten().map(|token| token.from.max(token.to)))?;
-        let copies = copies_of(moves, pages, pools[0].pages());
-        let new = [pools[0].uninitialised(pages.len())?, pools[1].uninitialised(pages.len())?];
-        if !copies.is_empty() {
-            cuda::copy_rows(pools, [&new[0], &new[1]], &copies)?;
-        }
-        Ok(new)
-    }
-
     fn check_slots(&self, mut slots: impl Iterator<Item = u32>) -> Result<()> {
         let count = self.pages() * PAGE_SIZE;
         match slots.find(|slot| *slot as usize >= count) {
@@ -81,25 +61,6 @@ impl Pool {
             None => Ok(()),
         }
     }
-}
-
-/// What [`Pool::compacted`] copies: for each slot of the new pools, where its numbers are in those of `count` pages, before `moves`.
-fn copies_of(moves: &[Vec<Move>], pages: &[u32], count: usize) -> Vec<Move> {
-    let slots = pages.iter().flat_map(|page| page * PAGE_SIZE as u32..(page + 1) * PAGE_SIZE as u32);
-    let mut copies: Vec<Move> = slots.zip(0..).map(|(from, to)| Move { from, to }).collect();
-    let mut places = vec![None; count];
-    for (place, page) in pages.iter().enumerate() {
-        places[*page as usize] = Some(place * PAGE_SIZE);
-    }
-    let place_of = |slot: u32| places[slot as usize / PAGE_SIZE].map(|place| place + slot as usize % PAGE_SIZE);
-    for token in moves.iter().flatten() {
-        // What an earlier list moved there, or what was there from the first.
-        let from = place_of(token.from).map_or(token.from, |place| copies[place].from);
-        if let Some(place) = place_of(token.to) {
-            copies[place].from = from;
-        }
-    }
-    copies
 }
 
 struct Write<'a> {
@@ -228,33 +189,5 @@ impl Apply<'_> {
                 pool[to + i * stride] = pool[from + i * stride];
             }
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn one_copy_is_what_moves_and_a_selection_of_pages_make() {
-        let slot = |page: u32, slot: u32| page * PAGE_SIZE as u32 + slot;
-        // Page 3 is in no list of pages; what the first list puts on page 4 moves on by the second.
-        let moves = [
-            (0..40)
-                .map(|i| Move { from: slot(3, i), to: slot(4, i) })
-                .chain([Move { from: slot(0, 1), to: slot(2, 63) }])
-                .collect::<Vec<_>>(),
-            (0..30).map(|i| Move { from: slot(4, 10 + i), to: slot(2, i) }).collect(),
-        ];
-        let pages = [4, 0, 2];
-        let mut numbers: Vec<usize> = (0..5 * PAGE_SIZE).collect();
-        let copies = copies_of(&moves, &pages, 5);
-        let copied: Vec<usize> = copies.iter().map(|copy| numbers[copy.from as usize]).collect();
-        for token in moves.iter().flatten() {
-            numbers[token.to as usize] = numbers[token.from as usize];
-        }
-        let selected: Vec<usize> = pages.iter().flat_map(|page| numbers[slot(*page, 0) as usize..][..PAGE_SIZE].to_vec()).collect();
-        assert_eq!(copied, selected);
-        assert!(copies.iter().zip(0..).all(|(copy, to)| copy.to == to));
     }
 }

@@ -10,6 +10,7 @@ pub use gate::{Feedforward, Gate, GateLayer, KeyGate, SinkGate};
 pub use random::Random;
 pub use sink_window::SinkWindow;
 
+use crate::backend::cuda;
 use crate::cache::Step;
 use candle_core::{Result, Tensor};
 use std::sync::Arc;
@@ -41,10 +42,50 @@ pub enum Admission {
 /// A verdict by scores.
 #[derive(Debug, Clone)]
 pub struct Scored {
-    /// `[tokens, kv_heads]`, f32.
-    pub scores: Tensor,
+    /// What is to reach the threshold.
+    pub scores: Scores,
     /// The score from which a token is kept.
     pub tau: f32,
+}
+
+/// Scores of tokens.
+#[derive(Debug, Clone)]
+pub enum Scores {
+    /// `[tokens, kv_heads]`, f32.
+    Made(Tensor),
+    /// Those that the last layer of a gate is to make on a GPU, which can decide by them at once.
+    Asked {
+        /// `[tokens, width]`
+        x: Tensor,
+        /// `[kv_heads, width]`
+        weight: Tensor,
+        /// `[kv_heads]`
+        bias: Tensor,
+    },
+}
+
+impl Scores {
+    /// Tokens and heads.
+    ///
+    /// # Errors
+    /// If they are no matrices.
+    pub fn dims(&self) -> Result<[usize; 2]> {
+        match self {
+            Self::Made(scores) => scores.dims2().map(|(tokens, kv_heads)| [tokens, kv_heads]),
+            Self::Asked { x, weight, .. } => Ok([x.dim(0)?, weight.dim(0)?]),
+        }
+    }
+
+    /// The numbers, `[tokens, kv_heads]`, f32.
+    ///
+    /// # Errors
+    /// If shapes do not fit each other, or the device is out of memory.
+    pub fn made(&self) -> Result<Tensor> {
+        match self {
+            Self::Made(scores) => Ok(scores.clone()),
+            Self::Asked { x, weight, bias } => cuda::gate_layer(x, weight, bias, false),
+        }
+    }
 }
 
 /// Decides, for each token and key/value head, whether the token keeps full attention.

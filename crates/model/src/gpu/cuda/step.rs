@@ -3,9 +3,9 @@
 
 use super::super::{DecoderParts, LayerParts};
 use super::matrix::{Product, activation_bytes, product};
+use super::norm::WIDEST;
 use super::pack::Format;
 use super::params::{BestParams, FetchParams, GatedParams, LikeliestParams, NormParams, Verdict, WriteParams};
-use super::norm::WIDEST;
 use super::{DeviceMatrix, gated};
 use crate::arch::TokenStep;
 use crate::layers::{Linear, RmsNorm};

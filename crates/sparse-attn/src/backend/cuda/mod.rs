@@ -12,7 +12,7 @@ pub use decode::{DecodeCall, DecodeLists, DecodeScratch, decode};
 pub use kernels::{Kernels, Spread, address};
 pub use pinned::Pinned;
 pub use rows::scales_of;
-pub(crate) use rows::{copy_rows, scatter_rows, summarise};
+pub(crate) use rows::{compact, copy_rows, scatter_rows, summarise};
 use rows::{in_halves, transformed};
 pub use select::{Budgeted, SelectCall, SelectScratch, kind_of, score_and_select};
 
@@ -20,7 +20,7 @@ use super::{AttentionBackend, Routed, RoutedJob};
 use crate::HeadShape;
 use crate::cache::{KvDtype, KvDtypes, LayerStore, OCTET, PAGE_SIZE, Pool, Step, Summary};
 use crate::select::Selection;
-use crate::token_router::Scored;
+use crate::token_router::{Scored, Scores};
 use candle_core::{DType, Device, Result, Tensor, bail};
 use lists::Lists;
 use params::{GateParams, Kept, PrefillParams, VerdictParams};
@@ -29,10 +29,11 @@ use std::sync::Arc;
 /// Rows (a query and a head of its group) of a thread block of prefill.
 const ROWS: usize = 128;
 
-/// Tokens, rows and threads of a thread block of `gate_scores`.
+/// Of the layers of a gate: tokens of a thread block, rows of a tile, most tiles that a thread block takes, and its threads.
 const GATE_TOKENS: usize = 16;
 const GATE_ROWS: usize = 8;
-const GATE_THREADS: usize = 128;
+const GATE_TILES: usize = 8;
+const GATE_THREADS: usize = 256;
 
 /// Queries that share a selection, at the most, unless asked for more: a thread block would take twice as many, but the best blocks of 32
 /// cost twice the perplexity of those of 16 (SmolLM2, 8192 tokens: KL .0156, .0106, .0096, .0080 for 32, 16, 8, 4).
@@ -187,35 +188,46 @@ fn queries_of_a_tile(group_size: usize) -> usize {
     if most.is_power_of_two() { most } else { most.next_power_of_two() / 2 }
 }
 
-/// `x weight' + bias` of a gate, `[tokens, columns]` -> `[tokens, rows]` f32, each sum from its token alone; of a hidden layer the GELU of it.
-/// All on one GPU, f32.
+/// `x weight' + bias` of a gate, `[tokens, columns]` f32 or bf16 -> `[tokens, rows]` f32, each sum from its token alone; of a hidden layer the
+/// GELU of it. All on one GPU.
 ///
 /// # Errors
 /// If a shape does not fit, or the device is out of memory.
-pub fn gate_scores(x: &Tensor, weight: &Tensor, bias: &Tensor, is_hidden: bool) -> Result<Tensor> {
-    let x = x.to_dtype(DType::F32)?.contiguous()?;
+pub fn gate_layer(x: &Tensor, weight: &Tensor, bias: &Tensor, is_hidden: bool) -> Result<Tensor> {
+    let out = uninitialised((x.dim(0)?, weight.dim(0)?), DType::F32, x.device())?;
+    let params = GateParams { out: address(&out)?, is_hidden: i32::from(is_hidden), ..GateParams::default() };
+    launch_gate(params, x, weight, bias)?;
+    Ok(out)
+}
+
+/// Puts the layer of a gate into the stream: what becomes of its sums is in `params`.
+fn launch_gate(params: GateParams, x: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<()> {
     let ((tokens, columns), (rows, width)) = (x.dims2()?, weight.dims2()?);
     if columns != width || bias.dims() != [rows] {
         bail!("gate: made for a width of {width}, got {columns}; {rows} rows, a bias {:?}", bias.dims());
     }
-    if !columns.is_multiple_of(4) {
-        bail!("gate: a width of {columns}, the kernel reads four numbers at a time");
+    if !columns.is_multiple_of(8) {
+        bail!("gate: a width of {columns}, the kernel reads eight numbers at a time");
     }
-    let out = uninitialised((tokens, rows), DType::F32, x.device())?;
+    let (x, dtype) = match x.dtype() {
+        DType::BF16 => (x.contiguous()?, "bf16"),
+        _ => (x.to_dtype(DType::F32)?.contiguous()?, "f32"),
+    };
     let params = GateParams {
         x: address(&x)?,
         weight: address(weight)?,
         bias: address(bias)?,
-        out: address(&out)?,
         tokens: tokens as i32,
         rows: rows as i32,
         columns: columns as i32,
-        is_hidden: i32::from(is_hidden),
+        ..params
     };
-    let spread = Spread::new([tokens.div_ceil(GATE_TOKENS), rows.div_ceil(GATE_ROWS), 1], GATE_THREADS);
+    let start = params.start as usize;
+    let tiles = if rows > GATE_ROWS && params.masks == 0 { GATE_TILES } else { 1 };
+    let of_tokens = (start + tokens).div_ceil(GATE_TOKENS) - start / GATE_TOKENS;
+    let spread = Spread::new([of_tokens, rows.div_ceil(tiles * GATE_ROWS), 1], GATE_THREADS);
     // SAFETY: the tensors have these shapes, and live until the stream frees them.
-    unsafe { Kernels::of(x.device())?.launch("gate_scores", spread, &params) }?;
-    Ok(out)
+    unsafe { Kernels::of(x.device())?.launch(&format!("gate_{dtype}_{tiles}"), spread, &params) }
 }
 
 /// Notes in `masks` `[kv_heads, octets]` which tokens of `step` a gate keeps; those before position `sinks` anyway. For the host it notes the
@@ -229,25 +241,33 @@ pub(crate) fn note_verdicts(
 ) -> Result<()> {
     let (kv_heads, octets) = masks.dims2()?;
     let count = step.octets().len();
-    if scores.dims() != [step.len, kv_heads] || step.end() > octets * OCTET || first + kv_heads * count > noted.len() {
+    if scores.dims()? != [step.len, kv_heads] || step.end() > octets * OCTET || first + kv_heads * count > noted.len() {
         bail!(
             "gate: scores {:?} of {} tokens from {}, with room for {} of {kv_heads} heads",
-            scores.dims(),
+            scores.dims()?,
             step.len,
             step.start,
             octets * OCTET
         );
     }
-    let scores = scores.contiguous()?;
+    let (noted, max_pages) = (noted.address() + first as u64, (octets * OCTET / PAGE_SIZE) as i32);
+    let (masks_at, start, sinks) = (address(masks)?, step.start as i32, sinks as i32);
+    let scores = match scores {
+        Scores::Asked { x, weight, bias } => {
+            let params = GateParams { masks: masks_at, noted, start, max_pages, sinks, tau: *tau, ..GateParams::default() };
+            return launch_gate(params, x, weight, bias);
+        }
+        Scores::Made(scores) => scores.contiguous()?,
+    };
     let params = VerdictParams {
         scores: address(&scores)?,
-        masks: address(masks)?,
-        noted: noted.address() + first as u64,
-        start: step.start as i32,
+        masks: masks_at,
+        noted,
+        start,
         tokens: step.len as i32,
         kv_heads: kv_heads as i32,
-        max_pages: (octets * OCTET / PAGE_SIZE) as i32,
-        sinks: sinks as i32,
+        max_pages,
+        sinks,
         tau: *tau,
     };
     let spread = Spread::new([count.div_ceil(256), kv_heads, 1], 256);

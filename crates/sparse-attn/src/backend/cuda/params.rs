@@ -90,13 +90,20 @@ crate::mirrors! { "params.h":
     /// A step's keys and values.
     StoreParams { rows: [u64; 2], pools: [u64; 2], scales: [u64; 2], pages: u64, max_pages: i32, start: i32, head_dim: i32 }
     /// Rows to other slots.
-    CopyParams { from: [u64; 4], to: [u64; 4], words: [i32; 4], moves: u64, count: i32 }
+    CopyParams { rows: [u64; 4], words: [i32; 4], moves: u64, count: i32 }
+    /// All tokens to new pools.
+    CompactParams {
+        from: [u64; 4], to: [u64; 4], words: [i32; 4], old_pages: u64, old: Kept, pages: u64, kept: Kept, old_max_pages: i32, max_pages: i32, kept_pages: i32,
+    }
     /// Summaries of complete blocks.
     SummaryParams { k: u64, k_scales: u64, pages: u64, masks: u64, summaries: u64, scales: u64, kind: i32, max_pages: i32, block_size: i32, first: i32, head_dim: i32 }
     /// Queries made ready to score.
     ExpandParams { q: u64, out: u64, kind: i32, start: i32, tokens: i32, tile: i32, first_row: i32, q_heads: i32, head_dim: i32 }
     /// Verdicts of a gate.
     VerdictParams { scores: u64, masks: u64, noted: u64, start: i32, tokens: i32, kv_heads: i32, max_pages: i32, sinks: i32, tau: f32 }
-    /// Scores of a gate.
-    GateParams { x: u64, weight: u64, bias: u64, out: u64, tokens: i32, rows: i32, columns: i32, is_hidden: i32 }
+    /// A layer of a gate.
+    GateParams {
+        x: u64, weight: u64, bias: u64, out: u64, masks: u64, noted: u64,
+        start: i32, tokens: i32, rows: i32, columns: i32, is_hidden: i32, max_pages: i32, sinks: i32, tau: f32,
+    }
 }

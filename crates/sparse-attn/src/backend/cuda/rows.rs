@@ -1,8 +1,8 @@
 //! Rows in pools: written, moved, summarised.
 
-use super::params::{CopyParams, ScatterParams, StoreParams, SummaryParams, TransformParams, WidenParams};
+use super::params::{CompactParams, CopyParams, Kept, ScatterParams, StoreParams, SummaryParams, TransformParams, WidenParams};
 use super::{Kernels, Spread, address, summary_code, uninitialised};
-use crate::cache::{KvDtype, LayerStore, Move, Pool, Step, Summaries, Summary};
+use crate::cache::{KvDtype, LayerStore, Move, Pool, Staged, Step, Summaries, Summary};
 use candle_core::{DType, Result, Tensor, bail};
 use std::ops::Range;
 
@@ -18,7 +18,7 @@ pub fn scales_of(pool: &Pool) -> Result<u64> {
     pool.scales().map_or(Ok(0), address)
 }
 
-/// Words that are copied by a thread block.
+/// Words that are copied by a thread block at a time.
 const COPIED: usize = 256;
 
 /// Numbers that are widened by a thread block.
@@ -85,27 +85,69 @@ pub(crate) fn scatter_rows(pool: &Pool, rows: &Tensor, slots: &[u32]) -> Result<
     unsafe { kernels.launch(&name("scatter_rows", pool)?, Spread::new([count, 1, 1], threads), &params) }
 }
 
-/// Copies slots of the pools `from` to slots of `to`, which may be the same, all at once; the caller has checked that they lie inside, and
-/// that none that is left is taken.
-pub(crate) fn copy_rows(from: [&Pool; 2], to: [&Pool; 2], moves: &[Move]) -> Result<()> {
-    let device = to[0].values().device();
+/// Copies slots of both `pools` to others, all at once; the caller has checked that they lie inside, and that none that is left is taken.
+pub(crate) fn copy_rows(pools: [&Pool; 2], moves: &[Move]) -> Result<()> {
+    let device = pools[0].values().device();
     let list: Vec<u32> = moves.iter().flat_map(|token| [token.from, token.to]).collect();
     let list = Tensor::new(list, device)?;
-    let mut params = CopyParams { moves: address(&list)?, count: moves.len() as i32, ..CopyParams::default() };
-    let pairs = from.into_iter().flat_map(Pool::tensors).zip(to.into_iter().flat_map(Pool::tensors));
-    let mut tensors = 0;
-    for ((from, to), (words, (source, target))) in pairs.zip(params.words.iter_mut().zip(params.from.iter_mut().zip(&mut params.to))) {
-        let bytes = to.dim(2)? * to.dtype().size_in_bytes();
+    let rows = rows_of(pools)?;
+    let params = CopyParams { rows: rows.at, words: rows.words, moves: address(&list)?, count: moves.len() as i32 };
+    let longest = rows.words.into_iter().max().unwrap_or(0) as usize;
+    let spread = Spread::new([(moves.len() * longest).div_ceil(COPIED), rows.tensors, 1], COPIED);
+    // SAFETY: the slots lie inside the pools, whose tensors have these rows; what the kernel reads lives until the stream frees it.
+    unsafe { Kernels::of(device)?.launch("copy_rows", spread, &params) }
+}
+
+/// The tensors of two pools, as rows of words.
+#[derive(Debug, Default)]
+struct Rows {
+    at: [u64; 4],
+    words: [i32; 4],
+    tensors: usize,
+}
+
+fn rows_of(pools: [&Pool; 2]) -> Result<Rows> {
+    let mut rows = Rows::default();
+    for tensor in pools.into_iter().flat_map(Pool::tensors) {
+        let bytes = tensor.dim(2)? * tensor.dtype().size_in_bytes();
         if !bytes.is_multiple_of(size_of::<u32>()) {
             bail!("cuda: rows of {bytes} bytes, they are copied by four");
         }
-        (*words, *source, *target) = ((bytes / size_of::<u32>()) as i32, address(from)?, address(to)?);
-        tensors += 1;
+        (rows.at[rows.tensors], rows.words[rows.tensors]) = (address(tensor)?, (bytes / size_of::<u32>()) as i32);
+        rows.tensors += 1;
     }
-    let longest = params.words.into_iter().max().unwrap_or(0) as usize;
-    let spread = Spread::new([(moves.len() * longest).div_ceil(COPIED), tensors, 1], COPIED);
-    // SAFETY: the slots lie inside the pools, whose tensors have these rows; what the kernel reads lives until the stream frees it.
-    unsafe { Kernels::of(device)?.launch("copy_rows", spread, &params) }
+    Ok(rows)
+}
+
+/// Copies all tokens of `store` to the `new` pools, where the tables say that are number `layer` of those `staged`: kept ones to the first
+/// pages of a head, and recent ones. `pages`: how many a head has of each at the most.
+pub(crate) fn compact(store: &LayerStore, new: &[Pool; 2], staged: &Staged, layer: usize, pages: [usize; 2]) -> Result<()> {
+    let (Some(kept), recent) = (store.device_kept(), store.device_pages()?) else { bail!("cuda: no token router leaves tokens here") };
+    let (layout, numbers) = (staged.layouts[layer], address(&staged.numbers)?);
+    let at = |range: Range<usize>| numbers + (range.start * size_of::<u32>()) as u64;
+    let (from, to) = (rows_of([store.k(), store.v()])?, rows_of([&new[0], &new[1]])?);
+    let [max_pages, max_kept] = layout.rooms.map(|room| room as i32);
+    let params = CompactParams {
+        from: from.at,
+        to: to.at,
+        words: to.words,
+        old_pages: address(recent)?,
+        old: Kept::of(store)?,
+        pages: at(layout.pages()),
+        kept: Kept {
+            pages: at(layout.kept_pages()),
+            counts: at(layout.counts()),
+            masks: address(&kept.masks)?,
+            ranks: at(layout.ranks()),
+            max_pages: max_kept,
+        },
+        old_max_pages: recent.dim(1)? as i32,
+        max_pages,
+        kept_pages: pages[0] as i32,
+    };
+    let spread = Spread::new([pages[0] + pages[1], store.shape().kv_heads(), to.tensors], COPIED);
+    // SAFETY: both tables lead to pages inside their pools; what the kernel reads lives until the stream frees it.
+    unsafe { Kernels::of(recent.device())?.launch("compact_pages", spread, &params) }
 }
 
 /// Summarises what a token router keeps of `blocks`, for which `summaries` has room.

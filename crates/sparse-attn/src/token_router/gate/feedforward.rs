@@ -1,5 +1,6 @@
 use super::rows::{affine, numbers};
 use crate::backend::cuda;
+use crate::token_router::Scores;
 use candle_core::{DType, Device, Result, Tensor, bail};
 
 /// One or two layers on the attention input: what `train-router` makes. f32, on the host, or all on the model's GPU.
@@ -20,12 +21,8 @@ impl Feedforward {
     /// # Errors
     /// If the widths differ.
     pub fn score(&self, x: &Tensor) -> Result<Tensor> {
-        if self.weight.device().is_cuda() {
-            let x = match &self.hidden {
-                Some((weight, bias)) => cuda::gate_scores(x, weight, bias, true)?,
-                None => x.clone(),
-            };
-            return cuda::gate_scores(&x, &self.weight, &self.bias, false);
+        if let Some(scores) = self.ask(x)? {
+            return scores.made();
         }
         let x = x.to_dtype(DType::F32)?;
         let x = match &self.hidden {
@@ -33,6 +30,18 @@ impl Feedforward {
             None => x,
         };
         affine(&x, &self.weight, &numbers(&self.bias)?)
+    }
+
+    /// What [`Feedforward::score`] is to be, where a GPU makes it.
+    pub(super) fn ask(&self, x: &Tensor) -> Result<Option<Scores>> {
+        if !self.weight.device().is_cuda() {
+            return Ok(None);
+        }
+        let x = match &self.hidden {
+            Some((weight, bias)) => cuda::gate_layer(x, weight, bias, true)?,
+            None => x.clone(),
+        };
+        Ok(Some(Scores::Asked { x, weight: self.weight.clone(), bias: self.bias.clone() }))
     }
 
     /// The same, computed on `device`.

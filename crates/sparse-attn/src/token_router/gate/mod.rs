@@ -9,7 +9,7 @@ pub use feedforward::Feedforward;
 pub use keys::KeyGate;
 pub use sink::SinkGate;
 
-use super::{Admission, RouterInput, Scored, TokenRouter};
+use super::{Admission, RouterInput, Scored, Scores, TokenRouter};
 use candle_core::{Device, Result, Tensor, bail};
 
 /// A trained gate: a token is kept where its score reaches `tau`.
@@ -122,15 +122,24 @@ impl TokenRouter for Gate {
 
     fn admit(&self, layer: usize, input: RouterInput<'_>) -> Result<Admission> {
         let Some(gate) = self.layers.get(layer) else { bail!("gate: it has {} layers, this is layer {layer}", self.layers.len()) };
-        let Some(scores) = gate.score(&input)? else { return Ok(Admission::Every) };
-        if scores.dims() != &input.k.dims()[..2] {
-            bail!("gate: scores {:?} for keys {:?} [tokens, kv_heads, head_dim]", scores.dims(), input.k.dims());
+        let asked = if let GateLayer::Feedforward(gate) = gate { gate.ask(input.hidden)? } else { None };
+        let scores = match asked {
+            Some(scores) => scores,
+            None => match gate.score(&input)? {
+                Some(scores) => Scores::Made(scores),
+                None => return Ok(Admission::Every),
+            },
+        };
+        if scores.dims()? != input.k.dims()[..2] {
+            bail!("gate: scores {:?} for keys {:?} [tokens, kv_heads, head_dim]", scores.dims()?, input.k.dims());
         }
-        if scores.device().is_cuda() {
-            return Ok(Admission::Scored(Scored { scores, tau: self.tau }));
+        match scores {
+            Scores::Made(scores) if scores.device().is_cpu() => {
+                let scores = scores.flatten_all()?.to_vec1::<f32>()?;
+                Ok(Admission::Some(scores.into_iter().map(|score| score >= self.tau).collect()))
+            }
+            scores => Ok(Admission::Scored(Scored { scores, tau: self.tau })),
         }
-        let scores = scores.flatten_all()?.to_vec1::<f32>()?;
-        Ok(Admission::Some(scores.into_iter().map(|score| score >= self.tau).collect()))
     }
 }
 
