@@ -120,7 +120,7 @@ struct SelectParams {
 };
 
 // Keys and values of a step that are written to the places that the page table gives them, rounded; keys in 8 bits as their Hadamard
-// transform. grid (tokens, kv_heads, 2)
+// transform.
 struct StoreParams {
     const float *rows[2];  // keys, values: [tokens, kv_heads, head_dim]
     void *pools[2];        // S
@@ -128,6 +128,8 @@ struct StoreParams {
     const int *pages;      // [kv_heads, max_pages]
     int max_pages;
     int start;             // position of the first token
+    int tokens;
+    int kv_heads;
     int head_dim;
 };
 
@@ -166,8 +168,8 @@ struct CopyParams {
 };
 
 // All tokens of a layer, to new pools by new tables; of recent tokens that are kept ones there, those that masks keep. Slots of kept pages
-// that hold none yet get zeros. grid (most kept pages of a head + recent pages from the first position of `kept`, kv_heads, tensors)
-struct CompactParams {
+// that hold none yet get zeros.
+struct CompactedLayer {
     const uint32_t *from[4]; // [.., words]
     uint32_t *to[4];
     int words[4];            // as in CopyParams
@@ -177,7 +179,14 @@ struct CompactParams {
     Kept kept;               // masks are the old ones
     int old_max_pages;
     int max_pages;
-    int kept_pages;
+    int kept_pages;          // most of a head
+    int recent_pages;        // from the first position of `kept` on
+};
+
+// That of some layers of as many heads. grid (most kept and recent pages of a layer, kv_heads, tensors * layers)
+struct CompactParams {
+    CompactedLayer layers[16];
+    int tensors;
 };
 
 // Summaries of complete blocks; one of which nothing is kept has none.
@@ -236,5 +245,6 @@ struct GateParams {
     int is_hidden;         // GELU of the sums, by erf
     int max_pages;
     int sinks;             // as in VerdictParams
+    int is_early;          // whether it reads nothing that the kernel before it writes
     float tau;
 };

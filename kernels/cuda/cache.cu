@@ -11,14 +11,28 @@ template <typename S> __device__ void scatter(const ScatterParams &p) {
         store_at<S>(p.pool, p.scales, p.slots[blockIdx.x], p.width, i, p.transforms ? hadamard(from[i]) : from[i]);
 }
 
-// grid (tokens, kv_heads, 2); a thread for each dimension, whole warps.
+// Rows one after the other: a token's keys, then its values; a warp takes one at a time. Meanwhile the next kernel may begin.
 template <typename S> __device__ void store(const StoreParams &p) {
-    const int t = p.start + blockIdx.x, head = blockIdx.y, d = threadIdx.x;
-    const bool of_values = blockIdx.z;
-    const int64_t slot = (int64_t)p.pages[(int64_t)head * p.max_pages + t / PAGE] * PAGE + t % PAGE;
-    const float x = (of_values ? p.rows[1] : p.rows[0])[((int64_t)blockIdx.x * gridDim.y + head) * p.head_dim + d];
-    const bool transforms = std::is_same_v<S, Bytes> && !of_values;
-    store_at<S>(of_values ? p.pools[1] : p.pools[0], of_values ? p.scales[1] : p.scales[0], slot, p.head_dim, d, transforms ? hadamard(x) : x);
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+    const int lane = threadIdx.x % 32, warps = gridDim.x * blockDim.x / 32, rows = 2 * p.tokens * p.kv_heads;
+    for (int row = (blockIdx.x * blockDim.x + threadIdx.x) / 32; row < rows; row += warps) {
+        const int head = row % p.kv_heads, token = row / p.kv_heads % p.tokens, t = p.start + token;
+        const bool of_values = row >= p.tokens * p.kv_heads;
+        const int64_t slot = (int64_t)p.pages[(int64_t)head * p.max_pages + t / PAGE] * PAGE + t % PAGE;
+        const float *from = (of_values ? p.rows[1] : p.rows[0]) + ((int64_t)token * p.kv_heads + head) * p.head_dim;
+        void *pool = of_values ? p.pools[1] : p.pools[0], *scales = of_values ? p.scales[1] : p.scales[0];
+        if constexpr (std::is_same_v<S, Bytes>) {
+            for (int d = lane; d < p.head_dim; d += 32)
+                store_at<S>(pool, scales, slot, p.head_dim, d, of_values ? from[d] : hadamard(from[d]));
+        } else {
+            for (int d = 2 * lane; d < p.head_dim; d += 64) {
+                const float2 x = *(const float2 *)(from + d);
+                *(uint32_t *)((S *)pool + slot * p.head_dim + d) = pack<S>(x.x, x.y);
+            }
+        }
+    }
 }
 
 // A word for each thread.
@@ -32,7 +46,7 @@ __device__ __forceinline__ void copy(const CopyParams &p) {
 }
 
 // The slot of token `index` of those of a head that are kept only since the frontier moved: among recent ones, by the old tables.
-__device__ __forceinline__ int slot_of_new(const CompactParams &p, int head, int index) {
+__device__ __forceinline__ int slot_of_new(const CompactedLayer &p, int head, int index) {
     // The last 64 positions before which there are no more than so many.
     const int *ranks = p.kept.ranks + (int64_t)head * p.max_pages;
     int low = p.old.counts[0] / PAGE, high = p.kept.counts[0] / PAGE;
@@ -48,10 +62,11 @@ __device__ __forceinline__ int slot_of_new(const CompactParams &p, int head, int
 }
 
 // A page, row by row.
-__device__ __forceinline__ void compact(const CompactParams &p) {
+__device__ __forceinline__ void compact(const CompactedLayer &p, int tensor) {
     __shared__ int from[PAGE];
-    const int head = blockIdx.y, words = p.words[blockIdx.z], slot = threadIdx.x;
+    const int head = blockIdx.y, words = p.words[tensor], slot = threadIdx.x;
     const bool is_kept = blockIdx.x < p.kept_pages;
+    if (blockIdx.x >= p.kept_pages + p.recent_pages) return;
     const int first = p.kept.counts[0] / PAGE, of_head = is_kept ? blockIdx.x : first + blockIdx.x - p.kept_pages;
     const int count = p.kept.counts[1 + head], had = p.old.counts[1 + head];
     if (is_kept && of_head * PAGE >= count) return;
@@ -63,10 +78,10 @@ __device__ __forceinline__ void compact(const CompactParams &p) {
     }
     __syncthreads();
     const int page = is_kept ? p.kept.pages[(int64_t)head * p.kept.max_pages + of_head] : p.pages[(int64_t)head * p.max_pages + of_head];
-    uint32_t *to = p.to[blockIdx.z] + (int64_t)page * PAGE * words;
+    uint32_t *to = p.to[tensor] + (int64_t)page * PAGE * words;
     for (int i = threadIdx.x; i < PAGE * words; i += blockDim.x) {
         const int row = from[i / words];
-        to[i] = row < 0 ? 0 : p.from[blockIdx.z][(int64_t)row * words + i % words];
+        to[i] = row < 0 ? 0 : p.from[tensor][(int64_t)row * words + i % words];
     }
 }
 
@@ -207,6 +222,7 @@ template <typename T, int TILES> __device__ __forceinline__ void gate(const Gate
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, first_row = blockIdx.y * TILES * GATE_ROWS;
     const int first_token = (p.start / GATE_TOKENS + blockIdx.x) * GATE_TOKENS - p.start; // in the step; before it there is none
     const auto is_token = [&](int token) { return token >= 0 && token < p.tokens; };
+    if (!p.is_early) follow();
     float c[TILES][4] = {};
 #pragma unroll 4
     for (int at = warp * GATE_COLUMNS + lane % 4 * 8; at - lane % 4 * 8 < p.columns; at += GATE_WARPS * GATE_COLUMNS) {
@@ -254,6 +270,8 @@ template <typename T, int TILES> __device__ __forceinline__ void gate(const Gate
             if (lane == 0) kept[warp] = bits;
         }
     }
+    // What comes after this kernel comes after the one before it.
+    if (p.is_early) follow();
     if (TILES > 1 || !p.masks) return;
     __syncthreads();
     // An octet of a row for each thread: a warp has had four tokens.
@@ -320,4 +338,6 @@ EXPAND(f16, half)
 EXPAND(bf16, __nv_bfloat16)
 #undef EXPAND
 extern "C" __global__ void copy_rows(const CopyParams p) { cache::copy(p); }
-extern "C" __global__ void __launch_bounds__(256) compact_pages(const CompactParams p) { cache::compact(p); }
+extern "C" __global__ void __launch_bounds__(256) compact_pages(const __grid_constant__ CompactParams p) {
+    cache::compact(p.layers[blockIdx.z / p.tensors], blockIdx.z % p.tensors);
+}

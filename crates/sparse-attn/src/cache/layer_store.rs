@@ -1,10 +1,10 @@
 //! Keys and values of one layer.
 
 use super::admitted::Admitted;
-use super::mirror::{DeviceKept, Mirror, Staged, Tables};
+use super::mirror::{DeviceKept, Layout, Mirror, Tables};
 use super::{KvDtypes, NO_PAGE, Order, PAGE_SIZE, PageTable, Pool, ReadCount, Step, Summaries, Summary};
 use crate::HeadShape;
-use crate::backend::cuda::{self, Pinned};
+use crate::backend::cuda::{self, Compacted, Pinned};
 use crate::simd::with_rows;
 use crate::token_router::Admission;
 use candle_core::{DType, Device, IndexOp, Result, Tensor, bail};
@@ -44,12 +44,12 @@ impl LayerSpec {
         self.sliding_window.or(self.local.map(|local| local.window))
     }
 
-    /// Pages for `capacity` tokens; a window needs only itself and one page at either end.
+    /// Pages for `capacity` tokens; a window needs only itself and one page at either end, and what is kept of those before it.
     fn planned_pages(&self, capacity: usize) -> usize {
         let all = capacity.div_ceil(PAGE_SIZE);
         let recent = self.window().map_or(all, |w| all.min(w.div_ceil(PAGE_SIZE) + 2));
         let kept = match (self.sliding_window, self.local) {
-            (None, Some(local)) => ((capacity as f32 * local.kept_fraction) as usize).div_ceil(PAGE_SIZE),
+            (None, Some(local)) => ((capacity.saturating_sub(local.window) as f32 * local.kept_fraction) as usize).div_ceil(PAGE_SIZE),
             _ => 0,
         };
         (recent + kept) * self.shape.kv_heads()
@@ -87,6 +87,8 @@ pub(super) struct Compaction {
 #[derive(Debug)]
 pub struct LayerStore {
     spec: LayerSpec,
+    /// Pages that the pools were made with, which are to come to use.
+    planned_pages: usize,
     k: Pool,
     v: Pool,
     table: PageTable,
@@ -109,6 +111,7 @@ impl LayerStore {
         let routed = spec.local.is_some() && spec.sliding_window.is_none();
         Ok(Self {
             spec,
+            planned_pages: pages,
             k: Pool::of_keys(dtypes.k, width, pages, device)?,
             v: Pool::new(dtypes.v, Order::Rows, width, pages, device)?,
             table: PageTable::new(kv_heads, spec.window()),
@@ -523,13 +526,13 @@ impl LayerStore {
         self.forget(len);
     }
 
-    /// Gives memory back that the step before took and the next ones will not need, where a token router is at work: on the host.
-    /// `len`: tokens that are committed.
+    /// Gives memory back that was never planned, which the step before took and the next ones will not need, where a token router is at work:
+    /// on the host. `len`: tokens that are committed.
     pub(super) fn trim(&mut self, len: usize) -> Result<()> {
         let Some(step) = self.step_to_trim_for(len) else { return Ok(()) };
         self.make_room(step)?;
         self.apply_moves()?; // in place: most tokens stay where they are
-        if is_tight(&self.table, self.k.pages()) {
+        if self.is_tight(&self.table) {
             return Ok(());
         }
         let used = self.table.compact();
@@ -545,7 +548,7 @@ impl LayerStore {
         let Some(step) = self.step_to_trim_for(len) else { return Ok(None) };
         self.apply_moves()?;
         let (mut table, frontier) = self.planned(step).unwrap_or_else(|| (self.table.clone(), self.frontier));
-        if is_tight(&table, self.k.pages()) {
+        if self.is_tight(&table) {
             self.make_room(step)?;
             self.apply_moves()?;
             return Ok(None);
@@ -559,30 +562,44 @@ impl LayerStore {
         (self.admitted.is_some() && len > 0).then(|| Step { start: len - 1, len: 1 })
     }
 
+    /// Whether there are no more pages than were planned, or hardly more than `table` uses.
+    fn is_tight(&self, table: &PageTable) -> bool {
+        let pages = self.k.pages();
+        let free = table.free_pages() + pages.saturating_sub(table.pages());
+        pages <= self.planned_pages || free * 32 < table.pages()
+    }
+
     /// What kernels are to look up once `compaction` is done.
     pub(super) fn tables_after<'a>(&'a self, compaction: Option<&'a Compaction>) -> Tables<'a> {
         compaction.map_or_else(|| self.tables(), |compaction| self.tables_of(&compaction.table, compaction.frontier))
     }
 
-    /// Puts all into pools of as many pages as that takes. The new tables are number `layer` of those `staged`; kernels still look up the old.
+    /// The pools that a compaction fills.
     ///
     /// # Errors
-    /// If memory for the copy runs out: nothing is changed then.
-    pub(super) fn compact(&mut self, compaction: Compaction, staged: &Staged, layer: usize) -> Result<()> {
-        let Compaction { table, frontier, pages } = compaction;
-        let new = [self.k.uninitialised(pages)?, self.v.uninitialised(pages)?];
-        let recent = table.recent(0).len() - frontier / PAGE_SIZE;
+    /// If the device has no memory for them.
+    pub(super) fn pools_for(&self, compaction: &Compaction) -> Result<[Pool; 2]> {
+        Ok([self.k.uninitialised(compaction.pages)?, self.v.uninitialised(compaction.pages)?])
+    }
+
+    /// What a GPU copies to these pools.
+    pub(super) fn compacted<'a>(&'a self, compaction: &Compaction, new: &'a [Pool; 2], layout: Layout) -> Compacted<'a> {
+        let Compaction { table, frontier, .. } = compaction;
         let kept = (0..self.spec.shape.kv_heads()).map(|head| table.kept(head).len()).max().unwrap_or(0);
-        cuda::compact(self, &new, staged, layer, [kept, recent])?;
+        Compacted { store: self, new, layout, pages: [kept, table.recent(0).len() - frontier / PAGE_SIZE] }
+    }
+
+    /// Takes over the pools, filled as the compaction says.
+    pub(super) fn compact(&mut self, Compaction { table, frontier, .. }: Compaction, new: [Pool; 2]) {
         [self.k, self.v] = new;
         (self.table, self.frontier) = (table, frontier);
-        Ok(())
     }
 
     /// The same store, with a memory of its own.
     pub(super) fn fork(&self) -> Result<Self> {
         Ok(Self {
             spec: self.spec,
+            planned_pages: self.planned_pages,
             k: self.k.grown(self.k.pages())?,
             v: self.v.grown(self.v.pages())?,
             table: self.table.clone(),
@@ -628,12 +645,6 @@ impl LayerStore {
         }
         Ok(())
     }
-}
-
-/// Whether hardly more pages are there than are used.
-fn is_tight(table: &PageTable, pages: usize) -> bool {
-    let free = table.free_pages() + pages.saturating_sub(table.pages());
-    free * 32 < table.pages()
 }
 
 /// The rows of `slots`, `[slots, width]` f32, by reading the pages that hold them.

@@ -18,10 +18,10 @@ pub use page_table::{NO_PAGE, PAGE_SIZE, PageTable};
 pub use pool::{LANES, OCTET, Order, Pool};
 pub use summary::{Summaries, Summary};
 
+pub(crate) use mirror::Layout;
 use mirror::Mirrors;
-pub(crate) use mirror::Staged;
 
-use crate::backend::cuda::Pinned;
+use crate::backend::cuda::{self, Pinned};
 use crate::parallel;
 use candle_core::{Device, Result, bail};
 use std::ops::Range;
@@ -82,6 +82,13 @@ impl ReadCount {
         self.visible += other.visible;
         self.bytes += other.bytes;
     }
+}
+
+/// Bytes of layers that are there twice while memory is given back.
+const COMPACTED_BYTES: usize = 64 << 20;
+
+fn bytes_of<T>((_, pools, _): &(usize, [Pool; 2], T)) -> usize {
+    pools.iter().map(Pool::bytes).sum()
 }
 
 impl KvCache {
@@ -261,17 +268,28 @@ impl KvCache {
         if self.device.is_cpu() {
             return self.layers.iter_mut().try_for_each(|layer| layer.trim(self.len));
         }
-        let compactions = self.layers.iter_mut().map(|layer| layer.compaction(self.len)).collect::<Result<Vec<_>>>()?;
+        let mut compactions = self.layers.iter_mut().map(|layer| layer.compaction(self.len)).collect::<Result<Vec<_>>>()?;
         // By the old tables, which are on the device, and the new ones.
         self.reflect()?;
-        if compactions.iter().all(Option::is_none) {
+        let mut waiting: Vec<usize> = (0..self.layers.len()).filter(|layer| compactions[*layer].is_some()).collect();
+        if waiting.is_empty() {
             return Ok(());
         }
         let after = self.layers.iter().zip(&compactions).map(|(layer, compaction)| layer.tables_after(compaction.as_ref()));
         let staged = self.mirrors.stage(&after.collect::<Vec<_>>(), &self.device)?;
-        for (index, (layer, compaction)) in self.layers.iter_mut().zip(compactions).enumerate() {
-            if let Some(compaction) = compaction {
-                layer.compact(compaction, &staged, index)?;
+        while !waiting.is_empty() {
+            // Small layers at once; a large one is there twice for as short as can be.
+            let mut new = Vec::new();
+            while let Some(index) = waiting.pop_if(|_| new.iter().map(bytes_of).sum::<usize>() < COMPACTED_BYTES) {
+                if let Some(compaction) = compactions[index].take() {
+                    new.push((index, self.layers[index].pools_for(&compaction)?, compaction));
+                }
+            }
+            let jobs =
+                new.iter().map(|(index, pools, compaction)| self.layers[*index].compacted(compaction, pools, staged.layouts[*index]));
+            cuda::compact(&jobs.collect::<Vec<_>>(), &staged.numbers)?;
+            for (index, pools, compaction) in new {
+                self.layers[index].compact(compaction, pools);
             }
         }
         let tables: Vec<_> = self.layers.iter().map(LayerStore::tables).collect();

@@ -12,7 +12,7 @@ pub use decode::{DecodeCall, DecodeLists, DecodeScratch, decode};
 pub use kernels::{Kernels, Spread, address};
 pub use pinned::Pinned;
 pub use rows::scales_of;
-pub(crate) use rows::{compact, copy_rows, scatter_rows, summarise};
+pub(crate) use rows::{Compacted, compact, copy_rows, scatter_rows, summarise};
 use rows::{in_halves, transformed};
 pub use select::{Budgeted, SelectCall, SelectScratch, kind_of, score_and_select};
 
@@ -200,7 +200,8 @@ pub fn gate_layer(x: &Tensor, weight: &Tensor, bias: &Tensor, is_hidden: bool) -
     Ok(out)
 }
 
-/// Puts the layer of a gate into the stream: what becomes of its sums is in `params`.
+/// Puts the layer of a gate into the stream: what becomes of its sums is in `params`. It is early only where `x` was made before the newest
+/// kernel, which had waited for that.
 fn launch_gate(params: GateParams, x: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<()> {
     let ((tokens, columns), (rows, width)) = (x.dims2()?, weight.dims2()?);
     if columns != width || bias.dims() != [rows] {
@@ -209,6 +210,7 @@ fn launch_gate(params: GateParams, x: &Tensor, weight: &Tensor, bias: &Tensor) -
     if !columns.is_multiple_of(8) {
         bail!("gate: a width of {columns}, the kernel reads eight numbers at a time");
     }
+    let is_ready = matches!(x.dtype(), DType::F32 | DType::BF16) && x.is_contiguous();
     let (x, dtype) = match x.dtype() {
         DType::BF16 => (x.contiguous()?, "bf16"),
         _ => (x.to_dtype(DType::F32)?.contiguous()?, "f32"),
@@ -220,18 +222,20 @@ fn launch_gate(params: GateParams, x: &Tensor, weight: &Tensor, bias: &Tensor) -
         tokens: tokens as i32,
         rows: rows as i32,
         columns: columns as i32,
+        is_early: i32::from(is_ready) & params.is_early,
         ..params
     };
     let start = params.start as usize;
     let tiles = if rows > GATE_ROWS && params.masks == 0 { GATE_TILES } else { 1 };
     let of_tokens = (start + tokens).div_ceil(GATE_TOKENS) - start / GATE_TOKENS;
     let spread = Spread::new([of_tokens, rows.div_ceil(tiles * GATE_ROWS), 1], GATE_THREADS);
-    // SAFETY: the tensors have these shapes, and live until the stream frees them.
-    unsafe { Kernels::of(x.device())?.launch(&format!("gate_{dtype}_{tiles}"), spread, &params) }
+    let (kernels, name) = (Kernels::of(x.device())?, format!("gate_{dtype}_{tiles}"));
+    // SAFETY: the tensors have these shapes, and live until the stream frees them. An early kernel was said to read nothing that is not done.
+    unsafe { kernels.launch_following(&name, spread, &params) }
 }
 
 /// Notes in `masks` `[kv_heads, octets]` which tokens of `step` a gate keeps; those before position `sinks` anyway. For the host it notes the
-/// octets of the step of each head in `noted`, from `first` on.
+/// octets of the step of each head in `noted`, from `first` on. The newest kernel must be the one that stores the keys of the step.
 pub(crate) fn note_verdicts(
     masks: &Tensor,
     Scored { scores, tau }: &Scored,
@@ -254,7 +258,7 @@ pub(crate) fn note_verdicts(
     let (masks_at, start, sinks) = (address(masks)?, step.start as i32, sinks as i32);
     let scores = match scores {
         Scores::Asked { x, weight, bias } => {
-            let params = GateParams { masks: masks_at, noted, start, max_pages, sinks, tau: *tau, ..GateParams::default() };
+            let params = GateParams { masks: masks_at, noted, start, max_pages, sinks, is_early: 1, tau: *tau, ..GateParams::default() };
             return launch_gate(params, x, weight, bias);
         }
         Scores::Made(scores) => scores.contiguous()?,

@@ -88,13 +88,16 @@ crate::mirrors! { "params.h":
     /// Bytes and scales as 16-bit numbers.
     WidenParams { values: u64, scales: u64, out: u64, count: i64 }
     /// A step's keys and values.
-    StoreParams { rows: [u64; 2], pools: [u64; 2], scales: [u64; 2], pages: u64, max_pages: i32, start: i32, head_dim: i32 }
+    StoreParams { rows: [u64; 2], pools: [u64; 2], scales: [u64; 2], pages: u64, max_pages: i32, start: i32, tokens: i32, kv_heads: i32, head_dim: i32 }
     /// Rows to other slots.
     CopyParams { rows: [u64; 4], words: [i32; 4], moves: u64, count: i32 }
-    /// All tokens to new pools.
-    CompactParams {
-        from: [u64; 4], to: [u64; 4], words: [i32; 4], old_pages: u64, old: Kept, pages: u64, kept: Kept, old_max_pages: i32, max_pages: i32, kept_pages: i32,
+    /// All tokens of a layer to new pools.
+    CompactedLayer {
+        from: [u64; 4], to: [u64; 4], words: [i32; 4], old_pages: u64, old: Kept, pages: u64, kept: Kept,
+        old_max_pages: i32, max_pages: i32, kept_pages: i32, recent_pages: i32,
     }
+    /// That of some layers.
+    CompactParams { layers: [CompactedLayer; 16], tensors: i32 }
     /// Summaries of complete blocks.
     SummaryParams { k: u64, k_scales: u64, pages: u64, masks: u64, summaries: u64, scales: u64, kind: i32, max_pages: i32, block_size: i32, first: i32, head_dim: i32 }
     /// Queries made ready to score.
@@ -104,6 +107,6 @@ crate::mirrors! { "params.h":
     /// A layer of a gate.
     GateParams {
         x: u64, weight: u64, bias: u64, out: u64, masks: u64, noted: u64,
-        start: i32, tokens: i32, rows: i32, columns: i32, is_hidden: i32, max_pages: i32, sinks: i32, tau: f32,
+        start: i32, tokens: i32, rows: i32, columns: i32, is_hidden: i32, max_pages: i32, sinks: i32, is_early: i32, tau: f32,
     }
 }

@@ -1,8 +1,10 @@
 //! Rows in pools: written, moved, summarised.
 
-use super::params::{CompactParams, CopyParams, Kept, ScatterParams, StoreParams, SummaryParams, TransformParams, WidenParams};
+use super::params::{
+    CompactParams, CompactedLayer, CopyParams, Kept, ScatterParams, StoreParams, SummaryParams, TransformParams, WidenParams,
+};
 use super::{Kernels, Spread, address, summary_code, uninitialised};
-use crate::cache::{KvDtype, LayerStore, Move, Pool, Staged, Step, Summaries, Summary};
+use crate::cache::{KvDtype, LayerStore, Layout, Move, Pool, Step, Summaries, Summary};
 use candle_core::{DType, Result, Tensor, bail};
 use std::ops::Range;
 
@@ -18,8 +20,15 @@ pub fn scales_of(pool: &Pool) -> Result<u64> {
     pool.scales().map_or(Ok(0), address)
 }
 
+/// Threads of a thread block that stores rows, and most thread blocks of a multiprocessor.
+const STORED: usize = 256;
+const STORING: usize = 4;
+
 /// Words that are copied by a thread block at a time.
 const COPIED: usize = 256;
+
+/// Layers that are compacted by a launch.
+const COMPACTED: usize = 16;
 
 /// Numbers that are widened by a thread block.
 const WIDENED: usize = 16 * 256;
@@ -58,11 +67,15 @@ pub(super) fn store_step(k: &Tensor, v: &Tensor, step: Step, store: &LayerStore)
         pages: address(pages)?,
         max_pages: pages.dim(1)? as i32,
         start: step.start as i32,
+        tokens: step.len as i32,
+        kv_heads: shape.kv_heads() as i32,
         head_dim: shape.head_dim() as i32,
     };
-    let spread = Spread::new([step.len, shape.kv_heads(), 2], shape.head_dim());
+    let kernels = Kernels::of(k.device())?;
+    // Not more than fit on the device beside as many of the next kernel.
+    let blocks = (2 * step.len * shape.kv_heads()).div_ceil(STORED / 32).min(STORING * kernels.multiprocessors());
     // SAFETY: the table has a page for each position of the step; what the kernel reads lives until the stream frees it.
-    unsafe { Kernels::of(k.device())?.launch(&name("store_step", store.k())?, spread, &params) }
+    unsafe { kernels.launch(&name("store_step", store.k())?, Spread::new([blocks, 1, 1], STORED), &params) }
 }
 
 /// Stores `rows` `[slots, width]` into slots of `pool`, which the caller has checked to lie inside.
@@ -119,15 +132,42 @@ fn rows_of(pools: [&Pool; 2]) -> Result<Rows> {
     Ok(rows)
 }
 
-/// Copies all tokens of `store` to the `new` pools, where the tables say that are number `layer` of those `staged`: kept ones to the first
-/// pages of a head, and recent ones. `pages`: how many a head has of each at the most.
-pub(crate) fn compact(store: &LayerStore, new: &[Pool; 2], staged: &Staged, layer: usize, pages: [usize; 2]) -> Result<()> {
+/// A layer whose tokens go to new pools.
+#[derive(Debug)]
+pub(crate) struct Compacted<'a> {
+    pub(crate) store: &'a LayerStore,
+    pub(crate) new: &'a [Pool; 2],
+    /// Where the tables that tell their places are staged.
+    pub(crate) layout: Layout,
+    /// How many kept pages a head has there at the most, and recent ones.
+    pub(crate) pages: [usize; 2],
+}
+
+/// Copies all tokens of `layers` to their new pools, by the tables that are staged in `numbers`: kept ones, and recent ones.
+pub(crate) fn compact(layers: &[Compacted<'_>], numbers: &Tensor) -> Result<()> {
+    let kernels = Kernels::of(numbers.device())?;
+    let at = address(numbers)?;
+    for layers in layers.chunks(COMPACTED) {
+        let (mut params, mut grid) = (CompactParams::default(), [0; 3]);
+        for (layer, to) in layers.iter().zip(&mut params.layers) {
+            let (of_layer, tensors) = compacted(layer, at)?;
+            (*to, params.tensors) = (of_layer, tensors as i32);
+            let heads = layer.store.shape().kv_heads();
+            grid = [grid[0].max(layer.pages[0] + layer.pages[1]), heads, tensors * layers.len()];
+        }
+        // SAFETY: both tables lead to pages inside their pools; what the kernel reads lives until the stream frees it.
+        unsafe { kernels.launch("compact_pages", Spread::new(grid, COPIED), &params) }?;
+    }
+    Ok(())
+}
+
+/// A layer, and how many tensors it has; the tables are staged from `numbers` on.
+fn compacted(&Compacted { store, new, layout, pages }: &Compacted<'_>, numbers: u64) -> Result<(CompactedLayer, usize)> {
     let (Some(kept), recent) = (store.device_kept(), store.device_pages()?) else { bail!("cuda: no token router leaves tokens here") };
-    let (layout, numbers) = (staged.layouts[layer], address(&staged.numbers)?);
     let at = |range: Range<usize>| numbers + (range.start * size_of::<u32>()) as u64;
     let (from, to) = (rows_of([store.k(), store.v()])?, rows_of([&new[0], &new[1]])?);
     let [max_pages, max_kept] = layout.rooms.map(|room| room as i32);
-    let params = CompactParams {
+    let layer = CompactedLayer {
         from: from.at,
         to: to.at,
         words: to.words,
@@ -144,10 +184,9 @@ pub(crate) fn compact(store: &LayerStore, new: &[Pool; 2], staged: &Staged, laye
         old_max_pages: recent.dim(1)? as i32,
         max_pages,
         kept_pages: pages[0] as i32,
+        recent_pages: pages[1] as i32,
     };
-    let spread = Spread::new([pages[0] + pages[1], store.shape().kv_heads(), to.tensors], COPIED);
-    // SAFETY: both tables lead to pages inside their pools; what the kernel reads lives until the stream frees it.
-    unsafe { Kernels::of(recent.device())?.launch("compact_pages", spread, &params) }
+    Ok((layer, to.tensors))
 }
 
 /// Summarises what a token router keeps of `blocks`, for which `summaries` has room.
