@@ -159,27 +159,19 @@ struct WidenParams {
     int64_t count;         // a multiple of 32
 };
 
-// Rows of up to four tensors that are copied to other slots, where none is left and taken. grid (moves * longest row / 256, tensors)
-struct CopyParams {
-    uint32_t *rows[4];     // [.., words]
-    int words[4];          // of a row of each: 4 bytes each, whatever they mean
-    const int *moves;      // [count, 2] from, to
-    int count;
-};
-
 // All tokens of a layer, to new pools by new tables; of recent tokens that are kept ones there, those that masks keep. Slots of kept pages
-// that hold none yet get zeros.
+// that hold none yet get zeros. In pools that are not new, recent tokens that are kept ones now.
 struct CompactedLayer {
     const uint32_t *from[4]; // [.., words]
     uint32_t *to[4];
-    int words[4];            // as in CopyParams
+    int words[4];            // of a row of each: 4 bytes each, whatever they mean
     const int *old_pages;    // [kv_heads, old_max_pages]
     Kept old;
     const int *pages;        // [kv_heads, max_pages]
     Kept kept;               // masks are the old ones
     int old_max_pages;
     int max_pages;
-    int kept_pages;          // most of a head
+    int kept_pages;          // most of a head that are written
     int recent_pages;        // from the first position of `kept` on
 };
 

@@ -35,16 +35,6 @@ template <typename S> __device__ void store(const StoreParams &p) {
     }
 }
 
-// A word for each thread.
-__device__ __forceinline__ void copy(const CopyParams &p) {
-    const int words = p.words[blockIdx.y];
-    const int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x, row = i / words;
-    if (row >= p.count) return;
-    const int2 move = *(const int2 *)(p.moves + 2 * row);
-    uint32_t *rows = p.rows[blockIdx.y];
-    rows[(int64_t)move.y * words + i % words] = rows[(int64_t)move.x * words + i % words];
-}
-
 // The slot of token `index` of those of a head that are kept only since the frontier moved: among recent ones, by the old tables.
 __device__ __forceinline__ int slot_of_new(const CompactedLayer &p, int head, int index) {
     // The last 64 positions before which there are no more than so many.
@@ -67,8 +57,9 @@ __device__ __forceinline__ void compact(const CompactedLayer &p, int tensor) {
     const int head = blockIdx.y, words = p.words[tensor], slot = threadIdx.x;
     const bool is_kept = blockIdx.x < p.kept_pages;
     if (blockIdx.x >= p.kept_pages + p.recent_pages) return;
-    const int first = p.kept.counts[0] / PAGE, of_head = is_kept ? blockIdx.x : first + blockIdx.x - p.kept_pages;
+    const bool in_place = p.from[0] == p.to[0];
     const int count = p.kept.counts[1 + head], had = p.old.counts[1 + head];
+    const int first = is_kept ? (in_place ? had / PAGE : 0) : p.kept.counts[0] / PAGE - p.kept_pages, of_head = first + blockIdx.x;
     if (is_kept && of_head * PAGE >= count) return;
     if (slot < PAGE) {
         const int index = of_head * PAGE + slot;
@@ -77,9 +68,11 @@ __device__ __forceinline__ void compact(const CompactedLayer &p, int tensor) {
         else from[slot] = index < count ? slot_of_new(p, head, index) : -1;
     }
     __syncthreads();
+    const auto is_left = [&](int row) { return in_place && (of_head * PAGE + row < had || of_head * PAGE + row >= count); };
     const int page = is_kept ? p.kept.pages[(int64_t)head * p.kept.max_pages + of_head] : p.pages[(int64_t)head * p.max_pages + of_head];
     uint32_t *to = p.to[tensor] + (int64_t)page * PAGE * words;
     for (int i = threadIdx.x; i < PAGE * words; i += blockDim.x) {
+        if (is_left(i / words)) continue;
         const int row = from[i / words];
         to[i] = row < 0 ? 0 : p.from[tensor][(int64_t)row * words + i % words];
     }
@@ -183,7 +176,7 @@ __device__ __forceinline__ void note_verdicts(const VerdictParams &p) {
 }
 
 // Tokens of a thread block, and of a tile of rows; columns that a warp takes at a time, one warp after the other.
-constexpr int GATE_TOKENS = 16, GATE_ROWS = 8, GATE_COLUMNS = 32, GATE_WARPS = 8;
+constexpr int GATE_TOKENS = 16, GATE_ROWS = 8, GATE_COLUMNS = 32, GATE_WARPS = 16;
 
 __device__ __forceinline__ float gelu(float x) { return 0.5f * x * (1.f + erff(x * 0.70710678118654752f)); }
 
@@ -294,9 +287,9 @@ template <typename T, int TILES> __device__ __forceinline__ void gate(const Gate
 #define GATE(NAME, T, TILES)                                                                                                               \
     extern "C" __global__ void __launch_bounds__(cache::GATE_WARPS * 32) gate_##NAME##_##TILES(const GateParams p) { cache::gate<T, TILES>(p); }
 GATE(f32, float, 1)
-GATE(f32, float, 8)
+GATE(f32, float, 4)
 GATE(bf16, __nv_bfloat16, 1)
-GATE(bf16, __nv_bfloat16, 8)
+GATE(bf16, __nv_bfloat16, 4)
 #undef GATE
 
 namespace cache {
@@ -337,7 +330,6 @@ ROWS(q8_0, Bytes)
 EXPAND(f16, half)
 EXPAND(bf16, __nv_bfloat16)
 #undef EXPAND
-extern "C" __global__ void copy_rows(const CopyParams p) { cache::copy(p); }
 extern "C" __global__ void __launch_bounds__(256) compact_pages(const __grid_constant__ CompactParams p) {
     cache::compact(p.layers[blockIdx.z / p.tensors], blockIdx.z % p.tensors);
 }

@@ -1,7 +1,7 @@
 //! What stands for the CUDA backend in a build without it: nothing gets here, since no tensor can be on a GPU.
 
 use super::AttentionBackend;
-use crate::cache::{LayerStore, Layout, Move, Pool, Step, Summaries, Summary};
+use crate::cache::{LayerStore, Layout, Pool, Step, Summaries, Summary};
 use crate::select::Selection;
 use crate::token_router::Scored;
 use candle_core::{DType, Device, Result, Shape, Tensor, bail};
@@ -41,16 +41,12 @@ pub(crate) fn uninitialised(_shape: impl Into<Shape>, _dtype: DType, _device: &D
     absent()
 }
 
-pub(crate) fn copy_rows(_pools: [&Pool; 2], _moves: &[Move]) -> Result<()> {
-    absent()
-}
-
 /// A layer whose tokens would go to new pools.
 #[derive(Debug)]
 #[expect(dead_code, reason = "of builds with a GPU")]
 pub(crate) struct Compacted<'a> {
     pub(crate) store: &'a LayerStore,
-    pub(crate) new: &'a [Pool; 2],
+    pub(crate) new: [&'a Pool; 2],
     pub(crate) layout: Layout,
     pub(crate) pages: [usize; 2],
 }

@@ -94,10 +94,12 @@ pub struct LayerStore {
     table: PageTable,
     admitted: Option<Vec<Admitted>>, // per head, where the token router decides
     frontier: usize,
-    moves: Vec<Vec<Move>>, // of each step that reserved and has not written
+    moves: Vec<Vec<Move>>, // of each step that reserved and has not written, on the host
     written: usize,
     summaries: Option<Summaries>,
+    /// The tables on the device of the pools, and the frontier by which tokens lie there.
     mirror: Option<Mirror>,
+    moved_to: usize,
     /// Where a device notes its verdicts for the host, from which place on.
     noted: Option<(Arc<Pinned<u8>>, usize)>,
     /// A step whose verdict only the device knows, unless it is done.
@@ -121,6 +123,7 @@ impl LayerStore {
             written: 0,
             summaries: None,
             mirror: None,
+            moved_to: 0,
             noted: None,
             undecided: None,
         })
@@ -185,12 +188,13 @@ impl LayerStore {
         self.make_room(step)
     }
 
-    /// Gives the tokens of `step` places, and what leaves the window before it one among the kept ones: on the host.
+    /// Gives the tokens of `step` places, and what leaves the window before it one among the kept ones. A GPU moves it as soon as the tables
+    /// are there.
     fn make_room(&mut self, step: Step) -> Result<()> {
         // On copies: if growing the pools fails, all is as it was.
         let Some((table, frontier)) = self.planned(step) else { return Ok(()) };
         let mut moves = Vec::new();
-        for (head, admitted) in self.admitted.iter().flatten().enumerate() {
+        for (head, admitted) in self.admitted.iter().flatten().enumerate().filter(|_| self.k.values().device().is_cpu()) {
             for (position, index) in admitted.positions(self.frontier..frontier).zip(admitted.rank(self.frontier)..) {
                 moves.push(Move { from: self.table.recent_slot(head, position), to: table.kept_slot(head, index) });
             }
@@ -234,9 +238,18 @@ impl LayerStore {
         Tables { kv_heads, table, admitted: self.admitted.as_deref(), frontier, enough: self.k.pages() / kv_heads }
     }
 
-    /// Notes where on the device they are.
-    pub(super) fn look_up_in(&mut self, mirror: Mirror) {
-        self.mirror = Some(mirror);
+    /// Notes that the device has them, and where if that is another place.
+    pub(super) fn look_up_in(&mut self, mirror: Option<Mirror>) {
+        self.mirror = mirror.or(self.mirror.take());
+        self.moved_to = self.frontier;
+    }
+
+    /// What a GPU copies to places among the kept tokens, where some left the window since it last had the tables.
+    pub(super) fn moved(&self, layout: Layout) -> Option<Compacted<'_>> {
+        let (old, new) = (self.moved_to, self.frontier);
+        let pages = |admitted: &Admitted| admitted.rank(new).div_ceil(PAGE_SIZE) - admitted.rank(old) / PAGE_SIZE;
+        let most = self.admitted.iter().flatten().map(pages).max().filter(|_| old < new)?;
+        (most > 0).then_some(Compacted { store: self, new: [&self.k, &self.v], layout, pages: [most, 0] })
     }
 
     /// The page of each recent token on the device of the pools: `[kv_heads, room]`, u32, with anything beyond the last one. It stays
@@ -518,7 +531,7 @@ impl LayerStore {
         if len == 0 {
             // Recycled pages leave holes that only a fresh table forgets.
             self.table.clear();
-            self.frontier = 0;
+            (self.frontier, self.moved_to) = (0, 0);
             self.moves.clear();
         } else {
             self.table.truncate(len);
@@ -540,21 +553,15 @@ impl LayerStore {
         Ok(())
     }
 
-    /// What makes [`LayerStore::trim`] of a store on a GPU; `None`: it is done, there was little to give back.
-    ///
-    /// # Errors
-    /// If memory for what moves runs out.
-    pub(super) fn compaction(&mut self, len: usize) -> Result<Option<Compaction>> {
-        let Some(step) = self.step_to_trim_for(len) else { return Ok(None) };
-        self.apply_moves()?;
+    /// What makes [`LayerStore::trim`] of a store on a GPU; `None`: there is little to give back.
+    pub(super) fn compaction(&self, len: usize) -> Option<Compaction> {
+        let step = self.step_to_trim_for(len)?;
         let (mut table, frontier) = self.planned(step).unwrap_or_else(|| (self.table.clone(), self.frontier));
         if self.is_tight(&table) {
-            self.make_room(step)?;
-            self.apply_moves()?;
-            return Ok(None);
+            return None;
         }
         let pages = table.compact().len();
-        Ok(Some(Compaction { table, frontier, pages }))
+        Some(Compaction { table, frontier, pages })
     }
 
     /// What a step after the newest token will not see moves now; that token may still be taken back and fed again.
@@ -586,7 +593,7 @@ impl LayerStore {
     pub(super) fn compacted<'a>(&'a self, compaction: &Compaction, new: &'a [Pool; 2], layout: Layout) -> Compacted<'a> {
         let Compaction { table, frontier, .. } = compaction;
         let kept = (0..self.spec.shape.kv_heads()).map(|head| table.kept(head).len()).max().unwrap_or(0);
-        Compacted { store: self, new, layout, pages: [kept, table.recent(0).len() - frontier / PAGE_SIZE] }
+        Compacted { store: self, new: [&new[0], &new[1]], layout, pages: [kept, table.recent(0).len() - frontier / PAGE_SIZE] }
     }
 
     /// Takes over the pools, filled as the compaction says.
@@ -597,6 +604,9 @@ impl LayerStore {
 
     /// The same store, with a memory of its own.
     pub(super) fn fork(&self) -> Result<Self> {
+        if self.k.values().device().is_cuda() && self.moved_to != self.frontier {
+            bail!("kv cache: a step failed before its tokens were moved, nothing can be copied before the next one");
+        }
         Ok(Self {
             spec: self.spec,
             planned_pages: self.planned_pages,
@@ -609,6 +619,7 @@ impl LayerStore {
             written: self.written,
             summaries: self.summaries.as_ref().map(Summaries::fork).transpose()?,
             mirror: None,
+            moved_to: self.moved_to,
             noted: None,
             undecided: self.undecided,
         })

@@ -19,7 +19,7 @@ pub use pool::{LANES, OCTET, Order, Pool};
 pub use summary::{Summaries, Summary};
 
 pub(crate) use mirror::Layout;
-use mirror::Mirrors;
+use mirror::{Mirrors, Staged};
 
 use crate::backend::cuda::{self, Pinned};
 use crate::parallel;
@@ -140,6 +140,8 @@ impl KvCache {
             bail!("kv cache: a step needs at least one token");
         }
         let step = Step { start: self.len, len };
+        // What a failed step left behind is moved before anything takes its place.
+        self.reflect()?;
         for layer in &mut self.layers {
             layer.reserve(step)?;
         }
@@ -149,26 +151,26 @@ impl KvCache {
         Ok(step)
     }
 
-    /// Brings the page tables to the device of the pools, if that is not the host.
+    /// Brings the page tables to the device of the pools, if that is not the host, and moves what has another place by them.
     fn reflect(&mut self) -> Result<()> {
         if self.device.is_cpu() || self.mirrors.are_of(self.layers.iter().map(LayerStore::table)) {
             return Ok(());
         }
         let tables: Vec<_> = self.layers.iter().map(LayerStore::tables).collect();
         let staged = self.mirrors.stage(&tables, &self.device)?;
-        let are_moved = self.mirrors.put(staged, &tables)?;
-        drop(tables);
-        self.look_up(are_moved);
-        Ok(())
+        let moved = self.layers.iter().zip(&staged.layouts).filter_map(|(layer, layout)| layer.moved(*layout));
+        cuda::compact(&moved.collect::<Vec<_>>(), &staged.numbers)?;
+        self.look_up(staged)
     }
 
-    /// Tells layers where their tables are, if that changed.
-    fn look_up(&mut self, are_moved: bool) {
-        if are_moved {
-            for (index, layer) in self.layers.iter_mut().enumerate() {
-                layer.look_up_in(self.mirrors.part(index).clone());
-            }
+    /// Makes staged tables those that layers look up.
+    fn look_up(&mut self, staged: Staged) -> Result<()> {
+        let tables: Vec<_> = self.layers.iter().map(LayerStore::tables).collect();
+        let are_elsewhere = self.mirrors.put(staged, &tables)?;
+        for (index, layer) in self.layers.iter_mut().enumerate() {
+            layer.look_up_in(are_elsewhere.then(|| self.mirrors.part(index).clone()));
         }
+        Ok(())
     }
 
     /// What the newest step read.
@@ -268,9 +270,9 @@ impl KvCache {
         if self.device.is_cpu() {
             return self.layers.iter_mut().try_for_each(|layer| layer.trim(self.len));
         }
-        let mut compactions = self.layers.iter_mut().map(|layer| layer.compaction(self.len)).collect::<Result<Vec<_>>>()?;
         // By the old tables, which are on the device, and the new ones.
         self.reflect()?;
+        let mut compactions: Vec<_> = self.layers.iter().map(|layer| layer.compaction(self.len)).collect();
         let mut waiting: Vec<usize> = (0..self.layers.len()).filter(|layer| compactions[*layer].is_some()).collect();
         if waiting.is_empty() {
             return Ok(());
@@ -292,11 +294,7 @@ impl KvCache {
                 self.layers[index].compact(compaction, pools);
             }
         }
-        let tables: Vec<_> = self.layers.iter().map(LayerStore::tables).collect();
-        let are_moved = self.mirrors.put(staged, &tables)?;
-        drop(tables);
-        self.look_up(are_moved);
-        Ok(())
+        self.look_up(staged)
     }
 
     /// A copy of the sequence so far, to go on from in another direction: a shared prefix is computed once.

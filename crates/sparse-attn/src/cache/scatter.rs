@@ -42,12 +42,6 @@ impl Pool {
         if moves.is_empty() {
             return Ok(());
         }
-        if pools[0].values().device().is_cuda() {
-            for pool in pools {
-                pool.check_slots(moves.iter().map(|token| token.from.max(token.to)))?;
-            }
-            return cuda::copy_rows(pools, moves);
-        }
         let move_in = |pool: &Self| pool.tensors().try_for_each(|tensor| tensor.inplace_op1(&Apply { order: pool.order(), moves }));
         pools.into_iter().try_for_each(move_in)
     }

@@ -12,7 +12,7 @@ pub use decode::{DecodeCall, DecodeLists, DecodeScratch, decode};
 pub use kernels::{Kernels, Spread, address};
 pub use pinned::Pinned;
 pub use rows::scales_of;
-pub(crate) use rows::{Compacted, compact, copy_rows, scatter_rows, summarise};
+pub(crate) use rows::{Compacted, compact, scatter_rows, summarise};
 use rows::{in_halves, transformed};
 pub use select::{Budgeted, SelectCall, SelectScratch, kind_of, score_and_select};
 
@@ -32,8 +32,8 @@ const ROWS: usize = 128;
 /// Of the layers of a gate: tokens of a thread block, rows of a tile, most tiles that a thread block takes, and its threads.
 const GATE_TOKENS: usize = 16;
 const GATE_ROWS: usize = 8;
-const GATE_TILES: usize = 8;
-const GATE_THREADS: usize = 256;
+const GATE_TILES: usize = 4;
+const GATE_THREADS: usize = 512;
 
 /// Queries that share a selection, at the most, unless asked for more: a thread block would take twice as many, but the best blocks of 32
 /// cost twice the perplexity of those of 16 (SmolLM2, 8192 tokens: KL .0156, .0106, .0096, .0080 for 32, 16, 8, 4).

@@ -1,10 +1,8 @@
 //! Rows in pools: written, moved, summarised.
 
-use super::params::{
-    CompactParams, CompactedLayer, CopyParams, Kept, ScatterParams, StoreParams, SummaryParams, TransformParams, WidenParams,
-};
+use super::params::{CompactParams, CompactedLayer, Kept, ScatterParams, StoreParams, SummaryParams, TransformParams, WidenParams};
 use super::{Kernels, Spread, address, summary_code, uninitialised};
-use crate::cache::{KvDtype, LayerStore, Layout, Move, Pool, Step, Summaries, Summary};
+use crate::cache::{KvDtype, LayerStore, Layout, Pool, Step, Summaries, Summary};
 use candle_core::{DType, Result, Tensor, bail};
 use std::ops::Range;
 
@@ -98,19 +96,6 @@ pub(crate) fn scatter_rows(pool: &Pool, rows: &Tensor, slots: &[u32]) -> Result<
     unsafe { kernels.launch(&name("scatter_rows", pool)?, Spread::new([count, 1, 1], threads), &params) }
 }
 
-/// Copies slots of both `pools` to others, all at once; the caller has checked that they lie inside, and that none that is left is taken.
-pub(crate) fn copy_rows(pools: [&Pool; 2], moves: &[Move]) -> Result<()> {
-    let device = pools[0].values().device();
-    let list: Vec<u32> = moves.iter().flat_map(|token| [token.from, token.to]).collect();
-    let list = Tensor::new(list, device)?;
-    let rows = rows_of(pools)?;
-    let params = CopyParams { rows: rows.at, words: rows.words, moves: address(&list)?, count: moves.len() as i32 };
-    let longest = rows.words.into_iter().max().unwrap_or(0) as usize;
-    let spread = Spread::new([(moves.len() * longest).div_ceil(COPIED), rows.tensors, 1], COPIED);
-    // SAFETY: the slots lie inside the pools, whose tensors have these rows; what the kernel reads lives until the stream frees it.
-    unsafe { Kernels::of(device)?.launch("copy_rows", spread, &params) }
-}
-
 /// The tensors of two pools, as rows of words.
 #[derive(Debug, Default)]
 struct Rows {
@@ -136,14 +121,16 @@ fn rows_of(pools: [&Pool; 2]) -> Result<Rows> {
 #[derive(Debug)]
 pub(crate) struct Compacted<'a> {
     pub(crate) store: &'a LayerStore,
-    pub(crate) new: &'a [Pool; 2],
+    /// The same pools, where it is only what left the window that moves.
+    pub(crate) new: [&'a Pool; 2],
     /// Where the tables that tell their places are staged.
     pub(crate) layout: Layout,
-    /// How many kept pages a head has there at the most, and recent ones.
+    /// How many kept pages of a head are written at the most, and recent ones.
     pub(crate) pages: [usize; 2],
 }
 
-/// Copies all tokens of `layers` to their new pools, by the tables that are staged in `numbers`: kept ones, and recent ones.
+/// Copies all tokens of `layers` to their new pools, by the tables that are staged in `numbers`: kept ones, and recent ones. In pools that are
+/// not new, what left the window moves.
 pub(crate) fn compact(layers: &[Compacted<'_>], numbers: &Tensor) -> Result<()> {
     let kernels = Kernels::of(numbers.device())?;
     let at = address(numbers)?;
@@ -165,7 +152,7 @@ pub(crate) fn compact(layers: &[Compacted<'_>], numbers: &Tensor) -> Result<()> 
 fn compacted(&Compacted { store, new, layout, pages }: &Compacted<'_>, numbers: u64) -> Result<(CompactedLayer, usize)> {
     let (Some(kept), recent) = (store.device_kept(), store.device_pages()?) else { bail!("cuda: no token router leaves tokens here") };
     let at = |range: Range<usize>| numbers + (range.start * size_of::<u32>()) as u64;
-    let (from, to) = (rows_of([store.k(), store.v()])?, rows_of([&new[0], &new[1]])?);
+    let (from, to) = (rows_of([store.k(), store.v()])?, rows_of(new)?);
     let [max_pages, max_kept] = layout.rooms.map(|room| room as i32);
     let layer = CompactedLayer {
         from: from.at,
