@@ -4,7 +4,7 @@ use crate::CausalLm;
 use crate::arch::TokenStep;
 use crate::sampler::{Sampler, logprobs};
 use crate::weights::MANY_TOKENS;
-use candle_core::{DType, Device, Result, Tensor, bail};
+use candle_core::{DType, Device, Result, bail};
 use sparse_attn::cache::ReadCount;
 use sparse_attn::{KvCache, KvDtypes, RoutedAttention};
 use std::ops::ControlFlow;
@@ -159,11 +159,16 @@ impl Session {
             }
             let part = &waiting[done..done + next_chunk(waiting.len() - done, chunk)];
             self.next_logits = None;
-            let hidden = self.model.forward(part, &self.attention, &mut self.cache)?;
+            let is_last = done + part.len() == waiting.len();
+            let made = if is_last {
+                self.model.forward_last(part, &self.attention, &mut self.cache)?
+            } else {
+                self.model.forward(part, &self.attention, &mut self.cache)?
+            };
             self.tokens.extend_from_slice(part);
             done += part.len();
-            if done == waiting.len() {
-                self.next_logits = Some(self.last_logits(&hidden)?);
+            if is_last {
+                self.next_logits = Some(made.flatten_all()?.to_dtype(DType::F32)?.to_vec1()?);
             }
         }
         // Long chunks took room that single tokens do not need.
@@ -211,11 +216,6 @@ impl Session {
             self.next_logits = Some(step.logits()?);
         }
         Ok(best)
-    }
-
-    fn last_logits(&self, hidden: &Tensor) -> Result<Vec<f32>> {
-        let last = hidden.narrow(0, hidden.dim(0)? - 1, 1)?.contiguous()?;
-        self.model.logits(&last)?.flatten_all()?.to_dtype(DType::F32)?.to_vec1()
     }
 
     /// Goes back to the first `len` tokens, so that what follows can be computed anew.

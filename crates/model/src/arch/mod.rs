@@ -49,15 +49,37 @@ pub trait CausalLm: std::fmt::Debug + Send + Sync {
     /// # Errors
     /// If `tokens` is empty, an id is beyond the vocabulary, or memory runs out.
     fn forward(&self, tokens: &[u32], attention: &RoutedAttention, cache: &mut KvCache) -> Result<Tensor> {
+        self.forward_to(tokens, attention, cache, &|hidden| Ok(hidden))
+    }
+
+    /// Feeds `tokens` and returns the scores of the token that follows, `[1, vocab_size]`. On an error the cache is as it was.
+    ///
+    /// # Errors
+    /// As [`CausalLm::forward`].
+    fn forward_last(&self, tokens: &[u32], attention: &RoutedAttention, cache: &mut KvCache) -> Result<Tensor> {
+        self.forward_to(tokens, attention, cache, &|hidden| self.logits(&hidden.narrow(0, hidden.dim(0)? - 1, 1)?.contiguous()?))
+    }
+
+    /// Feeds `tokens` and returns what `last` makes of the residual stream, before the host waits for anything.
+    ///
+    /// # Errors
+    /// As [`CausalLm::forward`], or if `last` fails.
+    fn forward_to(
+        &self,
+        tokens: &[u32],
+        attention: &RoutedAttention,
+        cache: &mut KvCache,
+        last: &dyn Fn(Tensor) -> Result<Tensor>,
+    ) -> Result<Tensor> {
         let vocab_size = self.config().vocab_size;
         if let Some(id) = tokens.iter().find(|id| **id as usize >= vocab_size) {
             bail!("token id {id} is beyond the vocabulary of {vocab_size}");
         }
         let step = cache.reserve(tokens.len())?;
         let device = cache.device().clone();
-        let hidden = self.hidden(&Tensor::new(tokens, &device)?, attention, step, cache)?;
+        let made = last(self.hidden(&Tensor::new(tokens, &device)?, attention, step, cache)?)?;
         cache.commit(step)?;
-        Ok(hidden)
+        Ok(made)
     }
 }
 

@@ -599,7 +599,7 @@ impl LayerStore {
     /// Takes over the pools, filled as the compaction says.
     pub(super) fn compact(&mut self, Compaction { table, frontier, .. }: Compaction, new: [Pool; 2]) {
         [self.k, self.v] = new;
-        (self.table, self.frontier) = (table, frontier);
+        (self.table, self.frontier, self.moved_to) = (table, frontier, frontier);
     }
 
     /// The same store, with a memory of its own.

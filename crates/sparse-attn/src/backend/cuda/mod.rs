@@ -84,6 +84,8 @@ impl Cuda {
             Some(lists) => (Some(&lists.firsts), lists.pieces),
             None => (None, step.len.div_ceil(tile)),
         };
+        // Whether the token router hides anything from these queries.
+        let hides = store.local_window().is_some_and(|window| lists.is_some() || step.end() > window);
         // Widening all is little beside what many queries read of it.
         let (k, v) = (in_halves(store.k())?, in_halves(store.v())?);
         let q = if store.k().is_transformed() { transformed(&q)? } else { q };
@@ -92,7 +94,7 @@ impl Cuda {
             k: address(&k)?,
             v: address(&v)?,
             pages: address(pages)?,
-            kept: Kept::of(store)?,
+            kept: if hides { Kept::of(store)? } else { Kept::default() },
             octets: lists.map_or(Ok(0), |lists| address(&lists.octets))?,
             counts: lists.map_or(Ok(0), |lists| address(&lists.counts))?,
             firsts: firsts.map_or(Ok(0), address)?,
@@ -107,21 +109,21 @@ impl Cuda {
             kv_heads: shape.kv_heads() as i32,
             group_size: shape.group_size() as i32,
             sliding_window: store.sliding_window().unwrap_or(0) as i32,
-            local_window: store.local_window().unwrap_or(0) as i32,
+            local_window: if hides { store.local_window().unwrap_or(0) as i32 } else { 0 },
             scale,
         };
-        let (name, threads, shared_bytes) = self.prefill_kernel(store, tile * shape.group_size());
+        let (name, threads, shared_bytes) = self.prefill_kernel(store, tile * shape.group_size(), hides);
         let spread = Spread { grid: [tiles, shape.kv_heads(), 1], threads, shared_bytes };
         // SAFETY: the tensors are of these shapes, and live until the stream frees them after the kernel.
         unsafe { self.kernels.launch(&name, spread, &params) }?;
         Ok(out)
     }
 
-    /// The kernel for tiles of up to `rows` rows, its threads, and the shared memory that it takes.
-    fn prefill_kernel(&self, store: &LayerStore, rows: usize) -> (String, usize, usize) {
+    /// The kernel for tiles of up to `rows` rows, by masks where something is hidden, its threads, and the shared memory that it takes.
+    fn prefill_kernel(&self, store: &LayerStore, rows: usize, hides: bool) -> (String, usize, usize) {
         let head_dim = store.shape().head_dim();
         let halves = if 2 * rows <= ROWS { "_halves" } else { "" };
-        let kept = if store.device_kept().is_some() { "_kept" } else { "" };
+        let kept = if hides { "_kept" } else { "" };
         let name = format!("attend_prefill_wgmma{halves}{kept}_{}_{head_dim}", queries_of(store).name());
         if head_dim <= 128 && self.kernels.has(&name) {
             // The queries, three stages of keys and of values, in tiles of 128 rows; and room to align them.
