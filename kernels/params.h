@@ -233,7 +233,7 @@ struct GateParams {
     int start;             // position of the first token
     int tokens;
     int rows;
-    int columns;           // a multiple of 8
+    int columns;           // a multiple of 4, with bf16 of 8
     int is_hidden;         // GELU of the sums, by erf
     int max_pages;
     int sinks;             // as in VerdictParams

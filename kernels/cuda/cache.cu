@@ -197,13 +197,13 @@ __device__ __forceinline__ Halves halves(float4 a, float4 b) {
     return out;
 }
 
-// Eight neighbours of a row, T: f32 or bf16.
-template <typename T> __device__ __forceinline__ Halves eight(const void *x, int64_t at, bool is_there) {
+// Eight neighbours of a row of which so many are left, T: f32, whole fours, or bf16, whole eights.
+template <typename T> __device__ __forceinline__ Halves eight(const void *x, int64_t at, int left) {
     Halves out{};
-    if (!is_there) return out;
+    if (left <= 0) return out;
     if constexpr (std::is_same_v<T, float>) {
         const float4 *from = (const float4 *)((const float *)x + at);
-        return halves(from[0], from[1]);
+        return halves(from[0], left > 4 ? from[1] : make_float4(0.f, 0.f, 0.f, 0.f));
     } else *(uint4 *)out.high = *(const uint4 *)((const T *)x + at);
     return out;
 }
@@ -221,17 +221,17 @@ template <typename T, int TILES> __device__ __forceinline__ void gate(const Gate
     for (int at = warp * GATE_COLUMNS + lane % 4 * 8; at - lane % 4 * 8 < p.columns; at += GATE_WARPS * GATE_COLUMNS) {
         // A lane has two tokens and a row of each tile, of which eight columns: of every product the first half is of columns 0, 1 and 2, 3
         // of all lanes, the second of the others.
-        const bool is_inside = at < p.columns;
+        const int left = p.columns - at;
         Halves x[2];
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             const int token = first_token + lane / 4 + 8 * i;
-            x[i] = eight<T>(p.x, (int64_t)token * p.columns + at, is_inside && is_token(token));
+            x[i] = eight<T>(p.x, (int64_t)token * p.columns + at, is_token(token) ? left : 0);
         }
 #pragma unroll
         for (int tile = 0; tile < TILES; ++tile) {
             const int row = first_row + tile * GATE_ROWS + lane / 4;
-            const Halves w = eight<float>(p.weight, (int64_t)row * p.columns + at, is_inside && row < p.rows);
+            const Halves w = eight<float>(p.weight, (int64_t)row * p.columns + at, row < p.rows ? left : 0);
 #pragma unroll
             for (int i = 0; i < 4; i += 2) {
                 const uint32_t high[4] = {x[0].high[i], x[1].high[i], x[0].high[i + 1], x[1].high[i + 1]};

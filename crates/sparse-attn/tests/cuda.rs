@@ -305,7 +305,7 @@ fn gates_score_and_decide_as_on_the_host() -> Result<()> {
     let odd = |seed, shape: &[usize]| normal(seed, shape)? * 0.7;
     let linear = Feedforward { hidden: None, weight: odd(1, &[kv_heads, width])?, bias: odd(2, &[kv_heads])? };
     let deep =
-        Feedforward { hidden: Some((odd(3, &[72, width])?, odd(4, &[72])?)), weight: odd(5, &[kv_heads, 72])?, bias: odd(6, &[kv_heads])? };
+        Feedforward { hidden: Some((odd(3, &[68, width])?, odd(4, &[68])?)), weight: odd(5, &[kv_heads, 68])?, bias: odd(6, &[kv_heads])? };
     let x = odd(7, &[500, width])?;
     for gate in [linear, deep] {
         let on_device = gate.to_device(&device)?;

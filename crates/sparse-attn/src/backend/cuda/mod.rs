@@ -209,14 +209,15 @@ fn launch_gate(params: GateParams, x: &Tensor, weight: &Tensor, bias: &Tensor) -
     if columns != width || bias.dims() != [rows] {
         bail!("gate: made for a width of {width}, got {columns}; {rows} rows, a bias {:?}", bias.dims());
     }
-    if !columns.is_multiple_of(8) {
-        bail!("gate: a width of {columns}, the kernel reads eight numbers at a time");
+    if !columns.is_multiple_of(4) {
+        bail!("gate: a width of {columns}, the kernel reads four numbers at a time");
     }
-    let is_ready = matches!(x.dtype(), DType::F32 | DType::BF16) && x.is_contiguous();
-    let (x, dtype) = match x.dtype() {
-        DType::BF16 => (x.contiguous()?, "bf16"),
-        _ => (x.to_dtype(DType::F32)?.contiguous()?, "f32"),
+    let (wanted, dtype) = match x.dtype() {
+        DType::BF16 if columns.is_multiple_of(8) => (DType::BF16, "bf16"),
+        _ => (DType::F32, "f32"),
     };
+    let is_ready = x.dtype() == wanted && x.is_contiguous();
+    let x = x.to_dtype(wanted)?.contiguous()?;
     let params = GateParams {
         x: address(&x)?,
         weight: address(weight)?,
