@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-[ -d target/peer ] || { python3 -m venv target/peer && target/peer/bin/pip install -q xllamacpp==2026.10.11549; }
+[ -d target/peer ] || { python3 -m venv target/peer && target/peer/bin/pip install -q xllamacpp==2026.10.11549 gguf==0.17.1; }
 cargo build --release
 fixture=crates/cli/tests/fixtures/llama_cpp.json
 for model in smollm2-135m-instruct qwen2.5-coder-0.5b-instruct gemma-3-270m; do
