@@ -269,7 +269,8 @@ impl LayerStore {
         self.mirror.as_ref()?.kept.as_ref()
     }
 
-    /// The tokens that must move before this step is written: lists, one after the other, of which each leaves no slot that it takes.
+    /// The tokens that must move before this step is written: lists, one after the other, of which each leaves no slot that it takes. None
+    /// on a GPU, which has moved them when it got the tables.
     pub fn take_moves(&mut self) -> Vec<Vec<Move>> {
         std::mem::take(&mut self.moves)
     }

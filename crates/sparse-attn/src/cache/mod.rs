@@ -262,10 +262,10 @@ impl KvCache {
         Ok(())
     }
 
-    /// Gives memory back that long steps took and shorter ones do not need, where a token router is at work.
+    /// Gives memory back that long steps took and shorter ones do not need, where a token router is at work: what the cache was made with stays.
     ///
     /// # Errors
-    /// If memory for the copy runs out; the cache is then as it was.
+    /// If memory for the copy runs out: nothing is lost then, but some layers have given theirs back and others have not.
     pub fn trim(&mut self) -> Result<()> {
         if self.device.is_cpu() {
             return self.layers.iter_mut().try_for_each(|layer| layer.trim(self.len));
