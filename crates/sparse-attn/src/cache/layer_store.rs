@@ -87,7 +87,7 @@ pub(super) struct Compaction {
 #[derive(Debug)]
 pub struct LayerStore {
     spec: LayerSpec,
-    /// Pages that the pools were made with, which are to come to use.
+    /// Pages that the pools were made with.
     planned_pages: usize,
     k: Pool,
     v: Pool,
@@ -540,8 +540,8 @@ impl LayerStore {
         self.forget(len);
     }
 
-    /// Gives memory back that was never planned, which the step before took and the next ones will not need, where a token router is at work:
-    /// on the host. `len`: tokens that are committed.
+    /// Gives memory back that the step before took and the next ones will not need, where a token router is at work: on the host.
+    /// `len`: tokens that are committed.
     pub(super) fn trim(&mut self, len: usize) -> Result<()> {
         let Some(step) = self.step_to_trim_for(len) else { return Ok(()) };
         self.make_room(step)?;
@@ -554,9 +554,10 @@ impl LayerStore {
         Ok(())
     }
 
-    /// What makes [`LayerStore::trim`] of a store on a GPU; `None`: there is little to give back.
+    /// What makes [`LayerStore::trim`] of a store on a GPU; `None`: there is little to give back. What was planned stays there: it costs a copy of
+    /// everything to give it back, and one to have it again.
     pub(super) fn compaction(&self, len: usize) -> Option<Compaction> {
-        let step = self.step_to_trim_for(len)?;
+        let step = self.step_to_trim_for(len).filter(|_| self.k.pages() > self.planned_pages)?;
         let (mut table, frontier) = self.planned(step).unwrap_or_else(|| (self.table.clone(), self.frontier));
         if self.is_tight(&table) {
             return None;
@@ -570,11 +571,10 @@ impl LayerStore {
         (self.admitted.is_some() && len > 0).then(|| Step { start: len - 1, len: 1 })
     }
 
-    /// Whether there are no more pages than were planned, or hardly more than `table` uses.
+    /// Whether there are hardly more pages than `table` uses.
     fn is_tight(&self, table: &PageTable) -> bool {
-        let pages = self.k.pages();
-        let free = table.free_pages() + pages.saturating_sub(table.pages());
-        pages <= self.planned_pages || free * 32 < table.pages()
+        let free = table.free_pages() + self.k.pages().saturating_sub(table.pages());
+        free * 32 < table.pages()
     }
 
     /// What kernels are to look up once `compaction` is done.

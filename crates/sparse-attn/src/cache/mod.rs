@@ -262,7 +262,8 @@ impl KvCache {
         Ok(())
     }
 
-    /// Gives memory back that long steps took and shorter ones do not need, where a token router is at work: what the cache was made with stays.
+    /// Gives memory back that long steps took and shorter ones do not need, where a token router is at work; on a GPU what the cache was not made
+    /// with.
     ///
     /// # Errors
     /// If memory for the copy runs out: nothing is lost then, but some layers have given theirs back and others have not.
