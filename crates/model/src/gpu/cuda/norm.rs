@@ -7,11 +7,6 @@ use sparse_attn::backend::cuda::{Kernels, Spread, address, uninitialised};
 /// Widest residual stream that kernels norm, in numbers: four times what a thread block of the most threads takes at a time.
 pub(super) const WIDEST: usize = 16 * 1024;
 
-/// Whether there is a kernel for streams of this width.
-pub(crate) fn norms(columns: usize) -> bool {
-    columns <= WIDEST && columns.is_multiple_of(4)
-}
-
 /// Adds `y` to `x` in its place, or the norm of it by a weight; both `[tokens, columns]`, f32. Returns the norm of the sum by `weight`, f32
 /// or bf16.
 ///
@@ -21,7 +16,7 @@ pub(crate) fn add_norm(x: &Tensor, y: Option<(&Tensor, Option<&Tensor>)>, weight
     let (tokens, columns) = x.dims2()?;
     let y = y.map(|(y, norm)| Ok::<_, candle_core::Error>((y.contiguous()?, norm))).transpose()?;
     let others = y.iter().any(|(y, norm)| y.shape() != x.shape() || norm.is_some_and(|norm| norm.dims() != [columns]));
-    if others || weight.dims() != [columns] || !norms(columns) {
+    if others || weight.dims() != [columns] || columns > WIDEST || !columns.is_multiple_of(4) {
         let y = y.as_ref().map(|(y, _)| y.shape());
         bail!("cuda: norm of {:?} with {y:?} by {:?}, of up to {WIDEST} numbers", x.shape(), weight.shape());
     }
