@@ -69,12 +69,18 @@ pub struct Move {
     pub to: u32,
 }
 
-/// Where everything of a layer is to be, so that no page is free.
+/// Where everything of a layer is to be.
 #[derive(Debug)]
-pub(super) struct Compaction {
+pub(super) struct Places {
     table: PageTable,
     frontier: usize,
-    pages: usize,
+}
+
+impl Places {
+    /// Pages that the pools must have.
+    pub(super) fn pages(&self) -> usize {
+        self.table.pages()
+    }
 }
 
 /// Keys and values of one layer, in pages of [`PAGE_SIZE`] slots of one head.
@@ -182,49 +188,69 @@ impl LayerStore {
         }
     }
 
-    pub(super) fn reserve(&mut self, step: Step) -> Result<()> {
-        // What a failed step left behind is written again.
+    /// The places that `step` needs, and what leaves the window before it among the kept ones; `None`: there are those. What a failed step left
+    /// behind is forgotten: it is written again.
+    pub(super) fn begin(&mut self, step: Step) -> Option<Places> {
         self.forget(step.start);
-        self.make_room(step)
+        self.places_for(step)
     }
 
-    /// Gives the tokens of `step` places, and what leaves the window before it one among the kept ones. A GPU moves it as soon as the tables
-    /// are there.
-    fn make_room(&mut self, step: Step) -> Result<()> {
-        // On copies: if growing the pools fails, all is as it was.
-        let Some((table, frontier)) = self.planned(step) else { return Ok(()) };
-        let mut moves = Vec::new();
-        for (head, admitted) in self.admitted.iter().flatten().enumerate().filter(|_| self.k.values().device().is_cpu()) {
-            for (position, index) in admitted.positions(self.frontier..frontier).zip(admitted.rank(self.frontier)..) {
-                moves.push(Move { from: self.table.recent_slot(head, position), to: table.kept_slot(head, index) });
-            }
-        }
-        let have = self.k.pages();
-        if table.pages() > have {
-            let pages = table.pages().max(have + have / 8);
-            let grow = |pool: &Pool| if step.start == 0 { pool.empty(pages) } else { pool.grown(pages) };
-            (self.k, self.v) = (grow(&self.k)?, grow(&self.v)?);
-        }
-        self.table = table;
-        self.frontier = frontier;
-        if !moves.is_empty() {
-            self.moves.push(moves);
-        }
-        Ok(())
-    }
-
-    /// The tables and the frontier that `step` needs; `None`: those that there are.
-    fn planned(&self, step: Step) -> Option<(PageTable, usize)> {
+    fn places_for(&self, step: Step) -> Option<Places> {
         if self.table.holds(step) && self.table.frontier(step) <= self.frontier {
             return None;
         }
+        // A copy: if growing the pools fails, all is as it was.
         let mut table = self.table.clone();
         let frontier = table.frontier(step).max(self.frontier);
         for (head, admitted) in self.admitted.iter().flatten().enumerate() {
             table.reserve_kept(head, admitted.rank(frontier));
         }
         table.reserve(step);
-        Some((table, frontier))
+        Some(Places { table, frontier })
+    }
+
+    /// Takes these places, for which the pools have pages. A GPU moves what they are not as soon as the tables are there.
+    pub(super) fn take(&mut self, Places { table, frontier }: Places) {
+        let mut moves = Vec::new();
+        for (head, admitted) in self.admitted.iter().flatten().enumerate().filter(|_| self.k.values().device().is_cpu()) {
+            for (position, index) in admitted.positions(self.frontier..frontier).zip(admitted.rank(self.frontier)..) {
+                moves.push(Move { from: self.table.recent_slot(head, position), to: table.kept_slot(head, index) });
+            }
+        }
+        self.table = table;
+        self.frontier = frontier;
+        if !moves.is_empty() {
+            self.moves.push(moves);
+        }
+    }
+
+    /// Pages that the pools are to have if they are made again for `places`: some more than these, or where few are left, than there are.
+    pub(super) fn pages_to_have(&self, places: Option<&Places>) -> usize {
+        let (have, table) = (self.k.pages(), places.map_or(&self.table, |places| &places.table));
+        let left = (have + table.free_pages()).saturating_sub(table.pages());
+        if self.lacks_pages(places) || 16 * left < have { table.pages().max(have + have / 8) } else { have }
+    }
+
+    /// Whether the pools have too few pages for `places`.
+    pub(super) fn lacks_pages(&self, places: Option<&Places>) -> bool {
+        places.is_some_and(|places| places.pages() > self.k.pages())
+    }
+
+    /// Takes pools that hold what these do, as far as any of it matters.
+    pub(super) fn take_pools(&mut self, [k, v]: [Pool; 2]) {
+        (self.k, self.v) = (k, v);
+    }
+
+    /// Bytes of pools with so many pages.
+    pub(super) fn bytes_of(&self, pages: usize) -> usize {
+        [&self.k, &self.v].map(|pool| Pool::page_bytes(pool.dtype(), pool.width(), pages)).iter().sum()
+    }
+
+    /// Whether the pools of both may lie in one allocation, and be given back together: on a GPU, with rows of one kind.
+    pub(super) fn may_join(&self, other: &Self) -> bool {
+        let pools = [&self.k, &self.v, &other.k, &other.v];
+        let are_alike = pools.iter().all(|pool| !pool.values().device().is_cpu() && pool.is_like(pools[0]));
+        are_alike && self.admitted.is_some() == other.admitted.is_some()
     }
 
     /// What kernels are to look up.
@@ -544,7 +570,13 @@ impl LayerStore {
     /// `len`: tokens that are committed.
     pub(super) fn trim(&mut self, len: usize) -> Result<()> {
         let Some(step) = self.step_to_trim_for(len) else { return Ok(()) };
-        self.make_room(step)?;
+        if let Some(places) = self.places_for(step) {
+            if self.lacks_pages(Some(&places)) {
+                let pages = self.pages_to_have(Some(&places));
+                self.take_pools([self.k.grown(pages)?, self.v.grown(pages)?]);
+            }
+            self.take(places);
+        }
         self.apply_moves()?; // in place: most tokens stay where they are
         if self.is_tight(&self.table) {
             return Ok(());
@@ -554,16 +586,19 @@ impl LayerStore {
         Ok(())
     }
 
-    /// What makes [`LayerStore::trim`] of a store on a GPU; `None`: there is little to give back. What was planned stays there: it costs a copy of
-    /// everything to give it back, and one to have it again.
-    pub(super) fn compaction(&self, len: usize) -> Option<Compaction> {
-        let step = self.step_to_trim_for(len).filter(|_| self.k.pages() > self.planned_pages)?;
-        let (mut table, frontier) = self.planned(step).unwrap_or_else(|| (self.table.clone(), self.frontier));
-        if self.is_tight(&table) {
-            return None;
-        }
-        let pages = table.compact().len();
-        Some(Compaction { table, frontier, pages })
+    /// The places of a store on a GPU such that no page is free, and whether it has much to give back; `None`: no token router is at work. What was
+    /// planned stays there: it costs a copy of everything to give it back, and one to have it again.
+    pub(super) fn compaction(&self, len: usize) -> Option<(Places, bool)> {
+        let step = self.step_to_trim_for(len)?;
+        let mut places = self.places_for(step).unwrap_or_else(|| Places { table: self.table.clone(), frontier: self.frontier });
+        let is_due = self.has_grown() && !self.is_tight(&places.table);
+        places.table.compact();
+        Some((places, is_due))
+    }
+
+    /// Whether there are more pages than were planned.
+    pub(super) fn has_grown(&self) -> bool {
+        self.k.pages() > self.planned_pages
     }
 
     /// What a step after the newest token will not see moves now; that token may still be taken back and fed again.
@@ -577,42 +612,33 @@ impl LayerStore {
         free * 32 < table.pages()
     }
 
-    /// What kernels are to look up once `compaction` is done.
-    pub(super) fn tables_after<'a>(&'a self, compaction: Option<&'a Compaction>) -> Tables<'a> {
-        compaction.map_or_else(|| self.tables(), |compaction| self.tables_of(&compaction.table, compaction.frontier))
+    /// What kernels are to look up once it has these places.
+    pub(super) fn tables_after<'a>(&'a self, places: Option<&'a Places>) -> Tables<'a> {
+        places.map_or_else(|| self.tables(), |places| self.tables_of(&places.table, places.frontier))
     }
 
-    /// The pools that a compaction fills.
-    ///
-    /// # Errors
-    /// If the device has no memory for them.
-    pub(super) fn pools_for(&self, compaction: &Compaction) -> Result<[Pool; 2]> {
-        Ok([self.k.uninitialised(compaction.pages)?, self.v.uninitialised(compaction.pages)?])
-    }
-
-    /// What a GPU copies to these pools.
-    pub(super) fn compacted<'a>(&'a self, compaction: &Compaction, new: &'a [Pool; 2], layout: Layout) -> Compacted<'a> {
-        let Compaction { table, frontier, .. } = compaction;
+    /// What a GPU copies to new pools for these places.
+    pub(super) fn compacted<'a>(&'a self, Places { table, frontier }: &Places, new: &'a [Pool; 2], layout: Layout) -> Compacted<'a> {
         let kept = (0..self.spec.shape.kv_heads()).map(|head| table.kept(head).len()).max().unwrap_or(0);
         Compacted { store: self, new: [&new[0], &new[1]], layout, pages: [kept, table.recent(0).len() - frontier / PAGE_SIZE] }
     }
 
-    /// Takes over the pools, filled as the compaction says.
-    pub(super) fn compact(&mut self, Compaction { table, frontier, .. }: Compaction, new: [Pool; 2]) {
-        [self.k, self.v] = new;
+    /// Takes these places and pools, in which everything lies there.
+    pub(super) fn take_compacted(&mut self, Places { table, frontier }: Places, new: [Pool; 2]) {
+        self.take_pools(new);
         (self.table, self.frontier, self.moved_to) = (table, frontier, frontier);
     }
 
-    /// The same store, with a memory of its own.
-    pub(super) fn fork(&self) -> Result<Self> {
+    /// The same store, with pools of its own.
+    pub(super) fn fork(&self, [k, v]: [Pool; 2]) -> Result<Self> {
         if self.k.values().device().is_cuda() && self.moved_to != self.frontier {
             bail!("kv cache: a step failed before its tokens were moved, nothing can be copied before the next one");
         }
         Ok(Self {
             spec: self.spec,
             planned_pages: self.planned_pages,
-            k: self.k.grown(self.k.pages())?,
-            v: self.v.grown(self.v.pages())?,
+            k,
+            v,
             table: self.table.clone(),
             admitted: self.admitted.clone(),
             frontier: self.frontier,

@@ -8,6 +8,7 @@ mod mirror;
 mod page_table;
 mod pool;
 mod scatter;
+mod slabs;
 mod summary;
 
 pub use admitted::Admitted;
@@ -18,8 +19,10 @@ pub use page_table::{NO_PAGE, PAGE_SIZE, PageTable};
 pub use pool::{LANES, OCTET, Order, Pool};
 pub use summary::{Summaries, Summary};
 
+use layer_store::Places;
 pub(crate) use mirror::Layout;
 use mirror::{Mirrors, Staged};
+use slabs::Slabs;
 
 use crate::backend::cuda::{self, Pinned};
 use crate::parallel;
@@ -55,6 +58,7 @@ impl Step {
 #[derive(Debug)]
 pub struct KvCache {
     layers: Vec<LayerStore>,
+    slabs: Slabs,
     device: Device,
     len: usize,
     read: ReadCount,
@@ -84,13 +88,6 @@ impl ReadCount {
     }
 }
 
-/// Bytes of layers that are there twice while memory is given back.
-const COMPACTED_BYTES: usize = 64 << 20;
-
-fn bytes_of<T>((_, pools, _): &(usize, [Pool; 2], T)) -> usize {
-    pools.iter().map(Pool::bytes).sum()
-}
-
 impl KvCache {
     /// An empty cache with room for `capacity` tokens allocated now (it grows beyond when asked to).
     ///
@@ -98,7 +95,12 @@ impl KvCache {
     /// If the device has no memory for it.
     pub fn new(specs: &[LayerSpec], dtypes: KvDtypes, device: &Device, capacity: usize) -> Result<Self> {
         let layers = specs.iter().map(|spec| LayerStore::new(*spec, dtypes, device, capacity)).collect::<Result<Vec<_>>>()?;
-        Ok(Self { layers, device: device.clone(), len: 0, read: ReadCount::default(), mirrors: Mirrors::default(), noted: None })
+        Ok(Self::of(layers, Slabs::single(specs.len()), device, 0))
+    }
+
+    fn of(layers: Vec<LayerStore>, slabs: Slabs, device: &Device, len: usize) -> Self {
+        let (read, mirrors) = (ReadCount::default(), Mirrors::default());
+        Self { layers, slabs, device: device.clone(), len, read, mirrors, noted: None }
     }
 
     /// Bytes that [`KvCache::new`] allocates, without allocating them.
@@ -142,13 +144,37 @@ impl KvCache {
         let step = Step { start: self.len, len };
         // What a failed step left behind is moved before anything takes its place.
         self.reflect()?;
-        for layer in &mut self.layers {
-            layer.reserve(step)?;
+        let places: Vec<_> = self.layers.iter_mut().map(|layer| layer.begin(step)).collect();
+        self.make_pages(&places, step.start > 0)?;
+        for (layer, places) in self.layers.iter_mut().zip(places) {
+            places.into_iter().for_each(|places| layer.take(places));
         }
         self.reflect()?;
         self.make_room_for_verdicts(step)?;
         self.read = ReadCount::default();
         Ok(step)
+    }
+
+    /// Gives pools that lack pages for `places` of their layers more, and those beside them; `keeps` what is there.
+    fn make_pages(&mut self, places: &[Option<Places>], keeps: bool) -> Result<()> {
+        let lacks = |layer: usize| self.layers[layer].lacks_pages(places[layer].as_ref());
+        if !(0..self.layers.len()).any(lacks) {
+            return Ok(());
+        }
+        let pages: Vec<usize> = self.layers.iter().zip(places).map(|(layer, places)| layer.pages_to_have(places.as_ref())).collect();
+        let bytes = |layer: usize| self.layers[layer].bytes_of(pages[layer]);
+        for slab in self.slabs.renew(lacks, bytes, |layer| self.layers[layer].may_join(&self.layers[layer - 1])) {
+            let layers = &mut self.layers[slab.clone()];
+            let new = slabs::pools_of(layers, |index| pages[slab.start + index], true)?;
+            for (layer, [k, v]) in layers.iter_mut().zip(new) {
+                if keeps {
+                    k.take_over(layer.k())?;
+                    v.take_over(layer.v())?;
+                }
+                layer.take_pools([k, v]);
+            }
+        }
+        Ok(())
     }
 
     /// Brings the page tables to the device of the pools, if that is not the host, and moves what has another place by them.
@@ -271,28 +297,35 @@ impl KvCache {
         if self.device.is_cpu() {
             return self.layers.iter_mut().try_for_each(|layer| layer.trim(self.len));
         }
-        // By the old tables, which are on the device, and the new ones.
-        self.reflect()?;
-        let mut compactions: Vec<_> = self.layers.iter().map(|layer| layer.compaction(self.len)).collect();
-        let mut waiting: Vec<usize> = (0..self.layers.len()).filter(|layer| compactions[*layer].is_some()).collect();
-        if waiting.is_empty() {
+        if !self.layers.iter().any(LayerStore::has_grown) {
             return Ok(());
         }
-        let after = self.layers.iter().zip(&compactions).map(|(layer, compaction)| layer.tables_after(compaction.as_ref()));
-        let staged = self.mirrors.stage(&after.collect::<Vec<_>>(), &self.device)?;
-        while !waiting.is_empty() {
-            // Small layers at once; a large one is there twice for as short as can be.
-            let mut new = Vec::new();
-            while let Some(index) = waiting.pop_if(|_| new.iter().map(bytes_of).sum::<usize>() < COMPACTED_BYTES) {
-                if let Some(compaction) = compactions[index].take() {
-                    new.push((index, self.layers[index].pools_for(&compaction)?, compaction));
-                }
-            }
-            let jobs =
-                new.iter().map(|(index, pools, compaction)| self.layers[*index].compacted(compaction, pools, staged.layouts[*index]));
-            cuda::compact(&jobs.collect::<Vec<_>>(), &staged.numbers)?;
-            for (index, pools, compaction) in new {
-                self.layers[index].compact(compaction, pools);
+        // By the old tables, which are on the device, and the new ones.
+        self.reflect()?;
+        let mut after: Vec<_> = self.layers.iter().map(|layer| layer.compaction(self.len)).collect();
+        let is_due = |layer: usize| after[layer].as_ref().is_some_and(|(_, is_due)| *is_due);
+        let bytes = |layer: usize| after[layer].as_ref().map_or(0, |(places, _)| self.layers[layer].bytes_of(places.pages()));
+        let slabs = self.slabs.renew(is_due, bytes, |layer| self.layers[layer].may_join(&self.layers[layer - 1]));
+        let renewed: Vec<usize> = slabs.iter().cloned().flatten().collect();
+        if renewed.is_empty() {
+            return Ok(());
+        }
+        let mut places: Vec<Option<Places>> = self.layers.iter().map(|_| None).collect();
+        for layer in renewed {
+            places[layer] = after[layer].take().map(|(places, _)| places);
+        }
+        let tables: Vec<_> = self.layers.iter().zip(&places).map(|(layer, places)| layer.tables_after(places.as_ref())).collect();
+        let staged = self.mirrors.stage(&tables, &self.device)?;
+        // One after the other: only so much is there twice.
+        for slab in slabs {
+            let (layers, places, layouts) = (&mut self.layers[slab.clone()], &mut places[slab.clone()], &staged.layouts[slab]);
+            let places: Vec<Places> = places.iter_mut().filter_map(Option::take).collect();
+            let new = slabs::pools_of(layers, |index| places[index].pages(), false)?;
+            let jobs = layers.iter().zip(&places).zip(&new).zip(layouts);
+            let jobs: Vec<_> = jobs.map(|(((layer, places), new), layout)| layer.compacted(places, new, *layout)).collect();
+            cuda::compact(&jobs, &staged.numbers)?;
+            for ((layer, places), new) in layers.iter_mut().zip(places).zip(new) {
+                layer.take_compacted(places, new);
             }
         }
         self.look_up(staged)
@@ -303,15 +336,17 @@ impl KvCache {
     /// # Errors
     /// If the device has no memory for it.
     pub fn fork(&self) -> Result<Self> {
-        let layers = self.layers.iter().map(LayerStore::fork).collect::<Result<Vec<_>>>()?;
-        Ok(Self {
-            layers,
-            device: self.device.clone(),
-            len: self.len,
-            read: ReadCount::default(),
-            mirrors: Mirrors::default(),
-            noted: None,
-        })
+        let (mut layers, mut slabs) = (Vec::with_capacity(self.layers.len()), Slabs::single(self.layers.len()));
+        let bytes = |layer: usize| self.layers[layer].bytes_of(self.layers[layer].k().pages());
+        for slab in slabs.renew(|_| true, bytes, |layer| self.layers[layer].may_join(&self.layers[layer - 1])) {
+            let old = &self.layers[slab];
+            for (layer, [k, v]) in old.iter().zip(slabs::pools_of(old, |index| old[index].k().pages(), false)?) {
+                k.take_over(layer.k())?;
+                v.take_over(layer.v())?;
+                layers.push(layer.fork([k, v])?);
+            }
+        }
+        Ok(Self::of(layers, slabs, &self.device, self.len))
     }
 
     /// Bytes allocated for keys, values, page tables and block summaries, slack included.

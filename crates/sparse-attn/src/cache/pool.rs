@@ -120,16 +120,34 @@ impl Pool {
         pages * PAGE_SIZE * dtype.row_bytes(width)
     }
 
-    /// A pool like this one, on a GPU, with `pages` pages that a kernel fills.
+    /// Pools like these on a GPU, with so many pages each, side by side in one allocation: zeros, or what a kernel is to fill. All have rows of
+    /// one width, stored alike.
     ///
     /// # Errors
-    /// If the device has no memory for it.
-    pub(super) fn uninitialised(&self, pages: usize) -> Result<Self> {
-        let like = |tensor: &Tensor| {
-            let (_, rows, width) = tensor.dims3()?;
-            cuda::uninitialised((pages, rows, width), tensor.dtype(), tensor.device())
+    /// If the device has no memory for them.
+    pub(super) fn side_by_side(like: &[(&Self, usize)], is_zeroed: bool) -> Result<Vec<Self>> {
+        let Some(((first, _), total)) = like.first().zip(Some(like.iter().map(|(_, pages)| pages).sum::<usize>())) else {
+            return Ok(Vec::new());
         };
-        Ok(Self { values: like(&self.values)?, scales: self.scales.as_ref().map(like).transpose()?, ..*self })
+        let all = |tensor: &Tensor| {
+            let (_, rows, width) = tensor.dims3()?;
+            let (shape, dtype, device) = ((total, rows, width), tensor.dtype(), tensor.device());
+            if is_zeroed { Tensor::zeros(shape, dtype, device) } else { cuda::uninitialised(shape, dtype, device) }
+        };
+        let (values, scales) = (all(&first.values)?, first.scales.as_ref().map(all).transpose()?);
+        let mut place = 0;
+        let own = |(pool, pages): &(&Self, usize)| {
+            let part = |tensor: &Tensor| tensor.narrow(0, place, *pages);
+            let new = Self { values: part(&values)?, scales: scales.as_ref().map(part).transpose()?, ..**pool };
+            place += pages;
+            Ok(new)
+        };
+        like.iter().map(own).collect()
+    }
+
+    /// Whether [`Pool::side_by_side`] takes both.
+    pub(super) fn is_like(&self, other: &Self) -> bool {
+        (self.dtype, self.width) == (other.dtype, other.width)
     }
 
     /// The same rows with room for `pages` pages.
@@ -138,12 +156,21 @@ impl Pool {
     /// If the device has no memory for it.
     pub fn grown(&self, pages: usize) -> Result<Self> {
         let larger = self.empty(pages)?;
-        if self.pages() > 0 {
-            for (to, from) in larger.tensors().zip(self.tensors()) {
+        larger.take_over(self)?;
+        Ok(larger)
+    }
+
+    /// Copies the rows of another pool, which has no more pages and shares no memory with this one.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub(super) fn take_over(&self, other: &Self) -> Result<()> {
+        if other.pages() > 0 {
+            for (to, from) in self.tensors().zip(other.tensors()) {
                 to.slice_set(from, 0, 0)?;
             }
         }
-        Ok(larger)
+        Ok(())
     }
 
     /// A pool like this one with room for `pages` pages, of which nothing is written yet.
