@@ -78,6 +78,33 @@ __device__ __forceinline__ void compact(const CompactedLayer &p, int tensor) {
     }
 }
 
+// The kept tokens of a page of recent ones, behind those of the pages before it.
+__device__ __forceinline__ void pack_kept(const PackParams &p) {
+    __shared__ int before, from[PAGE];
+    follow();
+    const int head = blockIdx.y, page = blockIdx.x, first = p.kept.counts[0] / PAGE, thread = threadIdx.x;
+    const uint64_t *masks = (const uint64_t *)(p.kept.masks + (int64_t)head * p.max_pages * (PAGE / OCTET)) + first;
+    if (thread == 0) before = 0;
+    __syncthreads();
+    int sum = 0;
+    for (int i = thread; i < page; i += blockDim.x) sum += __popcll(masks[i]);
+    sum = __reduce_add_sync(~0u, sum);
+    if (thread % 32 == 0) atomicAdd(&before, sum);
+    const uint64_t mask = masks[page];
+    const auto rank = [&](int slot) { return __popcll(mask & ((uint64_t(1) << slot) - 1)); };
+    if (thread < PAGE && (mask >> thread & 1)) from[rank(thread)] = p.pages[(int64_t)head * p.max_pages + first + page] * PAGE + thread;
+    __syncthreads();
+    constexpr int OCTETS = PAGE / OCTET;
+    if (thread < OCTETS) p.packed[(head * (p.max_packed / PAGE) + page) * OCTETS + thread] = before + rank(OCTET * thread);
+    // 16 bytes at a time.
+    const int chunks = p.head_dim / 8;
+    for (int i = thread; i < __popcll(mask) * chunks; i += blockDim.x) {
+        const int64_t at = (int64_t)from[i / chunks] * chunks + i % chunks, to = ((int64_t)head * p.max_packed + before) * chunks + i;
+        ((uint4 *)p.packed_k)[to] = ((const uint4 *)p.k)[at];
+        ((uint4 *)p.packed_v)[to] = ((const uint4 *)p.v)[at];
+    }
+}
+
 // The smallest number of T that is not below x.
 template <typename T> __device__ __forceinline__ T round_up(float x) {
     T near;
@@ -315,6 +342,7 @@ __device__ __forceinline__ void transform(const TransformParams &p) {
 } // namespace cache
 
 extern "C" __global__ void __launch_bounds__(256) transform_f16(const TransformParams p) { cache::transform(p); }
+extern "C" __global__ void __launch_bounds__(256) pack_kept(const PackParams p) { cache::pack_kept(p); }
 extern "C" __global__ void __launch_bounds__(256) note_verdicts(const VerdictParams p) { cache::note_verdicts(p); }
 extern "C" __global__ void __launch_bounds__(256) widen_bytes(const WidenParams p) { cache::widen(p); }
 

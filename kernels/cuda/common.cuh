@@ -176,6 +176,8 @@ struct Reads {
         count = list ? p.counts[row_of_list] : kept_octets + newest / OCTET + 1 - oldest;
     }
 
+    __device__ __forceinline__ int octets() const { return count; }
+
     static __device__ __forceinline__ int row(const int *pages, int octet) {
         return (pages[octet / (PAGE / OCTET)] * (PAGE / OCTET) + octet % (PAGE / OCTET)) << 8;
     }
@@ -203,6 +205,41 @@ struct Reads {
         if (index < kept_octets) return Octet{row(kept_pages, index) | 0xff >> max(0, OCTET * (index + 1) - kept), -1};
         const int octet = oldest + index - kept_octets;
         return Octet{row(pages, octet) | (masks ? masks[octet] : 0xff), octet * OCTET};
+    }
+};
+
+constexpr int PACKED = -2; // the position of octets that are packed beside the pools
+
+// The octets that queries of a prompt read: of tokens that none of them sees by its window, those that are packed.
+struct PromptReads : Reads {
+    int packed, first_packed; // tokens, and the first octet of the head's
+
+    __device__ __forceinline__ PromptReads(const PrefillParams &p, int head, int row_of_list, int eldest, int newest)
+        : Reads(p, head, row_of_list, eldest, newest), packed(0), first_packed(head * (p.max_packed / OCTET)) {
+        if (!masks || !p.packed) return;
+        const int skipped = max(0, eldest - p.local_window + 1 - oldest * OCTET) / OCTET;
+        packed = p.packed[first_packed + skipped];
+        oldest += skipped, count -= skipped;
+    }
+
+    __device__ __forceinline__ int packed_octets() const { return (packed + OCTET - 1) / OCTET; }
+    __device__ __forceinline__ int octets() const { return count + packed_octets(); }
+
+    __device__ __forceinline__ Octet octet(int index) const {
+        const int own = index - kept_octets;
+        return is_packed(own) ? packed_octet(own) : Reads::octet(own < 0 ? index : index - packed_octets());
+    }
+
+    __device__ __forceinline__ Octet octet_by_branches(int index) const {
+        const int own = index - kept_octets;
+        return is_packed(own) ? packed_octet(own) : Reads::octet_by_branches(own < 0 ? index : index - packed_octets());
+    }
+
+  private:
+    __device__ __forceinline__ bool is_packed(int own) const { return own >= 0 && own < packed_octets(); }
+
+    __device__ __forceinline__ Octet packed_octet(int own) const {
+        return Octet{(first_packed + own) << 8 | 0xff >> max(0, OCTET * (own + 1) - packed), PACKED};
     }
 };
 

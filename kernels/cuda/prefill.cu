@@ -27,8 +27,8 @@ template <typename T, int D> __device__ void attend(const PrefillParams &p) {
     const int row_of_list = (p.lists ? p.lists[tile] : tile) * p.kv_heads + head;
     const int eldest = p.start + first, newest = eldest + queries - 1; // positions of the queries
     const int local_window = p.windows ? p.windows[row_of_list / p.kv_heads] : p.local_window;
-    const Reads reads(p, head, row_of_list, eldest, newest);
-    const int steps = (reads.count + OCTETS - 1) / OCTETS;
+    const PromptReads reads(p, head, row_of_list, eldest, newest);
+    const int steps = (reads.octets() + OCTETS - 1) / OCTETS;
     const uint32_t base = shared_address(shared);
 
     auto fetch = [&](int step, int stage) {
@@ -50,8 +50,9 @@ template <typename T, int D> __device__ void attend(const PrefillParams &p) {
                 const bool there = octet.position < 0 ? octet.row >> row % OCTET & 1 : octet.position + row % OCTET <= newest;
                 const int64_t from = there ? ((int64_t)(octet.row >> 8) * OCTET + row % OCTET) * D + chunk * 8 : 0;
                 const uint32_t slot = row * D * 2 + ((chunk ^ (row & 7)) * 16);
-                copy_async(to + slot, (const T *)p.k + from, there);
-                copy_async(to + TILE_BYTES + slot, (const T *)p.v + from, there);
+                const bool is_packed = octet.position == PACKED;
+                copy_async(to + slot, (const T *)(is_packed ? p.packed_k : p.k) + from, there);
+                copy_async(to + TILE_BYTES + slot, (const T *)(is_packed ? p.packed_v : p.v) + from, there);
             }
         }
         asm volatile("cp.async.commit_group;");

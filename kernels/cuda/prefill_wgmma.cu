@@ -132,15 +132,15 @@ template <> struct Shared<true> {
 };
 
 // What a thread block computes: a tile of queries, and what it reads.
-struct Tile {
+template <bool KEPT> struct Tile {
     int first, queries, eldest, newest; // of the step; and positions
-    Reads reads;
+    std::conditional_t<KEPT, PromptReads, Reads> reads;
     int steps, local_window;
 
     __device__ __forceinline__ Tile(const PrefillParams &p, int tile, int head)
         : first(p.firsts ? p.firsts[tile] : tile * p.tile), queries((p.firsts ? p.firsts[tile + 1] : min(first + p.tile, p.tokens)) - first),
           eldest(p.start + first), newest(eldest + queries - 1), reads(p, head, (p.lists ? p.lists[tile] : tile) * p.kv_heads + head, eldest, newest),
-          steps((reads.count + OCTETS - 1) / OCTETS), local_window(p.windows ? p.windows[p.lists ? p.lists[tile] : tile] : p.local_window) {}
+          steps((reads.octets() + OCTETS - 1) / OCTETS), local_window(p.windows ? p.windows[p.lists ? p.lists[tile] : tile] : p.local_window) {}
 };
 
 // Where queries, then all stages of keys, then of values lie.
@@ -152,7 +152,7 @@ template <int D> struct Places {
 
 // Copies queries, keys and values: the work of one warpgroup.
 template <typename T, int D, bool KEPT>
-__device__ __forceinline__ void fetch(const PrefillParams &p, const Tile &tile, Places<D> places, Shared<KEPT> &shared, int head) {
+__device__ __forceinline__ void fetch(const PrefillParams &p, const Tile<KEPT> &tile, Places<D> places, Shared<KEPT> &shared, int head) {
     constexpr int CHUNKS = D / 8, ROWS_AT_ONCE = GROUP / CHUNKS; // chunks of 16 bytes
     const int thread = threadIdx.x % GROUP, lane = threadIdx.x % 32, chunk = thread % CHUNKS, G = p.group_size;
     const bool leads = thread < 32;
@@ -176,14 +176,14 @@ __device__ __forceinline__ void fetch(const PrefillParams &p, const Tile &tile, 
         }
     };
     auto place = [&](uint32_t to, int row) { return to + chunk / 8 * PANEL + row * 128 + ((chunk ^ row) % 8) * 16; };
-    auto copy = [&](const void *pool, int step, uint32_t to) {
-        const T *from = (const T *)pool + chunk * 8;
-#pragma unroll 8
+    auto copy = [&](const void *pool, const void *packed, int step, uint32_t to) {
+#pragma unroll(KEPT ? 4 : 8)
         for (int row = thread / CHUNKS; row < KEYS; row += ROWS_AT_ONCE) {
             const Octet octet = shared.listed[step % LISTED][row / OCTET];
             // What no query sees stays out: it may be anything, and no number hides it.
             const bool there = octet.position < 0 ? octet.row >> row % OCTET & 1 : octet.position + row % OCTET <= tile.newest;
             const int64_t at = there ? ((int64_t)(octet.row >> 8) * OCTET + row % OCTET) * D : 0;
+            const T *from = (const T *)(KEPT && octet.position == PACKED ? packed : pool) + chunk * 8;
             copy_async(place(to, row), from + at, there);
         }
         asm volatile("cp.async.commit_group;");
@@ -206,11 +206,11 @@ __device__ __forceinline__ void fetch(const PrefillParams &p, const Tile &tile, 
         meet(3, GROUP); // the octets of this step are noted
         const Octet ahead = leads ? look_up(step + 2) : Octet{0, -1};
         if (step >= STAGES) await(shared.keys_read + stage, before);
-        copy(p.k, step, places.keys(step));
+        copy(p.k, p.packed_k, step, places.keys(step));
         asm volatile("cp.async.wait_group 2;");
         if (step > 0) tell(shared.keys_there + (step - 1) % STAGES);
         if (step >= STAGES) await(shared.values_read + stage, before);
-        copy(p.v, step, places.values(step));
+        copy(p.v, p.packed_v, step, places.values(step));
         asm volatile("cp.async.wait_group 2;");
         if (step > 0) tell(shared.values_there + (step - 1) % STAGES);
         if (leads) note(step + 2, ahead);
@@ -223,7 +223,7 @@ __device__ __forceinline__ void fetch(const PrefillParams &p, const Tile &tile, 
 
 // Rows of scores and of sums: a thread has those of lane / 4 of its warp's 16, and of 8 more.
 template <typename T, int D, bool HALVES, bool KEPT>
-__device__ __forceinline__ void compute(const PrefillParams &p, const Tile &tile, Places<D> places, Shared<KEPT> &shared, float *handed, int head) {
+__device__ __forceinline__ void compute(const PrefillParams &p, const Tile<KEPT> &tile, Places<D> places, Shared<KEPT> &shared, float *handed, int head) {
     constexpr int OWN = HALVES ? KEYS / 2 : KEYS; // keys of a step that a warpgroup takes
     const int group = threadIdx.x / GROUP, warp = threadIdx.x / 32, lane = threadIdx.x % 32, G = p.group_size;
     const int first_row = (HALVES ? warp % 4 : warp) * 16 + lane / 4, first_octet = HALVES ? group * (OWN / OCTET) : 0;
@@ -396,7 +396,7 @@ template <typename T, int D, bool HALVES, bool KEPT> __device__ __forceinline__ 
     __shared__ Shared<KEPT> shared;
     const uint32_t before = shared_address(unaligned), aligned = (before + 1023) & ~1023u;
     follow();
-    const Tile tile(p, gridDim.x - 1 - blockIdx.x, blockIdx.y); // the longest first
+    const Tile<KEPT> tile(p, gridDim.x - 1 - blockIdx.x, blockIdx.y); // the longest first
     if (threadIdx.x == 0) {
         for (int stage = 0; stage < STAGES; ++stage) {
             prepare(shared.keys_there + stage, GROUP), prepare(shared.values_there + stage, GROUP);

@@ -298,6 +298,28 @@ fn a_token_router_is_followed() -> Result<()> {
 }
 
 #[test]
+fn a_long_prompt_reads_what_is_kept_of_itself() -> Result<()> {
+    let Some(device) = gpu() else { return Ok(()) };
+    // Heads enough that kept tokens are packed for queries of which no window has them.
+    for (shape, chunks) in
+        [((32, 8, 128, None), &[900][..]), ((64, 8, 64, None), &[2, 898]), ((16, 4, 256, None), &[900]), ((32, 8, 128, None), &[130, 770])]
+    {
+        let case = Case::new(shape, 900)?;
+        for (keep, window, dtype) in
+            [(0.4, 70, KvDtype::F16), (0.02, 64, KvDtype::Bf16), (0.9, 20, KvDtype::Q8_0), (0.0, 129, KvDtype::F16)]
+        {
+            let routing = Routing { token_router: Arc::new(Random { keep }), ..Routing::dense() };
+            let routing = Routing { limits: Limits { window, ..routing.limits }, ..routing };
+            let (want, _) = case.run(&RoutedAttention::new(routing.clone(), Arc::new(Cpu))?, dtype, &Device::Cpu, &[900])?;
+            let (got, _) = case.run(&on_gpu(&device, routing)?, dtype, &device, chunks)?;
+            let error = far(&got, &want)?;
+            assert!(error < tolerance(dtype), "{shape:?} {dtype:?} in {chunks:?}, {keep} kept beyond {window}: {error}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
 fn gates_score_and_decide_as_on_the_host() -> Result<()> {
     let Some(device) = gpu() else { return Ok(()) };
     let (kv_heads, width) = (3, 576);

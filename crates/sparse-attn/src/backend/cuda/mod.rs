@@ -13,7 +13,7 @@ pub use kernels::{Kernels, Spread, address};
 pub use pinned::Pinned;
 pub use rows::scales_of;
 pub(crate) use rows::{Compacted, compact, scatter_rows, summarise};
-use rows::{in_halves, transformed};
+use rows::{Packed, in_halves, transformed};
 pub use select::{Budgeted, SelectCall, SelectScratch, kind_of, score_and_select};
 
 use super::{AttentionBackend, Routed, RoutedJob};
@@ -89,6 +89,8 @@ impl Cuda {
         // Widening all is little beside what many queries read of it.
         let (k, v) = (in_halves(store.k())?, in_halves(store.v())?);
         let q = if store.k().is_transformed() { transformed(&q)? } else { q };
+        let packed = if hides && lists.is_none() { rows::pack(store, [&k, &v], step)? } else { None };
+        let of_packed = |tensor: fn(&Packed) -> &Tensor| packed.as_ref().map_or(Ok(0), |packed| address(tensor(packed)));
         let params = PrefillParams {
             q: address(&q)?,
             k: address(&k)?,
@@ -100,9 +102,13 @@ impl Cuda {
             firsts: firsts.map_or(Ok(0), address)?,
             lists: lists.map_or(Ok(0), |lists| address(&lists.of_pieces))?,
             windows: lists.and_then(|lists| lists.windows.on_device.as_ref()).map_or(Ok(0), address)?,
+            packed_k: of_packed(|packed| &packed.k)?,
+            packed_v: of_packed(|packed| &packed.v)?,
+            packed: of_packed(|packed| &packed.before)?,
             out: address(&out)?,
             max_pages: pages.dim(1)? as i32,
             max_octets: lists.map_or(0, |lists| lists.most) as i32,
+            max_packed: packed.as_ref().map_or(0, |packed| packed.room) as i32,
             start: step.start as i32,
             tokens: step.len as i32,
             tile: tile as i32,
