@@ -255,6 +255,12 @@ struct GateParams {
     int is_hidden;         // GELU of the sums, by erf
     int max_pages;
     int sinks;             // as in VerdictParams
-    int is_early;          // whether it reads nothing that the kernel before it writes
     float tau;
+};
+
+// A step's keys and values, and a gate's verdict on its tokens.
+struct StoreGatedParams {
+    StoreParams store;
+    GateParams gate;
+    int gates;             // thread blocks of the gate: the first ones
 };

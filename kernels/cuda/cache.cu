@@ -11,13 +11,10 @@ template <typename S> __device__ void scatter(const ScatterParams &p) {
         store_at<S>(p.pool, p.scales, p.slots[blockIdx.x], p.width, i, p.transforms ? hadamard(from[i]) : from[i]);
 }
 
-// Rows one after the other: a token's keys, then its values; a warp takes one at a time. Meanwhile the next kernel may begin.
-template <typename S> __device__ void store(const StoreParams &p) {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;");
-#endif
-    const int lane = threadIdx.x % 32, warps = gridDim.x * blockDim.x / 32, rows = 2 * p.tokens * p.kv_heads;
-    for (int row = (blockIdx.x * blockDim.x + threadIdx.x) / 32; row < rows; row += warps) {
+// Rows one after the other: a token's keys, then its values; a warp takes one at a time, of so many thread blocks.
+template <typename S> __device__ __forceinline__ void store(const StoreParams &p, int block, int blocks) {
+    const int lane = threadIdx.x % 32, warps = blocks * blockDim.x / 32, rows = 2 * p.tokens * p.kv_heads;
+    for (int row = (block * blockDim.x + threadIdx.x) / 32; row < rows; row += warps) {
         const int head = row % p.kv_heads, token = row / p.kv_heads % p.tokens, t = p.start + token;
         const bool of_values = row >= p.tokens * p.kv_heads;
         const int64_t slot = (int64_t)p.pages[(int64_t)head * p.max_pages + t / PAGE] * PAGE + t % PAGE;
@@ -242,7 +239,6 @@ template <typename T, int TILES> __device__ __forceinline__ void gate(const Gate
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, first_row = blockIdx.y * TILES * GATE_ROWS;
     const int first_token = (p.start / GATE_TOKENS + blockIdx.x) * GATE_TOKENS - p.start; // in the step; before it there is none
     const auto is_token = [&](int token) { return token >= 0 && token < p.tokens; };
-    if (!p.is_early) follow();
     float c[TILES][4] = {};
 #pragma unroll 4
     for (int at = warp * GATE_COLUMNS + lane % 4 * 8; at - lane % 4 * 8 < p.columns; at += GATE_WARPS * GATE_COLUMNS) {
@@ -290,8 +286,6 @@ template <typename T, int TILES> __device__ __forceinline__ void gate(const Gate
             if (lane == 0) kept[warp] = bits;
         }
     }
-    // What comes after this kernel comes after the one before it.
-    if (p.is_early) follow();
     if (TILES > 1 || !p.masks) return;
     __syncthreads();
     // An octet of a row for each thread: a warp has had four tokens.
@@ -312,7 +306,10 @@ template <typename T, int TILES> __device__ __forceinline__ void gate(const Gate
 
 // grid (tiles of tokens that the step has a part of, ceil(rows / (8 TILES)))
 #define GATE(NAME, T, TILES)                                                                                                               \
-    extern "C" __global__ void __launch_bounds__(cache::GATE_WARPS * 32) gate_##NAME##_##TILES(const GateParams p) { cache::gate<T, TILES>(p); }
+    extern "C" __global__ void __launch_bounds__(cache::GATE_WARPS * 32) gate_##NAME##_##TILES(const GateParams p) {                       \
+        follow();                                                                                                                          \
+        cache::gate<T, TILES>(p);                                                                                                          \
+    }
 GATE(f32, float, 1)
 GATE(f32, float, 4)
 GATE(bf16, __nv_bfloat16, 1)
@@ -346,14 +343,23 @@ extern "C" __global__ void __launch_bounds__(256) pack_kept(const PackParams p) 
 extern "C" __global__ void __launch_bounds__(256) note_verdicts(const VerdictParams p) { cache::note_verdicts(p); }
 extern "C" __global__ void __launch_bounds__(256) widen_bytes(const WidenParams p) { cache::widen(p); }
 
+// The gate takes longer, and begins.
+#define STORE_GATED(NAME, S, GATE, T)                                                                                                      \
+    extern "C" __global__ void __launch_bounds__(cache::GATE_WARPS * 32) store_step_##NAME##_gate_##GATE(const StoreGatedParams p) {       \
+        if ((int)blockIdx.x < p.gates) cache::gate<T, 1>(p.gate);                                                                          \
+        else cache::store<S>(p.store, blockIdx.x - p.gates, gridDim.x - p.gates);                                                          \
+    }
 #define ROWS(NAME, S)                                                                                                                      \
-    extern "C" __global__ void store_step_##NAME(const StoreParams p) { cache::store<S>(p); }                                               \
+    extern "C" __global__ void store_step_##NAME(const StoreParams p) { cache::store<S>(p, blockIdx.x, gridDim.x); }                        \
+    STORE_GATED(NAME, S, f32, float)                                                                                                       \
+    STORE_GATED(NAME, S, bf16, __nv_bfloat16)                                                                                              \
     extern "C" __global__ void scatter_rows_##NAME(const ScatterParams p) { cache::scatter<S>(p); }                                         \
     extern "C" __global__ void summarise_blocks_##NAME(const SummaryParams p) { cache::summaries<S>(p); }
 ROWS(f16, half)
 ROWS(bf16, __nv_bfloat16)
 ROWS(q8_0, Bytes)
 #undef ROWS
+#undef STORE_GATED
 #define EXPAND(NAME, T) extern "C" __global__ void expand_queries_##NAME(const ExpandParams p) { cache::expand<T>(p); }
 EXPAND(f16, half)
 EXPAND(bf16, __nv_bfloat16)

@@ -211,9 +211,10 @@ impl RoutedAttention {
         store.apply_moves()?;
         let admission =
             token_router.admit(layer, RouterInput { hidden: input.hidden, k: input.k, k_before_rope: input.k_before_rope, step })?;
-        self.backend.write(input.k, input.v, step, store)?;
-        // A device decides while it still writes.
         store.admit(step, admission, limits.sinks)?;
+        // A device may decide while it writes.
+        self.backend.write(input.k, input.v, step, store)?;
+        store.ask(step)?;
         // Layers with a sliding window read no more than that anyway.
         let routed = self.is_routed(layer, store);
         if self.observer.is_some() || routed && self.reads_by_score(layer, step) {

@@ -69,7 +69,18 @@ pub(crate) fn gate_layer(_x: &Tensor, _weight: &Tensor, _bias: &Tensor, _is_hidd
     absent()
 }
 
-pub(crate) fn note_verdicts(_masks: &Tensor, _scored: &Scored, _step: Step, _sinks: usize, _noted: (&Pinned<u8>, usize)) -> Result<()> {
+/// A verdict that a device would make.
+#[derive(Debug, Clone, Copy)]
+#[expect(dead_code, reason = "of builds with a GPU")]
+pub(crate) struct Verdict<'a> {
+    pub(crate) scored: &'a Scored,
+    pub(crate) step: Step,
+    pub(crate) sinks: usize,
+    pub(crate) masks: &'a Tensor,
+    pub(crate) noted: (&'a Pinned<u8>, usize),
+}
+
+pub(crate) fn note_verdicts(_verdict: Verdict<'_>) -> Result<()> {
     absent()
 }
 

@@ -4,9 +4,9 @@ use super::admitted::Admitted;
 use super::mirror::{DeviceKept, Layout, Mirror, Tables};
 use super::{KvDtypes, NO_PAGE, Order, PAGE_SIZE, PageTable, Pool, ReadCount, Step, Summaries, Summary};
 use crate::HeadShape;
-use crate::backend::cuda::{self, Compacted, Pinned};
+use crate::backend::cuda::{self, Compacted, Pinned, Verdict};
 use crate::simd::with_rows;
-use crate::token_router::Admission;
+use crate::token_router::{Admission, Scored};
 use candle_core::{DType, Device, IndexOp, Result, Tensor, bail};
 use std::ops::Range;
 use std::sync::Arc;
@@ -110,7 +110,12 @@ pub struct LayerStore {
     noted: Option<(Arc<Pinned<u8>>, usize)>,
     /// A step whose verdict only the device knows, unless it is done.
     undecided: Option<Step>,
+    /// By what it is to be made, until the device is told, and the positions that are kept anyway.
+    asked: Option<Asked>,
 }
+
+/// What a device is to decide by.
+pub(crate) type Asked = (Scored, usize);
 
 impl LayerStore {
     pub(super) fn new(spec: LayerSpec, dtypes: KvDtypes, device: &Device, capacity: usize) -> Result<Self> {
@@ -132,6 +137,7 @@ impl LayerStore {
             moved_to: 0,
             noted: None,
             undecided: None,
+            asked: None,
         })
     }
 
@@ -309,8 +315,9 @@ impl LayerStore {
         self.take_moves().iter().try_for_each(|moves| Pool::apply([&self.k, &self.v], moves))
     }
 
-    /// Notes the token router's verdict on the tokens of `step`; those before position `sinks` are always admitted. Where the verdict is
-    /// on the device, and all that needs it at once, too, the host learns of it by [`LayerStore::decide`] or when the step is committed.
+    /// Notes the token router's verdict on the tokens of `step`; those before position `sinks` are always admitted. Where it follows from scores on
+    /// the device, and all that needs it at once is there, too, it is made while the step is written ([`LayerStore::take_asked`]) or by
+    /// [`LayerStore::ask`], and the host learns of it by [`LayerStore::decide`] or when the step is committed.
     ///
     /// # Errors
     /// If the verdict is not on `[step.len, kv_heads]`, or the cache was made without a token router.
@@ -336,9 +343,8 @@ impl LayerStore {
             Admission::Every => self.keep(step, sinks, |_| true),
             Admission::Some(admitted) => self.keep(step, sinks, |index| admitted[index]),
             Admission::Scored(scored) => {
-                if let (Some(kept), Some((noted, first))) = (self.device_kept(), &self.noted) {
-                    cuda::note_verdicts(&kept.masks, &scored, step, sinks, (noted, *first))?;
-                    self.undecided = Some(step);
+                if self.device_kept().is_some() && self.noted.is_some() {
+                    (self.undecided, self.asked) = (Some(step), Some((scored, sinks)));
                     return Ok(());
                 }
                 let scores = scored.scores.made()?.flatten_all()?.to_vec1::<f32>()?;
@@ -358,6 +364,26 @@ impl LayerStore {
             bits.truncate(step.start);
             bits.extend((0..step.len).map(|token| step.start + token < sinks || keeps(token * kv_heads + head)));
         }
+    }
+
+    /// What the device is to decide by, for a backend that tells it so while it writes the step.
+    pub(crate) fn take_asked(&mut self) -> Option<Asked> {
+        self.asked.take()
+    }
+
+    /// The verdict on `step` that is to be made, and where it is noted; `None`: nowhere.
+    pub(crate) fn verdict<'a>(&'a self, step: Step, (scored, sinks): &'a Asked) -> Option<Verdict<'a>> {
+        let ((noted, first), kept) = (self.noted.as_ref()?, self.device_kept()?);
+        Some(Verdict { scored, step, sinks: *sinks, masks: &kept.masks, noted: (noted, *first) })
+    }
+
+    /// Has the verdict on `step` made, unless that was done when it was written.
+    ///
+    /// # Errors
+    /// If shapes do not fit each other, or the device fails.
+    pub(crate) fn ask(&mut self, step: Step) -> Result<()> {
+        let asked = self.take_asked();
+        asked.and_then(|asked| self.verdict(step, &asked).map(cuda::note_verdicts)).unwrap_or(Ok(()))
     }
 
     /// Learns the verdict on the running step, if only the device knows it.
@@ -537,7 +563,7 @@ impl LayerStore {
 
     fn forget(&mut self, len: usize) {
         self.written = self.written.min(len);
-        self.undecided = None;
+        (self.undecided, self.asked) = (None, None);
         for admitted in self.admitted.iter_mut().flatten() {
             admitted.truncate(len);
         }
@@ -649,6 +675,7 @@ impl LayerStore {
             moved_to: self.moved_to,
             noted: None,
             undecided: self.undecided,
+            asked: None,
         })
     }
 

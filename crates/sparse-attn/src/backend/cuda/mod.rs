@@ -1,6 +1,7 @@
 //! The CUDA backend: keys and values of 16 or 8 bits in device memory, kernels of kernels/cuda.
 
 mod decode;
+mod gate;
 mod kernels;
 mod lists;
 mod params;
@@ -9,6 +10,8 @@ mod rows;
 mod select;
 
 pub use decode::{DecodeCall, DecodeLists, DecodeScratch, decode};
+pub use gate::gate_layer;
+pub(crate) use gate::{Verdict, note_verdicts};
 pub use kernels::{Kernels, Spread, address};
 pub use pinned::Pinned;
 pub use rows::scales_of;
@@ -18,22 +21,15 @@ pub use select::{Budgeted, SelectCall, SelectScratch, kind_of, score_and_select}
 
 use super::{AttentionBackend, Routed, RoutedJob};
 use crate::HeadShape;
-use crate::cache::{KvDtype, KvDtypes, LayerStore, OCTET, PAGE_SIZE, Pool, Step, Summary};
+use crate::cache::{KvDtype, KvDtypes, LayerStore, Pool, Step, Summary};
 use crate::select::Selection;
-use crate::token_router::{Scored, Scores};
 use candle_core::{DType, Device, Result, Tensor, bail};
 use lists::Lists;
-use params::{GateParams, Kept, PrefillParams, VerdictParams};
+use params::{Kept, PrefillParams};
 use std::sync::Arc;
 
 /// Rows (a query and a head of its group) of a thread block of prefill.
 const ROWS: usize = 128;
-
-/// Of the layers of a gate: tokens of a thread block, rows of a tile, most tiles that a thread block takes, and its threads.
-const GATE_TOKENS: usize = 16;
-const GATE_ROWS: usize = 8;
-const GATE_TILES: usize = 4;
-const GATE_THREADS: usize = 512;
 
 /// Queries that share a selection, at the most, unless asked for more: a thread block would take twice as many, but the best blocks of 32
 /// cost twice the perplexity of those of 16 (SmolLM2, 8192 tokens: KL .0156, .0106, .0096, .0080 for 32, 16, 8, 4).
@@ -150,7 +146,8 @@ impl AttentionBackend for Cuda {
         store.check_step(k, v, step)?;
         check_store(store)?;
         store.apply_moves()?;
-        rows::store_step(k, v, step, store)
+        let asked = store.take_asked();
+        rows::store_step(k, v, step, store, asked.as_ref().and_then(|asked| store.verdict(step, asked)))
     }
 
     fn attend(&self, q: &Tensor, scale: f32, store: &LayerStore, step: Step, selection: &Selection) -> Result<Tensor> {
@@ -194,98 +191,6 @@ impl AttentionBackend for Cuda {
 fn queries_of_a_tile(group_size: usize) -> usize {
     let most = (ROWS / group_size).max(1);
     if most.is_power_of_two() { most } else { most.next_power_of_two() / 2 }
-}
-
-/// `x weight' + bias` of a gate, `[tokens, columns]` f32 or bf16 -> `[tokens, rows]` f32, each sum from its token alone; of a hidden layer the
-/// GELU of it. All on one GPU.
-///
-/// # Errors
-/// If a shape does not fit, or the device is out of memory.
-pub fn gate_layer(x: &Tensor, weight: &Tensor, bias: &Tensor, is_hidden: bool) -> Result<Tensor> {
-    let out = uninitialised((x.dim(0)?, weight.dim(0)?), DType::F32, x.device())?;
-    let params = GateParams { out: address(&out)?, is_hidden: i32::from(is_hidden), ..GateParams::default() };
-    launch_gate(params, x, weight, bias)?;
-    Ok(out)
-}
-
-/// Puts the layer of a gate into the stream: what becomes of its sums is in `params`. It is early only where `x` was made before the newest
-/// kernel, which had waited for that.
-fn launch_gate(params: GateParams, x: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<()> {
-    let ((tokens, columns), (rows, width)) = (x.dims2()?, weight.dims2()?);
-    if columns != width || bias.dims() != [rows] {
-        bail!("gate: made for a width of {width}, got {columns}; {rows} rows, a bias {:?}", bias.dims());
-    }
-    if !columns.is_multiple_of(4) {
-        bail!("gate: a width of {columns}, the kernel reads four numbers at a time");
-    }
-    let (wanted, dtype) = match x.dtype() {
-        DType::BF16 if columns.is_multiple_of(8) => (DType::BF16, "bf16"),
-        _ => (DType::F32, "f32"),
-    };
-    let is_ready = x.dtype() == wanted && x.is_contiguous();
-    let x = x.to_dtype(wanted)?.contiguous()?;
-    let params = GateParams {
-        x: address(&x)?,
-        weight: address(weight)?,
-        bias: address(bias)?,
-        tokens: tokens as i32,
-        rows: rows as i32,
-        columns: columns as i32,
-        is_early: i32::from(is_ready) & params.is_early,
-        ..params
-    };
-    let start = params.start as usize;
-    let tiles = if rows > GATE_ROWS && params.masks == 0 { GATE_TILES } else { 1 };
-    let of_tokens = (start + tokens).div_ceil(GATE_TOKENS) - start / GATE_TOKENS;
-    let spread = Spread::new([of_tokens, rows.div_ceil(tiles * GATE_ROWS), 1], GATE_THREADS);
-    let (kernels, name) = (Kernels::of(x.device())?, format!("gate_{dtype}_{tiles}"));
-    // SAFETY: the tensors have these shapes, and live until the stream frees them. An early kernel was said to read nothing that is not done.
-    unsafe { kernels.launch_following(&name, spread, &params) }
-}
-
-/// Notes in `masks` `[kv_heads, octets]` which tokens of `step` a gate keeps; those before position `sinks` anyway. For the host it notes the
-/// octets of the step of each head in `noted`, from `first` on. The newest kernel must be the one that stores the keys of the step.
-pub(crate) fn note_verdicts(
-    masks: &Tensor,
-    Scored { scores, tau }: &Scored,
-    step: Step,
-    sinks: usize,
-    (noted, first): (&Pinned<u8>, usize),
-) -> Result<()> {
-    let (kv_heads, octets) = masks.dims2()?;
-    let count = step.octets().len();
-    if scores.dims()? != [step.len, kv_heads] || step.end() > octets * OCTET || first + kv_heads * count > noted.len() {
-        bail!(
-            "gate: scores {:?} of {} tokens from {}, with room for {} of {kv_heads} heads",
-            scores.dims()?,
-            step.len,
-            step.start,
-            octets * OCTET
-        );
-    }
-    let (noted, max_pages) = (noted.address() + first as u64, (octets * OCTET / PAGE_SIZE) as i32);
-    let (masks_at, start, sinks) = (address(masks)?, step.start as i32, sinks as i32);
-    let scores = match scores {
-        Scores::Asked { x, weight, bias } => {
-            let params = GateParams { masks: masks_at, noted, start, max_pages, sinks, is_early: 1, tau: *tau, ..GateParams::default() };
-            return launch_gate(params, x, weight, bias);
-        }
-        Scores::Made(scores) => scores.contiguous()?,
-    };
-    let params = VerdictParams {
-        scores: address(&scores)?,
-        masks: masks_at,
-        noted,
-        start,
-        tokens: step.len as i32,
-        kv_heads: kv_heads as i32,
-        max_pages,
-        sinks,
-        tau: *tau,
-    };
-    let spread = Spread::new([count.div_ceil(256), kv_heads, 1], 256);
-    // SAFETY: the tensors have these shapes, and live until the stream frees them.
-    unsafe { Kernels::of(masks.device())?.launch("note_verdicts", spread, &params) }
 }
 
 /// Memory that a kernel fills.

@@ -108,6 +108,8 @@ crate::mirrors! { "params.h":
     /// A layer of a gate.
     GateParams {
         x: u64, weight: u64, bias: u64, out: u64, masks: u64, noted: u64,
-        start: i32, tokens: i32, rows: i32, columns: i32, is_hidden: i32, max_pages: i32, sinks: i32, is_early: i32, tau: f32,
+        start: i32, tokens: i32, rows: i32, columns: i32, is_hidden: i32, max_pages: i32, sinks: i32, tau: f32,
     }
+    /// Keys, values and verdicts.
+    StoreGatedParams { store: StoreParams, gate: GateParams, gates: i32 }
 }

@@ -1,9 +1,10 @@
 //! Rows in pools: written, moved, summarised.
 
 use super::params::{
-    CompactParams, CompactedLayer, Kept, PackParams, ScatterParams, StoreParams, SummaryParams, TransformParams, WidenParams,
+    CompactParams, CompactedLayer, Kept, PackParams, ScatterParams, StoreGatedParams, StoreParams, SummaryParams, TransformParams,
+    WidenParams,
 };
-use super::{Kernels, Spread, address, summary_code, uninitialised};
+use super::{Kernels, Spread, Verdict, address, gate, summary_code, uninitialised};
 use crate::cache::{KvDtype, LayerStore, Layout, OCTET, PAGE_SIZE, Pool, Step, Summaries, Summary};
 use candle_core::{DType, Result, Tensor, bail};
 use std::ops::Range;
@@ -20,7 +21,7 @@ pub fn scales_of(pool: &Pool) -> Result<u64> {
     pool.scales().map_or(Ok(0), address)
 }
 
-/// Threads of a thread block that stores rows, and most thread blocks of a multiprocessor.
+/// Threads of a thread block that stores rows, and most such thread blocks of a multiprocessor.
 const STORED: usize = 256;
 const STORING: usize = 4;
 
@@ -55,8 +56,8 @@ pub(super) fn transformed(q: &Tensor) -> Result<Tensor> {
     Ok(out)
 }
 
-/// Stores `k` and `v` `[step.len, kv_heads, head_dim]` in the places that the page table gives them.
-pub(super) fn store_step(k: &Tensor, v: &Tensor, step: Step, store: &LayerStore) -> Result<()> {
+/// Stores `k` and `v` `[step.len, kv_heads, head_dim]` in the places that the page table gives them, and makes a verdict on them.
+pub(super) fn store_step(k: &Tensor, v: &Tensor, step: Step, store: &LayerStore, verdict: Option<Verdict<'_>>) -> Result<()> {
     let (pages, shape) = (store.device_pages()?, store.shape());
     let rows = |rows: &Tensor| rows.to_dtype(DType::F32)?.contiguous();
     let (k, v) = (rows(k)?, rows(v)?);
@@ -71,11 +72,21 @@ pub(super) fn store_step(k: &Tensor, v: &Tensor, step: Step, store: &LayerStore)
         kv_heads: shape.kv_heads() as i32,
         head_dim: shape.head_dim() as i32,
     };
-    let kernels = Kernels::of(k.device())?;
-    // Not more than fit on the device beside as many of the next kernel.
-    let blocks = (2 * step.len * shape.kv_heads()).div_ceil(STORED / 32).min(STORING * kernels.multiprocessors());
+    let (kernels, name) = (Kernels::of(k.device())?, name("store_step", store.k())?);
+    let blocks = |threads: usize| {
+        (2 * step.len * shape.kv_heads()).div_ceil(threads / 32).min(STORING * STORED / threads * kernels.multiprocessors())
+    };
+    // A gate of few heads is done meanwhile.
+    let gate = verdict.map(gate::Layer::of_verdict).transpose()?.flatten().filter(|gate| gate.grid[1] == 1);
+    if let Some(gate) = gate {
+        let (gates, name) = (gate.grid[0], format!("{name}_gate_{}", gate.dtype));
+        let params = StoreGatedParams { store: params, gate: gate.params, gates: gates as i32 };
+        // SAFETY: as below, and the tensors of the gate have the shapes of its parameters.
+        return unsafe { kernels.launch(&name, Spread::new([gates + blocks(gate::THREADS), 1, 1], gate::THREADS), &params) };
+    }
     // SAFETY: the table has a page for each position of the step; what the kernel reads lives until the stream frees it.
-    unsafe { kernels.launch(&name("store_step", store.k())?, Spread::new([blocks, 1, 1], STORED), &params) }
+    unsafe { kernels.launch(&name, Spread::new([blocks(STORED), 1, 1], STORED), &params) }?;
+    verdict.map_or(Ok(()), gate::note_verdicts)
 }
 
 /// Stores `rows` `[slots, width]` into slots of `pool`, which the caller has checked to lie inside.

@@ -1,0 +1,151 @@
+//! Gates of token routers on the device, and the verdicts by their scores.
+
+use super::params::{GateParams, VerdictParams};
+use super::{Kernels, Pinned, Spread, address, uninitialised};
+use crate::cache::{OCTET, PAGE_SIZE, Step};
+use crate::token_router::{Scored, Scores};
+use candle_core::{DType, Result, Tensor, bail};
+
+/// Tokens of a thread block, rows of a tile, most tiles that a thread block takes, and its threads.
+const TOKENS: usize = 16;
+const ROWS: usize = 8;
+const TILES: usize = 4;
+pub(super) const THREADS: usize = 512;
+
+/// A verdict that the device is to make, and where it notes it: in `masks` `[kv_heads, octets]` which tokens of `step` a gate keeps, those before
+/// position `sinks` anyway; for the host the octets of the step of each head in `noted`, from a place on.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Verdict<'a> {
+    pub(crate) scored: &'a Scored,
+    pub(crate) step: Step,
+    pub(crate) sinks: usize,
+    pub(crate) masks: &'a Tensor,
+    pub(crate) noted: (&'a Pinned<u8>, usize),
+}
+
+/// A layer of a gate, ready to run: by [`THREADS`] threads a block.
+#[derive(Debug)]
+pub(super) struct Layer {
+    pub(super) params: GateParams,
+    /// Of the input, in names of kernels.
+    pub(super) dtype: &'static str,
+    /// Thread blocks.
+    pub(super) grid: [usize; 2],
+    tiles: usize,
+    _x: Tensor, // what `params` leads to
+}
+
+/// `x weight' + bias` of a gate, `[tokens, columns]` f32 or bf16 -> `[tokens, rows]` f32, each sum from its token alone; of a hidden layer the
+/// GELU of it. All on one GPU.
+///
+/// # Errors
+/// If a shape does not fit, or the device is out of memory.
+pub fn gate_layer(x: &Tensor, weight: &Tensor, bias: &Tensor, is_hidden: bool) -> Result<Tensor> {
+    let out = uninitialised((x.dim(0)?, weight.dim(0)?), DType::F32, x.device())?;
+    let params = GateParams { out: address(&out)?, is_hidden: i32::from(is_hidden), ..GateParams::default() };
+    let layer = Layer::new(params, x, weight, bias)?;
+    layer.launch(&*Kernels::of(x.device())?)?;
+    Ok(out)
+}
+
+impl Layer {
+    /// A layer, of whose sums becomes what `params` says.
+    fn new(params: GateParams, x: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<Self> {
+        let ((tokens, columns), (rows, width)) = (x.dims2()?, weight.dims2()?);
+        if columns != width || bias.dims() != [rows] {
+            bail!("gate: made for a width of {width}, got {columns}; {rows} rows, a bias {:?}", bias.dims());
+        }
+        if !columns.is_multiple_of(4) {
+            bail!("gate: a width of {columns}, the kernel reads four numbers at a time");
+        }
+        let (wanted, dtype) = match x.dtype() {
+            DType::BF16 if columns.is_multiple_of(8) => (DType::BF16, "bf16"),
+            _ => (DType::F32, "f32"),
+        };
+        let x = x.to_dtype(wanted)?.contiguous()?;
+        let params = GateParams {
+            x: address(&x)?,
+            weight: address(weight)?,
+            bias: address(bias)?,
+            tokens: tokens as i32,
+            rows: rows as i32,
+            columns: columns as i32,
+            ..params
+        };
+        let start = params.start as usize;
+        let tiles = if rows > ROWS && params.masks == 0 { TILES } else { 1 };
+        let of_tokens = (start + tokens).div_ceil(TOKENS) - start / TOKENS;
+        Ok(Self { params, dtype, grid: [of_tokens, rows.div_ceil(tiles * ROWS)], tiles, _x: x })
+    }
+
+    /// The last layer of a gate, which makes the verdict; `None`: the scores are there.
+    pub(super) fn of_verdict(verdict: Verdict<'_>) -> Result<Option<Self>> {
+        let (places, start, sinks) = (verdict.places()?, verdict.step.start as i32, verdict.sinks as i32);
+        let Scores::Asked { x, weight, bias } = &verdict.scored.scores else { return Ok(None) };
+        let params = GateParams {
+            masks: places.masks,
+            noted: places.noted,
+            start,
+            max_pages: places.max_pages,
+            sinks,
+            tau: verdict.scored.tau,
+            ..GateParams::default()
+        };
+        Self::new(params, x, weight, bias).map(Some)
+    }
+
+    fn launch(&self, kernels: &Kernels) -> Result<()> {
+        let [x, y] = self.grid;
+        let name = format!("gate_{}_{}", self.dtype, self.tiles);
+        // SAFETY: the tensors have the shapes of the parameters, and live until the stream frees them.
+        unsafe { kernels.launch_following(&name, Spread::new([x, y, 1], THREADS), &self.params) }
+    }
+}
+
+/// Where a verdict is noted, as kernels take it.
+struct Places {
+    masks: u64,
+    noted: u64,
+    max_pages: i32,
+}
+
+impl Verdict<'_> {
+    fn places(&self) -> Result<Places> {
+        let Self { scored, step, masks, noted: (noted, first), .. } = *self;
+        let (kv_heads, octets) = masks.dims2()?;
+        let count = step.octets().len();
+        let dims = scored.scores.dims()?;
+        if dims != [step.len, kv_heads] || step.end() > octets * OCTET || first + kv_heads * count > noted.len() {
+            bail!("gate: scores {dims:?} of {} tokens from {}, with room for {} of {kv_heads} heads", step.len, step.start, octets * OCTET);
+        }
+        Ok(Places { masks: address(masks)?, noted: noted.address() + first as u64, max_pages: (octets * OCTET / PAGE_SIZE) as i32 })
+    }
+}
+
+/// Makes a verdict.
+///
+/// # Errors
+/// If a shape does not fit, or the device fails.
+pub(crate) fn note_verdicts(verdict: Verdict<'_>) -> Result<()> {
+    let kernels = Kernels::of(verdict.masks.device())?;
+    if let Some(layer) = Layer::of_verdict(verdict)? {
+        return layer.launch(&kernels);
+    }
+    let (Places { masks, noted, max_pages }, step) = (verdict.places()?, verdict.step);
+    let scores = verdict.scored.scores.made()?.contiguous()?;
+    let kv_heads = scores.dim(1)?;
+    let params = VerdictParams {
+        scores: address(&scores)?,
+        masks,
+        noted,
+        start: step.start as i32,
+        tokens: step.len as i32,
+        kv_heads: kv_heads as i32,
+        max_pages,
+        sinks: verdict.sinks as i32,
+        tau: verdict.scored.tau,
+    };
+    let spread = Spread::new([step.octets().len().div_ceil(256), kv_heads, 1], 256);
+    // SAFETY: the tensors have these shapes, and live until the stream frees them.
+    unsafe { kernels.launch("note_verdicts", spread, &params) }
+}
