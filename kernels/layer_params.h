@@ -134,6 +134,21 @@ struct GateRowsParams {
     int is_rounded;
 };
 
+// Queries and keys of many tokens, rotated: the pair of number i and number i + head_dim / 2 of a head by the i-th angle of the token. Four
+// pairs for each thread. grid (q_heads + kv_heads) * head_dim / 8 * tokens / 256
+struct RotateParams {
+    const float *q;        // [tokens, q_heads, head_dim]
+    const float *k;        // [tokens, kv_heads, head_dim]
+    const float *cos;      // [tokens, head_dim / 2]
+    const float *sin;
+    void *q_out;           // as q, T
+    float *k_out;
+    int tokens;
+    int q_heads;
+    int kv_heads;
+    int head_dim;          // a multiple of 8
+};
+
 // The likeliest token: of equal ones the first. One thread block.
 struct LikeliestParams {
     const float *logits;   // [count]

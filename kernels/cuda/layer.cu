@@ -171,6 +171,35 @@ extern "C" __global__ void __launch_bounds__(layer::WRITE_WARPS * 32) write_kv_f
 extern "C" __global__ void __launch_bounds__(layer::WRITE_WARPS * 32) write_kv_bf16(const WriteParams p) { layer::write<__nv_bfloat16>(p); }
 extern "C" __global__ void __launch_bounds__(layer::WRITE_WARPS * 32) write_kv_q8_0(const WriteParams p) { layer::write<Bytes>(p); }
 
+namespace layer {
+
+template <typename T> __device__ __forceinline__ void put(T *to, float4 x) {
+    if constexpr (std::is_same_v<T, float>) *(float4 *)to = x;
+    else *(uint2 *)to = make_uint2(pack<T>(x.x, x.y), pack<T>(x.z, x.w));
+}
+
+template <typename T> __device__ __forceinline__ void rotate(const RotateParams &p) {
+    const int half_ = p.head_dim / 2, of_head = half_ / 4, heads = p.q_heads + p.kv_heads;
+    const int index = blockIdx.x * blockDim.x + threadIdx.x, token = index / (heads * of_head), head = index / of_head % heads;
+    if (token >= p.tokens) return;
+    const int first = index % of_head * 4;
+    const bool is_q = head < p.q_heads;
+    const int64_t row = (is_q ? (int64_t)token * p.q_heads + head : (int64_t)token * p.kv_heads + head - p.q_heads) * p.head_dim + first;
+    const float *from = (is_q ? p.q : p.k) + row;
+    const float4 a = *(const float4 *)from, b = *(const float4 *)(from + half_);
+    const float4 cos = *(const float4 *)(p.cos + (int64_t)token * half_ + first), sin = *(const float4 *)(p.sin + (int64_t)token * half_ + first);
+    const float4 low = make_float4(a.x * cos.x - b.x * sin.x, a.y * cos.y - b.y * sin.y, a.z * cos.z - b.z * sin.z, a.w * cos.w - b.w * sin.w);
+    const float4 high = make_float4(a.x * sin.x + b.x * cos.x, a.y * sin.y + b.y * cos.y, a.z * sin.z + b.z * cos.z, a.w * sin.w + b.w * cos.w);
+    if (is_q) put((T *)p.q_out + row, low), put((T *)p.q_out + row + half_, high);
+    else put(p.k_out + row, low), put(p.k_out + row + half_, high);
+}
+
+} // namespace layer
+
+extern "C" __global__ void __launch_bounds__(256) rotate_rows_f32(const RotateParams p) { layer::rotate<float>(p); }
+extern "C" __global__ void __launch_bounds__(256) rotate_rows_f16(const RotateParams p) { layer::rotate<half>(p); }
+extern "C" __global__ void __launch_bounds__(256) rotate_rows_bf16(const RotateParams p) { layer::rotate<__nv_bfloat16>(p); }
+
 // One thread block.
 extern "C" __global__ void __launch_bounds__(1024) likeliest(const LikeliestParams p) {
     __shared__ float best_of[32];

@@ -6,7 +6,7 @@ use crate::cache::{KvCache, KvDtypes, LayerSpec, LayerStore, Local, Pool, ReadCo
 use crate::select::{Budget, Limits, Selection, TILE, select};
 use crate::token_router::{self, RouterInput, TokenRouter};
 use crate::{HeadShape, parallel};
-use candle_core::{Result, Tensor, bail};
+use candle_core::{DType, Result, Tensor, bail};
 use std::sync::Arc;
 
 /// The tensors of one layer in one step.
@@ -14,7 +14,7 @@ use std::sync::Arc;
 pub struct AttentionInput<'a> {
     /// The attention input (after the layer's norm), `[tokens, hidden_size]`: what token routers see.
     pub hidden: &'a Tensor,
-    /// Queries after rope, `[tokens, q_heads, head_dim]`.
+    /// Queries after rope, `[tokens, q_heads, head_dim]`, f32 or as [`RoutedAttention::dtype_of_queries`] says.
     pub q: &'a Tensor,
     /// Keys after rope, `[tokens, kv_heads, head_dim]`.
     pub k: &'a Tensor,
@@ -189,6 +189,11 @@ impl RoutedAttention {
         self.backend.supports(shape, dtypes)
     }
 
+    /// How queries may come to a layer with this store: f32 where someone watches, else what the backend would round them to.
+    pub fn dtype_of_queries(&self, store: &LayerStore) -> DType {
+        if self.is_observed() { DType::F32 } else { self.backend.dtype_of_queries(store) }
+    }
+
     /// The backend's name.
     pub fn backend_name(&self) -> &'static str {
         self.backend.name()
@@ -235,7 +240,8 @@ impl RoutedAttention {
                     cache.count_read(count);
                     return Ok(out);
                 }
-                let scores = block_router.score(&Queries { q: input.q, step, block_size: limits.block_size, tile: limits.tile }, store)?;
+                let q = input.q.to_dtype(DType::F32)?;
+                let scores = block_router.score(&Queries { q: &q, step, block_size: limits.block_size, tile: limits.tile }, store)?;
                 select(&scores, &limits, step, store)
             }
         } else {

@@ -43,6 +43,11 @@ pub(crate) fn add_norm(_x: &Tensor, _y: Option<(&Tensor, Option<&Tensor>)>, _wei
     bail!("this build has no CUDA: build with --features cuda")
 }
 
+/// Only tensors of a GPU get there.
+pub(crate) fn rotated(_q: &Tensor, _k: &Tensor, _angles: [&Tensor; 2], _dtype: DType) -> Result<(Tensor, Tensor)> {
+    bail!("this build has no CUDA: build with --features cuda")
+}
+
 /// No step runs as a whole on the host.
 pub(crate) fn record(_parts: &DecoderParts<'_>, _attention: &RoutedAttention, _cache: &KvCache) -> Result<Option<Box<dyn TokenStep>>> {
     Ok(None)

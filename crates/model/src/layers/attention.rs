@@ -81,8 +81,8 @@ impl SelfAttention {
         if let Some((q_norm, k_norm)) = &parts.qk_norm {
             (q, k) = (q_norm.forward(&q)?, k_norm.forward(&k)?);
         }
-        let (q, k_before_rope, k) = (rope.apply(&q)?, &k, rope.apply(&k)?);
-        let input = AttentionInput { hidden: x, q: &q, k: &k, k_before_rope, v: &v, scale: self.scale };
+        let (q, rotated) = rope.apply(&q, &k, attention.dtype_of_queries(cache.layer(self.layer)))?;
+        let input = AttentionInput { hidden: x, q: &q, k: &rotated, k_before_rope: &k, v: &v, scale: self.scale };
         let out = attention.forward(self.layer, input, step, cache)?;
         parts.o_proj.forward(&out.reshape((step.len, q_heads * head_dim))?)
     }

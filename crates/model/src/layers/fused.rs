@@ -37,17 +37,14 @@ pub(super) fn rms_norm(x: &Tensor, weight: &Tensor, eps: f32) -> Result<Tensor> 
     if x.device().is_cpu() { x.apply_op2_no_bwd(weight, &RmsNorm { eps }) } else { candle_nn::ops::rms_norm(&x, weight, eps) }
 }
 
-/// Rotates `x` `[tokens, heads, head_dim]`: the pair `(x[i], x[i + head_dim / 2])` of a token by its i-th angle, `cos` and `sin`
-/// `[tokens, head_dim / 2]`; f32.
+/// Rotates `q` and `k` `[tokens, heads, head_dim]`: the pair `(x[i], x[i + head_dim / 2])` of a token by its i-th angle, `cos` and `sin`
+/// `[tokens, head_dim / 2]`; f32. On a GPU `q` comes back as `dtype`.
 ///
 /// # Errors
 /// If the shapes differ.
-pub(super) fn rotate(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
-    let x = x.contiguous()?;
-    if x.device().is_cpu() {
-        return x.apply_op3_no_bwd(cos, sin, &Rotate);
-    }
-    candle_nn::rotary_emb::rope_thd(&x.unsqueeze(0)?, cos, sin)?.squeeze(0)
+pub(super) fn rotate(q: &Tensor, k: &Tensor, cos: &Tensor, sin: &Tensor, dtype: DType) -> Result<(Tensor, Tensor)> {
+    let one = |x: &Tensor| x.contiguous()?.apply_op3_no_bwd(cos, sin, &Rotate);
+    if q.device().is_cpu() { Ok((one(q)?, one(k)?)) } else { gpu::rotated(q, k, [cos, sin], dtype) }
 }
 
 /// Numbers that a thread takes at a time, about.
@@ -257,7 +254,8 @@ mod tests {
             assert!(difference(&rms_norm(&x, &weight, 1e-5)?, &candle_nn::ops::rms_norm(&x, &weight, 1e-5)?)? < 1e-5);
             let angles = Tensor::randn(0f32, 3.0, (tokens, head_dim / 2), &Device::Cpu)?;
             let want = candle_nn::rotary_emb::rope_thd(&x.unsqueeze(0)?, &angles.cos()?, &angles.sin()?)?.squeeze(0)?;
-            assert!(difference(&rotate(&x, &angles.cos()?, &angles.sin()?)?, &want)? < 1e-5);
+            let (q, k) = rotate(&x, &x.narrow(1, 0, 1)?, &angles.cos()?, &angles.sin()?, DType::F32)?;
+            assert!(difference(&q, &want)? < 1e-5 && difference(&k, &want.narrow(1, 0, 1)?)? < 1e-5);
             assert_eq!(difference(&add(&x, &y)?, &(&x + &y)?)?, 0.0);
         }
         let (a, b) =

@@ -3,7 +3,7 @@
 use super::fused;
 use crate::config::{RopeConfig, RopeScaling};
 use crate::weights::{Name, Scope};
-use candle_core::{Device, Result, Tensor};
+use candle_core::{DType, Device, Result, Tensor};
 use sparse_attn::Step;
 
 /// The frequencies of one kind of layer.
@@ -79,12 +79,13 @@ impl Rope {
 }
 
 impl RopeTables {
-    /// Rotates `x` `[tokens, heads, head_dim]`: the pair `(x[i], x[i + head_dim / 2])` by the i-th angle.
+    /// Rotates queries and keys `[tokens, heads, head_dim]`, f32: the pair `(x[i], x[i + head_dim / 2])` by the i-th angle. A GPU rounds queries to
+    /// `dtype`.
     ///
     /// # Errors
     /// If the shapes differ.
-    pub fn apply(&self, x: &Tensor) -> Result<Tensor> {
-        fused::rotate(x, &self.cos, &self.sin)
+    pub fn apply(&self, q: &Tensor, k: &Tensor, dtype: DType) -> Result<(Tensor, Tensor)> {
+        fused::rotate(q, k, &self.cos, &self.sin, dtype)
     }
 }
 

@@ -16,7 +16,7 @@ use crate::HeadShape;
 use crate::block_router::BlockRouter;
 use crate::cache::{KvDtypes, LayerStore, ReadCount, Step};
 use crate::select::{Limits, Selection, TILE};
-use candle_core::{Device, Result, Tensor, bail};
+use candle_core::{DType, Device, Result, Tensor, bail};
 use std::sync::Arc;
 
 /// One device's way to compute. Every backend equals [`Reference`] within its dtype's tolerance.
@@ -53,6 +53,11 @@ pub trait AttentionBackend: std::fmt::Debug + Send + Sync {
     /// If a shape does not fit the store.
     fn attend_routed(&self, _job: &RoutedJob<'_>) -> Result<Option<Routed>> {
         Ok(None)
+    }
+
+    /// What it rounds queries to that read these keys: they may come so.
+    fn dtype_of_queries(&self, _store: &LayerStore) -> DType {
+        DType::F32
     }
 
     /// Queries that best share a selection in steps of several, where `group_size` query heads share keys.

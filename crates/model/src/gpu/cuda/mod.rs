@@ -5,9 +5,11 @@ mod matrix;
 mod norm;
 mod pack;
 mod params;
+mod rotated;
 mod step;
 
 pub(crate) use gated::gated;
 pub use matrix::DeviceMatrix;
 pub(crate) use norm::add_norm;
+pub(crate) use rotated::rotated;
 pub(crate) use step::record;

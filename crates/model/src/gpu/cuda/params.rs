@@ -28,6 +28,8 @@ sparse_attn::mirrors! { "layer_params.h":
     RoundParams { x: u64, out: u64, count: i64 }
     /// `activation(gate) * up`
     GateRowsParams { gate: u64, up: u64, out: u64, count: i64, activation: i32, is_rounded: i32 }
+    /// Queries and keys, rotated.
+    RotateParams { q: u64, k: u64, cos: u64, sin: u64, q_out: u64, k_out: u64, tokens: i32, q_heads: i32, kv_heads: i32, head_dim: i32 }
     /// The likeliest token.
     LikeliestParams { logits: u64, id: u64, count: i32 }
     /// The likeliest tokens.

@@ -177,6 +177,10 @@ impl AttentionBackend for Cuda {
         Ok(Some(Routed { out, selection, count: call.count(store, &picked.unwrap_or_default()) }))
     }
 
+    fn dtype_of_queries(&self, store: &LayerStore) -> DType {
+        queries_of(store).tensor_dtype()
+    }
+
     fn preferred_tile(&self, group_size: usize) -> usize {
         queries_of_a_tile(group_size).min(SHARED_BY)
     }
