@@ -8,14 +8,17 @@ use crate::device;
 use crate::engine::{Checkpoint, Engine};
 use crate::failure::{Failure, Kind, unexpected};
 use crate::interrupt::Interrupt;
+use crate::plan;
 use crate::routing;
 use crate::source::Hub;
 use crate::ui::{Ui, bytes, stdout};
 use anyhow::Result;
 use comfy_table::{Table, presets};
+use indicatif::ProgressBar;
 use model::Session;
 use serde_json::{Value, json};
 use sparse_attn::RoutedAttention;
+use std::ops::Range;
 use std::time::Duration;
 
 /// One test: a rate per repetition.
@@ -69,10 +72,29 @@ pub(crate) fn run(args: &Bench, hub: &Hub, ui: Ui, interrupt: &Interrupt) -> Res
         rates::read(&engine, &mut session, &ids, interrupt, || ())?;
         rates::decode(&mut session, 2, interrupt)?;
     }
+    // By turns, so that a machine that warms up is fair to both, where both sequences fit.
+    let planned = |attention: &RoutedAttention| {
+        attention.planned_bytes(&engine.checkpoint.config().layer_specs(), engine.checkpoint.dtypes, longest) as u64
+    };
+    let free = plan::available(args.model.machine.mem_limit, &engine.checkpoint.device);
+    let at_once = if attentions.iter().map(|(_, attention)| planned(attention)).sum::<u64>() + engine.plan.work <= free { 2 } else { 1 };
+    let ids = rates::fixed_ids(0..longest, &engine);
     let mut rows = Vec::new();
-    for depth in &args.depth {
-        for (attn, attention) in &attentions {
-            rows.extend(measure(args, &engine, attn, attention, *depth as usize, longest, ui, interrupt)?);
+    for depth in args.depth.iter().map(|depth| *depth as usize) {
+        for attentions in attentions.chunks(at_once) {
+            let names = attentions.iter().map(|(attn, _)| *attn).collect::<Vec<_>>().join(", ");
+            let tokens = (depth + (args.prompt + args.generate) as usize * args.repeat as usize) * attentions.len();
+            let bar = ui.token_bar(&format!("{names} @ d{depth}"), tokens as u64);
+            let run = |(attn, attention): &(&'static str, RoutedAttention)| -> Result<Run<'_>> {
+                let session = engine.session_with(attention.clone(), longest)?;
+                Ok(Run::new(args, &engine, attn, session, &ids, depth))
+            };
+            let mut runs = attentions.iter().map(run).collect::<Result<Vec<_>>>()?;
+            for _ in 0..args.repeat {
+                runs.iter_mut().try_for_each(|run| run.repeat(&bar, interrupt))?;
+            }
+            bar.finish_and_clear();
+            rows.extend(runs.iter().flat_map(Run::rows));
         }
     }
     print(args, &engine, &rows, ui)?;
@@ -80,68 +102,88 @@ pub(crate) fn run(args: &Bench, hub: &Hub, ui: Ui, interrupt: &Interrupt) -> Res
 }
 
 /// Both tests of one attention at one depth.
-#[expect(clippy::too_many_arguments, reason = "what a measurement needs, each a different thing")]
-fn measure(
-    args: &Bench,
-    engine: &Engine,
+struct Run<'a> {
+    args: &'a Bench,
+    engine: &'a Engine,
     attn: &'static str,
-    attention: &RoutedAttention,
+    session: Session,
+    ids: &'a [u32],
     depth: usize,
-    capacity: usize,
-    ui: Ui,
-    interrupt: &Interrupt,
-) -> Result<Vec<Row>> {
-    let ids = rates::fixed_ids(0..capacity, engine);
-    let (prompt, generated) = (args.prompt as usize, args.generate as usize);
-    let bar = ui.token_bar(&format!("{attn} @ d{depth}"), (depth + (prompt + generated) * args.repeat as usize) as u64);
-    let mut session = engine.session_with(attention.clone(), capacity)?;
-    let feed = |session: &mut Session, part: &[u32]| -> Result<Duration> {
-        let time = rates::read(engine, session, part, interrupt, || bar.tick());
-        bar.inc(part.len() as u64);
-        time
-    };
-    // Back to the depth; where a sliding layer forgot, everything is computed again, untimed.
-    let back = |session: &mut Session| -> Result<Duration> {
-        let kept = session.rewind(depth.min(session.tokens().len())).map_err(unexpected)?;
-        feed(session, &ids[kept..depth])
-    };
-    let (mut prefill, mut decode) = (Vec::new(), Vec::new());
-    let mut kv_read = [0, 0];
-    let meter = Meter::open(&engine.checkpoint.device).ok();
-    let mut joules = [0.0; 2];
-    let before = || meter.as_ref().map(Meter::read);
-    let since = |before: Option<Vec<u64>>| meter.as_ref().zip(before).map_or(0.0, |(meter, before)| meter.since(&before));
-    for _ in 0..args.repeat {
+    meter: Option<Meter>,
+    prompt: Measured,
+    generated: Measured,
+}
+
+/// What came of a test.
+#[derive(Default)]
+struct Measured {
+    rates: Vec<f64>,
+    joules: f64,
+    kv_read: u64,
+}
+
+impl<'a> Run<'a> {
+    fn new(args: &'a Bench, engine: &'a Engine, attn: &'static str, session: Session, ids: &'a [u32], depth: usize) -> Self {
+        let meter = Meter::open(&engine.checkpoint.device).ok();
+        Self { args, engine, attn, session, ids, depth, meter, prompt: Measured::default(), generated: Measured::default() }
+    }
+
+    fn repeat(&mut self, bar: &ProgressBar, interrupt: &Interrupt) -> Result<()> {
+        let (depth, prompt, generated) = (self.depth, self.args.prompt as usize, self.args.generate as usize);
         if prompt > 0 {
-            back(&mut session)?;
-            let counters = before();
-            let time = feed(&mut session, &ids[depth..depth + prompt])?;
-            joules[0] += since(counters);
-            prefill.push(prompt as f64 / time.as_secs_f64());
+            self.back(bar, interrupt)?;
+            let before = self.meter.as_ref().map(Meter::read);
+            let time = self.feed(depth..depth + prompt, bar, interrupt)?;
+            self.prompt.joules += self.joules_since(before);
+            self.prompt.rates.push(prompt as f64 / time.as_secs_f64());
             // Of the last chunk, per token.
-            kv_read[0] = session.read_count().bytes / ((prompt - 1) % engine.checkpoint.chunk + 1) as u64;
+            self.prompt.kv_read = self.session.read_count().bytes / ((prompt - 1) % self.engine.checkpoint.chunk + 1) as u64;
         }
         if generated > 0 {
-            back(&mut session)?;
+            self.back(bar, interrupt)?;
             // One token more than the depth, so that there is something to continue.
-            feed(&mut session, &ids[depth..=depth])?;
-            let counters = before();
-            let time = rates::decode(&mut session, generated, interrupt)?;
-            joules[1] += since(counters);
-            decode.push(generated as f64 / time.as_secs_f64());
-            kv_read[1] = session.read_count().bytes;
+            self.feed(depth..depth + 1, bar, interrupt)?;
+            let before = self.meter.as_ref().map(Meter::read);
+            let time = rates::decode(&mut self.session, generated, interrupt)?;
+            self.generated.joules += self.joules_since(before);
+            self.generated.rates.push(generated as f64 / time.as_secs_f64());
+            self.generated.kv_read = self.session.read_count().bytes;
             bar.inc(generated as u64);
         }
+        Ok(())
     }
-    bar.finish_and_clear();
-    let kv_resident = session.kv_bytes() as u64;
-    let row = |prompt: usize, generated: usize, rates: Vec<f64>, kv_read, joules: f64| {
-        let tokens = (prompt + generated) * rates.len();
-        let joules = meter.as_ref().map(|_| joules / tokens as f64);
-        Row { attn, prompt, generated, depth, rates, joules, kv_resident, kv_read }
-    };
-    let rows = [row(prompt, 0, prefill, kv_read[0], joules[0]), row(0, generated, decode, kv_read[1], joules[1])];
-    Ok(rows.into_iter().filter(|row| !row.rates.is_empty()).collect())
+
+    /// Back to the depth; where a sliding layer forgot, everything is computed again, untimed.
+    fn back(&mut self, bar: &ProgressBar, interrupt: &Interrupt) -> Result<()> {
+        let kept = self.session.rewind(self.depth.min(self.session.tokens().len())).map_err(unexpected)?;
+        self.feed(kept..self.depth, bar, interrupt).map(drop)
+    }
+
+    fn feed(&mut self, part: Range<usize>, bar: &ProgressBar, interrupt: &Interrupt) -> Result<Duration> {
+        let part = &self.ids[part];
+        let time = rates::read(self.engine, &mut self.session, part, interrupt, || bar.tick());
+        bar.inc(part.len() as u64);
+        time
+    }
+
+    fn joules_since(&self, before: Option<Vec<u64>>) -> f64 {
+        self.meter.as_ref().zip(before).map_or(0.0, |(meter, before)| meter.since(&before))
+    }
+
+    fn rows(&self) -> Vec<Row> {
+        let row = |prompt: u32, generated: u32, measured: &Measured| Row {
+            attn: self.attn,
+            prompt: prompt as usize,
+            generated: generated as usize,
+            depth: self.depth,
+            rates: measured.rates.clone(),
+            joules: self.meter.as_ref().map(|_| measured.joules / ((prompt + generated) as usize * measured.rates.len()) as f64),
+            kv_resident: self.session.kv_bytes() as u64,
+            kv_read: measured.kv_read,
+        };
+        let rows = [row(self.args.prompt, 0, &self.prompt), row(0, self.args.generate, &self.generated)];
+        rows.into_iter().filter(|row| !row.rates.is_empty()).collect()
+    }
 }
 
 fn print(args: &Bench, engine: &Engine, rows: &[Row], ui: Ui) -> Result<()> {
