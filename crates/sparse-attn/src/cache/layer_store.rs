@@ -266,7 +266,6 @@ impl LayerStore {
 
     fn tables_of<'a>(&'a self, table: &'a PageTable, frontier: usize) -> Tables<'a> {
         let kv_heads = self.spec.shape.kv_heads();
-        // As much room as the pools have, so that it seldom moves.
         Tables { kv_heads, table, admitted: self.admitted.as_deref(), frontier, enough: self.k.pages() / kv_heads }
     }
 

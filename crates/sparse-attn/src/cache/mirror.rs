@@ -5,6 +5,9 @@ use super::{OCTET, PAGE_SIZE, PageTable};
 use candle_core::{DType, Device, Result, Tensor};
 use std::ops::Range;
 
+/// Pages of a head that there is room for at least, where there are as many.
+const FEWEST: usize = 64;
+
 /// The page tables of all layers in one tensor, which stays where it is until there is no more room: they are brought at once.
 #[derive(Debug, Default)]
 pub(super) struct Mirrors {
@@ -50,7 +53,7 @@ pub(super) struct Tables<'a> {
     /// Per head, where a token router decides; and the first position that it does not.
     pub(super) admitted: Option<&'a [Admitted]>,
     pub(super) frontier: usize,
-    /// Pages of a head that there is to be room for at least.
+    /// Pages of a head that there are: more room is not wanted before there are more.
     pub(super) enough: usize,
 }
 
@@ -167,7 +170,8 @@ impl Tables<'_> {
         let longest =
             |list: fn(&PageTable, usize) -> &[u32]| (0..self.kv_heads).map(|head| list(self.table, head).len()).max().unwrap_or(0);
         let room = |had: usize, longest: usize| {
-            if had >= longest.max(1) { had } else { (longest + longest / 4).max(self.enough).next_multiple_of(16) }
+            // Twice as much as is needed: all of it is brought each time.
+            if had >= longest.max(1) { had } else { (2 * longest).max(FEWEST).min(self.enough).max(longest).next_multiple_of(16) }
         };
         [room(had[0], longest(PageTable::recent)), room(had[1], longest(PageTable::kept))]
     }

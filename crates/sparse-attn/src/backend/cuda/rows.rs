@@ -109,9 +109,8 @@ pub(crate) fn scatter_rows(pool: &Pool, rows: &Tensor, slots: &[u32]) -> Result<
     unsafe { kernels.launch(&name("scatter_rows", pool)?, Spread::new([count, 1, 1], threads), &params) }
 }
 
-/// Products that are worth the time that packing takes, if all of a prompt's that it may spare were: pairs of a query and a key, times their
-/// width.
-const PACKED_FROM: usize = 1 << 29;
+/// Positions that the newest query of a prompt does not see by its window, from which on packing takes less time than it spares.
+const PACKED_FROM: usize = 512;
 
 /// Kept tokens of a prompt, one after the other, for those of its queries of which no window has them.
 #[derive(Debug)]
@@ -122,13 +121,13 @@ pub(super) struct Packed {
     pub(super) room: usize,
 }
 
-/// Packs what a token router keeps of a step's tokens and of those in the window before it, where enough of its queries see no others of them.
+/// Packs what a token router keeps of a step's tokens and of those in the window before it, where enough queries see no others of them.
 /// `k` and `v` are the pools in 16 bits.
 pub(super) fn pack(store: &LayerStore, [k, v]: [&Tensor; 2], step: Step) -> Result<Option<Packed>> {
     let (shape, frontier) = (store.shape(), store.frontier());
     let Some(window) = store.local_window() else { return Ok(None) };
     let hidden = (step.end().saturating_sub(window)).saturating_sub(frontier);
-    if hidden * hidden / 2 * shape.q_heads() * shape.head_dim() < PACKED_FROM {
+    if hidden < PACKED_FROM {
         return Ok(None);
     }
     // The first position that the newest query sees by its window is among them.
