@@ -102,10 +102,11 @@ struct FetchParams {
     int count;
 };
 
-// A whole matrix as bf16.
+// Whole matrices of one width as bf16, one below the other. grid rows of all * columns / 8 / 256
 struct UnpackParams {
-    Matrix matrix;
-    void *out;             // [rows, columns] bf16
+    Matrix matrices[3];
+    void *out;             // [rows of all, columns] bf16
+    int count;
     int columns;
 };
 
@@ -126,23 +127,39 @@ struct RoundParams {
 
 // `out = activation(gate) * up` of many tokens, in f32 or bf16. grid count / 1024, 256 threads
 struct GateRowsParams {
-    const float *gate;     // [count]
+    const float *gate;     // [tokens, columns], rows that many numbers apart
     const float *up;
-    void *out;             // [count] f32, or bf16 if it is rounded
-    int64_t count;         // a multiple of 4
+    void *out;             // [tokens, columns] f32, or bf16 if it is rounded
+    int64_t count;         // of all numbers
+    int columns;           // a multiple of 4, as are distances
+    int gate_row;
+    int up_row;
     int activation;        // as in GatedParams
     int is_rounded;
+};
+
+// cos and sin of the angles by which tokens are rotated, times a factor. grid tokens * pairs / 256, 256 threads
+struct AnglesParams {
+    const double *frequencies; // [pairs]: radians per position
+    float *cos;            // [tokens, pairs]
+    float *sin;
+    int start;             // position of the first token
+    int tokens;
+    int pairs;
+    float magnitude;
 };
 
 // Queries and keys of many tokens, rotated: the pair of number i and number i + head_dim / 2 of a head by the i-th angle of the token. Four
 // pairs for each thread. grid (q_heads + kv_heads) * head_dim / 8 * tokens / 256
 struct RotateParams {
-    const float *q;        // [tokens, q_heads, head_dim]
+    const float *q;        // [tokens, q_heads, head_dim], tokens that many numbers apart
     const float *k;        // [tokens, kv_heads, head_dim]
     const float *cos;      // [tokens, head_dim / 2]
     const float *sin;
-    void *q_out;           // as q, T
-    float *k_out;
+    void *q_out;           // [tokens, q_heads, head_dim] T
+    float *k_out;          // [tokens, kv_heads, head_dim]
+    int q_row;             // a multiple of 4
+    int k_row;
     int tokens;
     int q_heads;
     int kv_heads;

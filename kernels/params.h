@@ -140,7 +140,8 @@ struct SelectParams {
 // Keys and values of a step that are written to the places that the page table gives them, rounded; keys in 8 bits as their Hadamard
 // transform.
 struct StoreParams {
-    const float *rows[2];  // keys, values: [tokens, kv_heads, head_dim]
+    const float *rows[2];  // keys, values: [tokens, kv_heads, head_dim], tokens so many numbers apart
+    int apart[2];          // even
     void *pools[2];        // S
     void *scales[2];       // as in DecodeParams
     const int *pages;      // [kv_heads, max_pages]

@@ -18,7 +18,7 @@ template <typename S> __device__ __forceinline__ void store(const StoreParams &p
         const int head = row % p.kv_heads, token = row / p.kv_heads % p.tokens, t = p.start + token;
         const bool of_values = row >= p.tokens * p.kv_heads;
         const int64_t slot = (int64_t)p.pages[(int64_t)head * p.max_pages + t / PAGE] * PAGE + t % PAGE;
-        const float *from = (of_values ? p.rows[1] : p.rows[0]) + ((int64_t)token * p.kv_heads + head) * p.head_dim;
+        const float *from = (of_values ? p.rows[1] : p.rows[0]) + (int64_t)token * (of_values ? p.apart[1] : p.apart[0]) + head * p.head_dim;
         void *pool = of_values ? p.pools[1] : p.pools[0], *scales = of_values ? p.scales[1] : p.scales[0];
         if constexpr (std::is_same_v<S, Bytes>) {
             for (int d = lane; d < p.head_dim; d += 32)
@@ -346,11 +346,15 @@ extern "C" __global__ void __launch_bounds__(256) widen_bytes(const WidenParams 
 // The gate takes longer, and begins.
 #define STORE_GATED(NAME, S, GATE, T)                                                                                                      \
     extern "C" __global__ void __launch_bounds__(cache::GATE_WARPS * 32) store_step_##NAME##_gate_##GATE(const StoreGatedParams p) {       \
+        follow();                                                                                                                          \
         if ((int)blockIdx.x < p.gates) cache::gate<T, 1>(p.gate);                                                                          \
         else cache::store<S>(p.store, blockIdx.x - p.gates, gridDim.x - p.gates);                                                          \
     }
 #define ROWS(NAME, S)                                                                                                                      \
-    extern "C" __global__ void store_step_##NAME(const StoreParams p) { cache::store<S>(p, blockIdx.x, gridDim.x); }                        \
+    extern "C" __global__ void store_step_##NAME(const StoreParams p) {                                                                    \
+        follow();                                                                                                                          \
+        cache::store<S>(p, blockIdx.x, gridDim.x);                                                                                         \
+    }                                                                                                                                      \
     STORE_GATED(NAME, S, f32, float)                                                                                                       \
     STORE_GATED(NAME, S, bf16, __nv_bfloat16)                                                                                              \
     extern "C" __global__ void scatter_rows_##NAME(const ScatterParams p) { cache::scatter<S>(p); }                                         \

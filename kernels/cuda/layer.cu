@@ -114,6 +114,15 @@ __device__ __forceinline__ void decide(const Verdict &v, int head, int max_pages
     v.kept[head] = keeps;
 }
 
+// cos and sin of an angle: so many radians per position.
+__device__ __forceinline__ float2 turned_by(int t, double frequency) {
+    // Whole turns off in f64, or a far position would have no angle left in f32.
+    const double turns = t * frequency * 0.15915494309189535;
+    float sin, cos;
+    sincospif(2.f * (float)(turns - floor(turns)), &sin, &cos);
+    return make_float2(cos, sin);
+}
+
 template <typename S> __device__ void write(const WriteParams &p) {
     using T = typename ComputedAs<S>::T;
     __shared__ float shared[2][256];
@@ -121,11 +130,8 @@ template <typename S> __device__ void write(const WriteParams &p) {
     follow();
     const int t = *p.position, q_heads = kv_heads * p.group_size;
     for (int i = threadIdx.x; i < half_; i += WRITE_WARPS * 32) {
-        // Whole turns off in f64, or a far position would have no angle left in f32.
-        const double turns = t * p.frequencies[i] * 0.15915494309189535;
-        float sin, cos;
-        sincospif(2.f * (float)(turns - floor(turns)), &sin, &cos);
-        shared[0][i] = cos * p.magnitude, shared[1][i] = sin * p.magnitude;
+        const float2 turn = turned_by(t, p.frequencies[i]);
+        shared[0][i] = turn.x * p.magnitude, shared[1][i] = turn.y * p.magnitude;
     }
     __syncthreads();
     if (p.verdict.masks && warp == WRITE_WARPS - 1) decide(p.verdict, head, p.max_pages, t);
@@ -173,19 +179,28 @@ extern "C" __global__ void __launch_bounds__(layer::WRITE_WARPS * 32) write_kv_q
 
 namespace layer {
 
+__device__ __forceinline__ void angles(const AnglesParams &p) {
+    const int index = blockIdx.x * blockDim.x + threadIdx.x;
+    if (index >= p.tokens * p.pairs) return;
+    const float2 turn = turned_by(p.start + index / p.pairs, p.frequencies[index % p.pairs]);
+    p.cos[index] = turn.x * p.magnitude, p.sin[index] = turn.y * p.magnitude;
+}
+
 template <typename T> __device__ __forceinline__ void put(T *to, float4 x) {
     if constexpr (std::is_same_v<T, float>) *(float4 *)to = x;
     else *(uint2 *)to = make_uint2(pack<T>(x.x, x.y), pack<T>(x.z, x.w));
 }
 
 template <typename T> __device__ __forceinline__ void rotate(const RotateParams &p) {
+    follow();
     const int half_ = p.head_dim / 2, of_head = half_ / 4, heads = p.q_heads + p.kv_heads;
     const int index = blockIdx.x * blockDim.x + threadIdx.x, token = index / (heads * of_head), head = index / of_head % heads;
     if (token >= p.tokens) return;
     const int first = index % of_head * 4;
     const bool is_q = head < p.q_heads;
-    const int64_t row = (is_q ? (int64_t)token * p.q_heads + head : (int64_t)token * p.kv_heads + head - p.q_heads) * p.head_dim + first;
-    const float *from = (is_q ? p.q : p.k) + row;
+    const int own = is_q ? head : head - p.q_heads;
+    const int64_t row = ((int64_t)token * (is_q ? p.q_heads : p.kv_heads) + own) * p.head_dim + first;
+    const float *from = (is_q ? p.q : p.k) + (int64_t)token * (is_q ? p.q_row : p.k_row) + own * p.head_dim + first;
     const float4 a = *(const float4 *)from, b = *(const float4 *)(from + half_);
     const float4 cos = *(const float4 *)(p.cos + (int64_t)token * half_ + first), sin = *(const float4 *)(p.sin + (int64_t)token * half_ + first);
     const float4 low = make_float4(a.x * cos.x - b.x * sin.x, a.y * cos.y - b.y * sin.y, a.z * cos.z - b.z * sin.z, a.w * cos.w - b.w * sin.w);
@@ -196,6 +211,7 @@ template <typename T> __device__ __forceinline__ void rotate(const RotateParams 
 
 } // namespace layer
 
+extern "C" __global__ void __launch_bounds__(256) rotation_angles(const AnglesParams p) { layer::angles(p); }
 extern "C" __global__ void __launch_bounds__(256) rotate_rows_f32(const RotateParams p) { layer::rotate<float>(p); }
 extern "C" __global__ void __launch_bounds__(256) rotate_rows_f16(const RotateParams p) { layer::rotate<half>(p); }
 extern "C" __global__ void __launch_bounds__(256) rotate_rows_bf16(const RotateParams p) { layer::rotate<__nv_bfloat16>(p); }

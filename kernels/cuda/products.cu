@@ -199,15 +199,16 @@ extern "C" __global__ void matrix_rows(const RowsParams p) {
     to[1] = make_float4(w[4] * p.factor, w[5] * p.factor, w[6] * p.factor, w[7] * p.factor);
 }
 
-// grid (rows, columns / 8 / 256 rounded up), 256 threads.
-extern "C" __global__ void __launch_bounds__(products::UNPACK_THREADS) unpack_matrix(const UnpackParams p) {
-    const int place = blockIdx.y * products::UNPACK_THREADS + threadIdx.x;
-    if (place >= p.columns / 8) return;
+extern "C" __global__ void __launch_bounds__(products::UNPACK_THREADS) unpack_matrices(const __grid_constant__ UnpackParams p) {
+    follow();
+    const int index = blockIdx.x * products::UNPACK_THREADS + threadIdx.x, of_row = p.columns / 8, place = index % of_row;
+    int row = index / of_row, of = 0;
+    while (of < p.count && row >= p.matrices[of].rows) row -= p.matrices[of++].rows;
+    if (of == p.count) return;
     float w[8];
-    products::eight_weights(w, p.matrix, blockIdx.x, p.columns, place / 4, place % 4);
+    products::eight_weights(w, p.matrices[of], row, p.columns, place / 4, place % 4);
     using T = __nv_bfloat16;
-    const uint4 out = make_uint4(pack<T>(w[0], w[1]), pack<T>(w[2], w[3]), pack<T>(w[4], w[5]), pack<T>(w[6], w[7]));
-    *(uint4 *)((T *)p.out + (int64_t)blockIdx.x * p.columns + 8 * place) = out;
+    ((uint4 *)p.out)[index] = make_uint4(pack<T>(w[0], w[1]), pack<T>(w[2], w[3]), pack<T>(w[4], w[5]), pack<T>(w[6], w[7]));
 }
 
 // grid (columns / 32 / 8 rounded up, tokens), 256 threads.
@@ -221,6 +222,7 @@ extern "C" __global__ void quantize_activations(const QuantizeParams p) {
 
 // grid count / 1024, 256 threads; count is a multiple of 4.
 extern "C" __global__ void round_to_bf16(const RoundParams p) {
+    follow();
     const int64_t i = ((int64_t)blockIdx.x * 256 + threadIdx.x) * 4;
     if (i >= p.count) return;
     const float4 x = *(const float4 *)(p.x + i);
@@ -229,9 +231,12 @@ extern "C" __global__ void round_to_bf16(const RoundParams p) {
 
 // Four numbers for each thread.
 extern "C" __global__ void gate_rows(const GateRowsParams p) {
-    const int64_t i = ((int64_t)blockIdx.x * 256 + threadIdx.x) * 4;
+    follow();
+    const uint32_t index = blockIdx.x * 256 + threadIdx.x, of_row = p.columns / 4;
+    const int64_t token = index / of_row, i = (int64_t)index * 4;
     if (i >= p.count) return;
-    const float4 gate = *(const float4 *)(p.gate + i), up = *(const float4 *)(p.up + i);
+    const int at = index % of_row * 4;
+    const float4 gate = *(const float4 *)(p.gate + token * p.gate_row + at), up = *(const float4 *)(p.up + token * p.up_row + at);
     auto one = [&](float gate, float up) { return products::activated(gate, p.activation) * up; };
     const float4 out = make_float4(one(gate.x, up.x), one(gate.y, up.y), one(gate.z, up.z), one(gate.w, up.w));
     if (p.is_rounded) *(uint2 *)((__nv_bfloat16 *)p.out + i) = make_uint2(pack<__nv_bfloat16>(out.x, out.y), pack<__nv_bfloat16>(out.z, out.w));

@@ -3,11 +3,13 @@
 
 use candle_core::quantized::GgmlDType;
 use candle_core::{DType, Device, Result, Tensor};
+use model::config::{RopeConfig, RopeScaling};
+use model::layers::Rope;
 use model::{GenerateOptions, Sampler, SamplerOptions, Session, Weights};
 use sparse_attn::backend::for_device;
 use sparse_attn::select::{Budget, Limits};
 use sparse_attn::token_router::{Feedforward, Gate, GateLayer};
-use sparse_attn::{KvDtype, RoutedAttention, Routing};
+use sparse_attn::{KvDtype, RoutedAttention, Routing, Step};
 use std::collections::HashMap;
 use std::ops::ControlFlow;
 use std::path::Path;
@@ -288,5 +290,29 @@ fn a_text_goes_on_the_same_after_going_back() -> Result<()> {
     assert_eq!(first[..20], second[..20]);
     let mut fork = session.fork()?;
     assert_eq!(go_on(&mut session)?, go_on(&mut fork)?);
+    Ok(())
+}
+
+#[test]
+fn a_rotation_is_that_of_the_host_at_any_position() -> Result<()> {
+    let Some(device) = gpu() else { return Ok(()) };
+    let scaling = RopeScaling::Yarn { factor: 4.0, original_context: 32768, beta_fast: 32.0, beta_slow: 1.0, attention_factor: 1.1 };
+    let rope = Rope::new(&RopeConfig { theta: 1e6, scaling }, 64);
+    // Queries and keys lie side by side, as one product gives them.
+    let all = Tensor::randn(0f32, 1.0, (300, 5, 64), &Device::Cpu)?;
+    for start in [0, 100_000] {
+        let rotated = |device: &Device, dtype: DType| -> Result<Vec<Tensor>> {
+            let (all, tables) = (all.to_device(device)?, rope.tables(Step { start, len: 300 }, device)?);
+            let (q, k) = tables.apply(&all.narrow(1, 0, 3)?, &all.narrow(1, 3, 1)?, dtype)?;
+            assert!(device.is_cpu() || q.dtype() == dtype);
+            [q, k].into_iter().map(|x| x.to_device(&Device::Cpu)?.to_dtype(DType::F32)).collect()
+        };
+        for (dtype, tolerance) in [(DType::F32, 2e-5), (DType::F16, 4e-3), (DType::BF16, 3e-2)] {
+            for (host, own) in rotated(&Device::Cpu, dtype)?.iter().zip(rotated(&device, dtype)?) {
+                let off = (host - own)?.abs()?.max_all()?.to_scalar::<f32>()?;
+                assert!(off < tolerance, "{dtype:?} at {start}: off by {off}");
+            }
+        }
+    }
     Ok(())
 }

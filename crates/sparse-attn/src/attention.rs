@@ -279,6 +279,10 @@ impl RoutedAttention {
     /// Adds what the layer read to the cache's count.
     fn count(&self, layer: usize, step: Step, selection: &Selection, cache: &mut KvCache) {
         let store = cache.layer(layer);
+        if matches!(selection, Selection::Every) {
+            cache.count_read(store.count_visible(step));
+            return;
+        }
         let kv_heads = store.shape().kv_heads();
         let mut pieces = Vec::new();
         selection.each_piece(step, usize::MAX, |queries| pieces.push(queries));

@@ -5,7 +5,7 @@ use crate::arch::TokenStep;
 use crate::config::Activation;
 use candle_core::quantized::GgmlDType;
 use candle_core::{DType, Device, Result, Tensor, bail};
-use sparse_attn::{KvCache, RoutedAttention};
+use sparse_attn::{KvCache, RoutedAttention, Step};
 
 /// A matrix that there is none of.
 #[derive(Debug)]
@@ -24,6 +24,10 @@ impl DeviceMatrix {
         matrices.iter().map(|matrix| match **matrix {}).collect()
     }
 
+    pub(crate) fn multiply_joined(matrices: &[&Self], _x: &Tensor) -> Result<Option<Tensor>> {
+        matrices.first().map_or(Ok(None), |matrix| match **matrix {})
+    }
+
     pub(crate) fn rounds(&self, _tokens: usize) -> bool {
         match *self {}
     }
@@ -40,6 +44,11 @@ pub(crate) fn gated(_activation: Activation, _gate: &Tensor, _up: &Tensor, _dtyp
 
 /// Only tensors of a GPU get there.
 pub(crate) fn add_norm(_x: &Tensor, _y: Option<(&Tensor, Option<&Tensor>)>, _weight: &Tensor, _eps: f32, _dtype: DType) -> Result<Tensor> {
+    bail!("this build has no CUDA: build with --features cuda")
+}
+
+/// Only steps on a GPU get there.
+pub(crate) fn angles(_frequencies: &[f64], _magnitude: f64, _step: Step, _device: &Device) -> Result<[Tensor; 2]> {
     bail!("this build has no CUDA: build with --features cuda")
 }
 

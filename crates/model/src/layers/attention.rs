@@ -74,10 +74,8 @@ impl SelfAttention {
     pub fn forward(&self, x: &Tensor, rope: &RopeTables, attention: &RoutedAttention, step: Step, cache: &mut KvCache) -> Result<Tensor> {
         let (q_heads, kv_heads, head_dim) = (self.shape.q_heads(), self.shape.kv_heads(), self.shape.head_dim());
         let parts = &self.parts;
-        let [q, k, v] = Linear::forward_each([&parts.q_proj, &parts.k_proj, &parts.v_proj], x)?;
-        let mut q = q.reshape((step.len, q_heads, head_dim))?;
-        let mut k = k.reshape((step.len, kv_heads, head_dim))?;
-        let v = v.reshape((step.len, kv_heads, head_dim))?;
+        let projections = [&parts.q_proj, &parts.k_proj, &parts.v_proj];
+        let [mut q, mut k, v] = Linear::forward_each(projections, x, [q_heads, kv_heads, kv_heads], head_dim)?;
         if let Some((q_norm, k_norm)) = &parts.qk_norm {
             (q, k) = (q_norm.forward(&q)?, k_norm.forward(&k)?);
         }

@@ -46,16 +46,41 @@ impl Linear {
     /// # Errors
     /// If the widths differ.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        self.add_bias(self.weight.multiply(x)?)
+        let y = self.weight.multiply(x)?;
+        match &self.bias {
+            Some(bias) => y.broadcast_add(bias),
+            None => Ok(y),
+        }
     }
 
-    /// [`Linear::forward`] of projections that read the same `x`.
+    /// [`Linear::forward`] of projections that read the same `x`, to so many heads of `width` numbers each: `[tokens, heads, width]`. What they give
+    /// for a token is contiguous, but may lie among what the others give.
     ///
     /// # Errors
     /// If a width differs.
-    pub fn forward_each<const N: usize>(projections: [&Self; N], x: &Tensor) -> Result<[Tensor; N]> {
-        let products = Matrix::multiply_each(&projections.map(|projection| &projection.weight), x)?;
-        let outputs = projections.iter().zip(products).map(|(projection, y)| projection.add_bias(y)).collect::<Result<Vec<_>>>()?;
+    pub fn forward_each<const N: usize>(projections: [&Self; N], x: &Tensor, heads: [usize; N], width: usize) -> Result<[Tensor; N]> {
+        let weights = projections.map(|projection| &projection.weight);
+        let tokens = x.dim(0)?;
+        let products = match Matrix::multiply_joined(&weights, x)? {
+            Some(all) => {
+                let all = all.reshape((tokens, heads.iter().sum::<usize>(), width))?;
+                let mut first = 0;
+                let part = |heads: &usize| {
+                    first += heads;
+                    all.narrow(1, first - heads, *heads)
+                };
+                heads.iter().map(part).collect::<Result<Vec<_>>>()?
+            }
+            None => {
+                let each = Matrix::multiply_each(&weights, x)?;
+                each.iter().zip(heads).map(|(y, heads)| y.reshape((tokens, heads, width))).collect::<Result<_>>()?
+            }
+        };
+        let add_bias = |(projection, y): (&&Self, Tensor)| match &projection.bias {
+            Some(bias) => y.broadcast_add(&bias.reshape(((), width))?),
+            None => Ok(y),
+        };
+        let outputs = projections.iter().zip(products).map(add_bias).collect::<Result<Vec<_>>>()?;
         outputs.try_into().map_err(|_| candle_core::Error::Msg("linear: a product is missing".into()))
     }
 
@@ -63,13 +88,6 @@ impl Linear {
     pub fn dtype_of_activations<const N: usize>(projections: [&Self; N], tokens: usize) -> DType {
         let rounds = |projection: &&Self| projection.weight.dtype_of_activations(tokens) == DType::BF16;
         if projections.iter().all(rounds) { DType::BF16 } else { DType::F32 }
-    }
-
-    fn add_bias(&self, y: Tensor) -> Result<Tensor> {
-        match &self.bias {
-            Some(bias) => y.broadcast_add(bias),
-            None => Ok(y),
-        }
     }
 }
 

@@ -11,6 +11,7 @@ pub struct GatedMlp {
     up: Linear,
     down: Linear,
     activation: Activation,
+    inner: usize, // width between them
 }
 
 impl GatedMlp {
@@ -25,6 +26,7 @@ impl GatedMlp {
             up: Linear::load(scope, name("mlp.up_proj", "ffn_up"), inner, hidden)?,
             down: Linear::load(scope, name("mlp.down_proj", "ffn_down"), hidden, inner)?,
             activation: config.activation,
+            inner,
         })
     }
 
@@ -43,7 +45,8 @@ impl GatedMlp {
     /// # Errors
     /// If the widths differ.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let [gate, up] = Linear::forward_each([&self.gate, &self.up], x)?;
+        let [gate, up] = Linear::forward_each([&self.gate, &self.up], x, [1, 1], self.inner)?;
+        let (gate, up) = (gate.squeeze(1)?, up.squeeze(1)?);
         let inner = gated(self.activation, gate, &up, self.down.weight().dtype_of_activations(x.dim(0)?))?;
         drop(up);
         self.down.forward(&inner)

@@ -2,6 +2,7 @@
 
 use super::fused;
 use crate::config::{RopeConfig, RopeScaling};
+use crate::gpu;
 use crate::weights::{Name, Scope};
 use candle_core::{DType, Device, Result, Tensor};
 use sparse_attn::Step;
@@ -69,6 +70,11 @@ impl Rope {
     /// # Errors
     /// If the device is out of memory.
     pub fn tables(&self, step: Step, device: &Device) -> Result<RopeTables> {
+        if device.is_cuda() {
+            // A long prompt's take a millisecond and more on the host, while the GPU has nothing to do.
+            let [cos, sin] = gpu::angles(&self.inverse_frequencies, self.magnitude, step, device)?;
+            return Ok(RopeTables { cos, sin });
+        }
         let angles = || (step.start..step.end()).flat_map(|t| self.inverse_frequencies.iter().map(move |f| t as f64 * f));
         let tensor = |values: Vec<f32>| Tensor::from_vec(values, (step.len, self.inverse_frequencies.len()), device);
         Ok(RopeTables {

@@ -102,6 +102,15 @@ impl Matrix {
         }
     }
 
+    /// [`Matrix::multiply`] of several matrices with the same `x` as one product, `[tokens, rows of all]`, where a GPU does that.
+    ///
+    /// # Errors
+    /// If a width differs.
+    pub(crate) fn multiply_joined(matrices: &[&Self], x: &Tensor) -> Result<Option<Tensor>> {
+        let on_device = matrices.iter().map(|matrix| if let Self::Device(weight) = matrix { Some(weight.as_ref()) } else { None });
+        on_device.collect::<Option<Vec<_>>>().map_or(Ok(None), |matrices| DeviceMatrix::multiply_joined(&matrices, x))
+    }
+
     /// Rows by index: ids `[tokens]` u32 -> `[tokens, columns]` f32.
     ///
     /// # Errors

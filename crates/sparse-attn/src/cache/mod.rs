@@ -25,7 +25,6 @@ use mirror::{Mirrors, Staged};
 use slabs::Slabs;
 
 use crate::backend::cuda::{self, Pinned};
-use crate::parallel;
 use candle_core::{Device, Result, bail};
 use std::ops::Range;
 use std::sync::Arc;
@@ -229,17 +228,10 @@ impl KvCache {
             return Ok(());
         }
         self.device.synchronize()?;
-        let mut waiting: Vec<_> =
-            self.layers.iter_mut().filter(|layer| !layer.is_decided()).map(|layer| (layer, ReadCount::default())).collect();
-        parallel::for_each_mut(
-            &mut waiting,
-            || (),
-            |(), _, (layer, count)| {
-                layer.settle();
-                *count = layer.count_visible(step);
-            },
-        );
-        waiting.iter().for_each(|(_, count)| self.read.add(*count));
+        for layer in self.layers.iter_mut().filter(|layer| !layer.is_decided()) {
+            layer.settle();
+            self.read.add(layer.count_visible(step));
+        }
         Ok(())
     }
 

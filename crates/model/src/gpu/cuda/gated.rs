@@ -3,7 +3,7 @@
 use super::params::GateRowsParams;
 use crate::config::Activation;
 use candle_core::{DType, Result, Tensor, bail};
-use sparse_attn::backend::cuda::{Kernels, Spread, address, uninitialised};
+use sparse_attn::backend::cuda::{Kernels, Spread, address, by_tokens, uninitialised};
 
 /// Numbers of a thread, and threads of a block.
 const EACH: usize = 4;
@@ -17,26 +17,30 @@ pub(super) fn code(activation: Activation) -> i32 {
     }
 }
 
-/// `activation(gate) * up`, of one shape, f32; as `dtype`: f32, or bf16 for products that round to it anyway.
+/// `activation(gate) * up`, `[tokens, columns]` both, f32; as `dtype`: f32, or bf16 for products that round to it anyway.
 ///
 /// # Errors
 /// If the shapes differ, or the device is out of memory.
 pub(crate) fn gated(activation: Activation, gate: &Tensor, up: &Tensor, dtype: DType) -> Result<Tensor> {
-    if gate.dims() != up.dims() || !gate.elem_count().is_multiple_of(EACH) {
+    let (_, columns) = gate.dims2()?;
+    if gate.dims() != up.dims() || !columns.is_multiple_of(EACH) {
         bail!("gated: {:?} and {:?} differ, or are no multiple of {EACH}", gate.shape(), up.shape());
     }
-    let (gate, up) = (gate.contiguous()?, up.contiguous()?);
+    let ((gate, gate_at, gate_row), (_up, up_at, up_row)) = (by_tokens(gate)?, by_tokens(up)?);
     let out = uninitialised(gate.shape(), dtype, gate.device())?;
     let params = GateRowsParams {
-        gate: address(&gate)?,
-        up: address(&up)?,
+        gate: gate_at,
+        up: up_at,
         out: address(&out)?,
         count: gate.elem_count() as i64,
+        columns: columns as i32,
+        gate_row: gate_row as i32,
+        up_row: up_row as i32,
         activation: code(activation),
         is_rounded: i32::from(dtype == DType::BF16),
     };
     let spread = Spread::new([gate.elem_count().div_ceil(EACH * THREADS), 1, 1], THREADS);
     // SAFETY: the tensors have this many numbers, and live until the stream frees them.
-    unsafe { Kernels::of(gate.device())?.launch("gate_rows", spread, &params) }?;
+    unsafe { Kernels::of(gate.device())?.launch_following("gate_rows", spread, &params) }?;
     Ok(out)
 }

@@ -13,13 +13,17 @@ use std::sync::Arc;
 /// Tokens up to which blocks are multiplied as they are: more are faster through the tensor cores.
 const FEW_TOKENS: usize = 8;
 
+/// Matrices that are unpacked by a kernel, and bytes of those that are multiplied as one: more would be much beside the activations.
+const JOINED: usize = 3;
+const JOINED_BYTES: usize = 64 << 20;
+
 /// Weights of a unit: what a lane of the kernels takes at a time.
 const UNIT: usize = 32;
 
 /// Rows (warps) of a thread block of `product`.
 const WARPS: usize = 4;
 
-/// Threads of `matrix_rows` and of `unpack_matrix`, and weights of each.
+/// Threads of `matrix_rows` and of `unpack_matrices`, and weights of each.
 const ROWS_THREADS: usize = 64;
 const UNPACK_THREADS: usize = 256;
 const OF_A_THREAD: usize = 8;
@@ -148,65 +152,48 @@ impl DeviceMatrix {
         !matches!(self.format, Format::F32 | Format::F16)
     }
 
+    /// `x W'` of matrices that are multiplied with the same `x` `[tokens, columns]`, bf16, as one product: `[tokens, rows of all]` f32.
+    /// `None`: they are not, since they are too large, or not unpacked for it anyway.
+    ///
+    /// # Errors
+    /// As [`DeviceMatrix::multiply_each`].
+    pub(crate) fn multiply_joined(matrices: &[&Self], x: &Tensor) -> Result<Option<Tensor>> {
+        let (tokens, columns) = x.dims2()?;
+        let rows: usize = matrices.iter().map(|matrix| matrix.rows).sum();
+        let joins = |matrix: &&Self| matrix.rounds(tokens) && matrix.format != Format::Bf16 && matrix.columns == columns;
+        let fits = matrices.len() <= JOINED && rows * columns * size_of::<u16>() <= JOINED_BYTES;
+        if x.dtype() != DType::BF16 || !fits || !matrices.iter().all(joins) {
+            return Ok(None);
+        }
+        multiply(&Self::unpacked(matrices, x.device())?, &x.contiguous()?, Arithmetic::Bf16).map(Some)
+    }
+
     fn multiply_many(&self, x: &Tensor, rounded: Option<&Tensor>) -> Result<Tensor> {
-        let device = x.device();
-        let (weight, x, kind, compute) = match (self.format, rounded) {
-            (Format::F32, _) => {
-                (self.planes[0].clone(), x, cublas::cudaDataType::CUDA_R_32F, cublas::cublasComputeType_t::CUBLAS_COMPUTE_32F)
-            }
+        match (self.format, rounded) {
+            (Format::F32, _) => multiply(&self.planes[0], x, Arithmetic::F32),
             // The 10 bits of f16 are those of tf32, whose exponents are f32's.
-            (Format::F16, _) => {
-                let wide = self.planes[0].to_dtype(DType::F32)?;
-                (wide, x, cublas::cudaDataType::CUDA_R_32F, cublas::cublasComputeType_t::CUBLAS_COMPUTE_32F_FAST_TF32)
-            }
-            (_, Some(rounded)) => {
-                let weight = if self.format == Format::Bf16 { self.planes[0].clone() } else { self.unpacked(device)? };
-                (weight, rounded, cublas::cudaDataType::CUDA_R_16BF, cublas::cublasComputeType_t::CUBLAS_COMPUTE_32F)
-            }
+            (Format::F16, _) => multiply(&self.planes[0].to_dtype(DType::F32)?, x, Arithmetic::Tf32),
+            (Format::Bf16, Some(rounded)) => multiply(&self.planes[0], rounded, Arithmetic::Bf16),
+            (_, Some(rounded)) => multiply(&Self::unpacked(&[self], x.device())?, rounded, Arithmetic::Bf16),
             (_, None) => bail!("cuda: activations were not rounded"),
-        };
-        let tokens = x.dim(0)?;
-        let out = uninitialised((tokens, self.rows), DType::F32, device)?;
-        let (one, zero) = (1f32, 0f32);
-        let blas = device.as_cuda_device()?.cublas_handle();
-        // In cuBLAS's order of columns: out' [rows, tokens] = weight'' x'.
-        // SAFETY: the three matrices have these shapes, and live until the stream frees them.
-        let done = unsafe {
-            gemm_ex(
-                *blas.handle(),
-                cublas::cublasOperation_t::CUBLAS_OP_T,
-                cublas::cublasOperation_t::CUBLAS_OP_N,
-                self.rows as i32,
-                tokens as i32,
-                self.columns as i32,
-                (&raw const one).cast(),
-                address(&weight)? as *const c_void,
-                kind,
-                self.columns as i32,
-                address(x)? as *const c_void,
-                kind,
-                self.columns as i32,
-                (&raw const zero).cast(),
-                address(&out)? as *mut c_void,
-                cublas::cudaDataType::CUDA_R_32F,
-                self.rows as i32,
-                compute,
-                cublas::cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT,
-            )
-        };
-        match done {
-            Ok(()) => Ok(out),
-            Err(error) => bail!("cuda: product of {:?} and {:?}: {error:?}", x.dims(), [self.rows, self.columns]),
         }
     }
 
-    /// All weights as bf16, `[rows, columns]`.
-    fn unpacked(&self, device: &Device) -> Result<Tensor> {
-        let out = uninitialised((self.rows, self.columns), DType::BF16, device)?;
-        let params = UnpackParams { matrix: self.params(0, 0)?, out: address(&out)?, columns: self.columns as i32 };
-        let spread = Spread::new([self.rows, (self.columns / OF_A_THREAD).div_ceil(UNPACK_THREADS), 1], UNPACK_THREADS);
-        // SAFETY: the tensor has this shape.
-        unsafe { self.kernels.launch("unpack_matrix", spread, &params) }?;
+    /// All weights as bf16, one matrix below the other, `[rows of all, columns]`.
+    fn unpacked(matrices: &[&Self], device: &Device) -> Result<Tensor> {
+        let (Some(first), true) = (matrices.first(), matrices.len() <= JOINED) else {
+            bail!("cuda: {} matrices to unpack", matrices.len())
+        };
+        let (rows, columns) = (matrices.iter().map(|matrix| matrix.rows).sum::<usize>(), first.columns);
+        let out = uninitialised((rows, columns), DType::BF16, device)?;
+        let mut params =
+            UnpackParams { out: address(&out)?, count: matrices.len() as i32, columns: columns as i32, ..UnpackParams::default() };
+        for (to, matrix) in params.matrices.iter_mut().zip(matrices) {
+            *to = matrix.params(0, 0)?;
+        }
+        let spread = Spread::new([(rows * columns / OF_A_THREAD).div_ceil(UNPACK_THREADS), 1, 1], UNPACK_THREADS);
+        // SAFETY: the tensor has the rows of all matrices, which are of one width.
+        unsafe { first.kernels.launch_following("unpack_matrices", spread, &params) }?;
         Ok(out)
     }
 
@@ -261,12 +248,66 @@ pub(super) unsafe fn product(kernels: &Kernels, products: &[Product<'_>], x: u64
     unsafe { kernels.launch_following(&name, Spread::new([rows.div_ceil(WARPS), tokens, 1], WARPS * 32), &params) }
 }
 
+/// What cuBLAS multiplies and adds in; sums are f32.
+#[derive(Debug, Clone, Copy)]
+enum Arithmetic {
+    F32,
+    Tf32,
+    Bf16,
+}
+
+/// `x W'`: `[tokens, columns]` and `[rows, columns]` -> `[tokens, rows]` f32.
+fn multiply(weight: &Tensor, x: &Tensor, arithmetic: Arithmetic) -> Result<Tensor> {
+    let ((rows, columns), (tokens, width)) = (weight.dims2()?, x.dims2()?);
+    let (dtype, kind, compute) = match arithmetic {
+        Arithmetic::F32 => (DType::F32, cublas::cudaDataType::CUDA_R_32F, cublas::cublasComputeType_t::CUBLAS_COMPUTE_32F),
+        Arithmetic::Tf32 => (DType::F32, cublas::cudaDataType::CUDA_R_32F, cublas::cublasComputeType_t::CUBLAS_COMPUTE_32F_FAST_TF32),
+        Arithmetic::Bf16 => (DType::BF16, cublas::cudaDataType::CUDA_R_16BF, cublas::cublasComputeType_t::CUBLAS_COMPUTE_32F),
+    };
+    if columns != width || weight.dtype() != dtype || x.dtype() != dtype {
+        bail!("cuda: product of {:?} {:?} and {:?} {:?} in {arithmetic:?}", x.dims(), x.dtype(), weight.dims(), weight.dtype());
+    }
+    let device = x.device();
+    let out = uninitialised((tokens, rows), DType::F32, device)?;
+    let (one, zero) = (1f32, 0f32);
+    let blas = device.as_cuda_device()?.cublas_handle();
+    // In cuBLAS's order of columns: out' [rows, tokens] = weight'' x'.
+    // SAFETY: the three matrices have these shapes, and live until the stream frees them.
+    let done = unsafe {
+        gemm_ex(
+            *blas.handle(),
+            cublas::cublasOperation_t::CUBLAS_OP_T,
+            cublas::cublasOperation_t::CUBLAS_OP_N,
+            rows as i32,
+            tokens as i32,
+            columns as i32,
+            (&raw const one).cast(),
+            address(weight)? as *const c_void,
+            kind,
+            columns as i32,
+            address(x)? as *const c_void,
+            kind,
+            columns as i32,
+            (&raw const zero).cast(),
+            address(&out)? as *mut c_void,
+            cublas::cudaDataType::CUDA_R_32F,
+            rows as i32,
+            compute,
+            cublas::cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT,
+        )
+    };
+    match done {
+        Ok(()) => Ok(out),
+        Err(error) => bail!("cuda: product of {:?} and {:?}: {error:?}", x.dims(), weight.dims()),
+    }
+}
+
 /// `x` as bf16.
 fn round(x: &Tensor) -> Result<Tensor> {
     let out = uninitialised(x.shape(), DType::BF16, x.device())?;
     let count = x.elem_count();
     let params = RoundParams { x: address(x)?, out: address(&out)?, count: count as i64 };
     // SAFETY: both tensors have `count` numbers, a multiple of 32.
-    unsafe { Kernels::of(x.device())?.launch("round_to_bf16", Spread::new([count.div_ceil(1024), 1, 1], 256), &params) }?;
+    unsafe { Kernels::of(x.device())?.launch_following("round_to_bf16", Spread::new([count.div_ceil(1024), 1, 1], 256), &params) }?;
     Ok(out)
 }

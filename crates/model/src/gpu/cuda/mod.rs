@@ -11,5 +11,5 @@ mod step;
 pub(crate) use gated::gated;
 pub use matrix::DeviceMatrix;
 pub(crate) use norm::add_norm;
-pub(crate) use rotated::rotated;
+pub(crate) use rotated::{angles, rotated};
 pub(crate) use step::record;

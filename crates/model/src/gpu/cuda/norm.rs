@@ -40,6 +40,6 @@ pub(crate) fn add_norm(x: &Tensor, y: Option<(&Tensor, Option<&Tensor>)>, weight
     };
     let spread = Spread::new([tokens, 1, 1], threads);
     // SAFETY: the tensors have these shapes, and live until the stream frees them.
-    unsafe { Kernels::of(x.device())?.launch(&format!("add_norm_rows_{threads}_{groups}"), spread, &params) }?;
+    unsafe { Kernels::of(x.device())?.launch_following(&format!("add_norm_rows_{threads}_{groups}"), spread, &params) }?;
     Ok(out)
 }

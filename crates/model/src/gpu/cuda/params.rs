@@ -21,15 +21,17 @@ sparse_attn::mirrors! { "layer_params.h":
     /// Numbers from the host.
     FetchParams { from: u64, to: u64, count: i32 }
     /// A matrix as bf16.
-    UnpackParams { matrix: Matrix, out: u64, columns: i32 }
+    UnpackParams { matrices: [Matrix; 3], out: u64, count: i32, columns: i32 }
     /// Numbers in 8 bits.
     QuantizeParams { x: u64, out: u64, columns: i32, tokens: i32 }
     /// f32 to bf16.
     RoundParams { x: u64, out: u64, count: i64 }
     /// `activation(gate) * up`
-    GateRowsParams { gate: u64, up: u64, out: u64, count: i64, activation: i32, is_rounded: i32 }
+    GateRowsParams { gate: u64, up: u64, out: u64, count: i64, columns: i32, gate_row: i32, up_row: i32, activation: i32, is_rounded: i32 }
+    /// Angles of a rotation.
+    AnglesParams { frequencies: u64, cos: u64, sin: u64, start: i32, tokens: i32, pairs: i32, magnitude: f32 }
     /// Queries and keys, rotated.
-    RotateParams { q: u64, k: u64, cos: u64, sin: u64, q_out: u64, k_out: u64, tokens: i32, q_heads: i32, kv_heads: i32, head_dim: i32 }
+    RotateParams { q: u64, k: u64, cos: u64, sin: u64, q_out: u64, k_out: u64, q_row: i32, k_row: i32, tokens: i32, q_heads: i32, kv_heads: i32, head_dim: i32 }
     /// The likeliest token.
     LikeliestParams { logits: u64, id: u64, count: i32 }
     /// The likeliest tokens.

@@ -1,12 +1,35 @@
 //! Rotary position embedding of many tokens.
 
-use super::params::RotateParams;
-use candle_core::{DType, Result, Tensor, bail};
-use sparse_attn::backend::cuda::{Kernels, Spread, address, uninitialised};
+use super::params::{AnglesParams, RotateParams};
+use candle_core::{DType, Device, Result, Tensor, bail};
+use sparse_attn::Step;
+use sparse_attn::backend::cuda::{Kernels, Spread, address, by_tokens, uninitialised};
 
 /// Pairs of a thread, and threads of a block.
 const EACH: usize = 4;
 const THREADS: usize = 256;
+
+/// cos and sin of the angles of the tokens of `step`, times `magnitude`: `[tokens, frequencies]` each, where frequencies are radians per position.
+///
+/// # Errors
+/// If the device is out of memory.
+pub(crate) fn angles(frequencies: &[f64], magnitude: f64, step: Step, device: &Device) -> Result<[Tensor; 2]> {
+    let table = || uninitialised((step.len, frequencies.len()), DType::F32, device);
+    let (frequencies, cos, sin) = (Tensor::new(frequencies, device)?, table()?, table()?);
+    let params = AnglesParams {
+        frequencies: address(&frequencies)?,
+        cos: address(&cos)?,
+        sin: address(&sin)?,
+        start: step.start as i32,
+        tokens: step.len as i32,
+        pairs: frequencies.elem_count() as i32,
+        magnitude: magnitude as f32,
+    };
+    let spread = Spread::new([cos.elem_count().div_ceil(THREADS), 1, 1], THREADS);
+    // SAFETY: the tensors have these shapes, and live until the stream frees them.
+    unsafe { Kernels::of(device)?.launch("rotation_angles", spread, &params) }?;
+    Ok([cos, sin])
+}
 
 /// Rotates `q` `[tokens, q_heads, head_dim]` and `k` `[tokens, kv_heads, head_dim]`, f32, by angles `cos` and `sin` `[tokens, head_dim / 2]`: queries
 /// come back as `dtype`, f32, f16 or bf16.
@@ -25,15 +48,17 @@ pub(crate) fn rotated(q: &Tensor, k: &Tensor, [cos, sin]: [&Tensor; 2], dtype: D
         DType::BF16 => "rotate_rows_bf16",
         other => bail!("cuda: rotation to {other:?}"),
     };
-    let (q, k) = (q.contiguous()?, k.contiguous()?);
+    let ((q, q_at, q_row), (_k, k_at, k_row)) = (by_tokens(q)?, by_tokens(k)?);
     let outs = (uninitialised(q.shape(), dtype, q.device())?, uninitialised(k.shape(), DType::F32, k.device())?);
     let params = RotateParams {
-        q: address(&q)?,
-        k: address(&k)?,
+        q: q_at,
+        k: k_at,
         cos: address(cos)?,
         sin: address(sin)?,
         q_out: address(&outs.0)?,
         k_out: address(&outs.1)?,
+        q_row: q_row as i32,
+        k_row: k_row as i32,
         tokens: tokens as i32,
         q_heads: q_heads as i32,
         kv_heads: kv_heads as i32,
@@ -41,6 +66,6 @@ pub(crate) fn rotated(q: &Tensor, k: &Tensor, [cos, sin]: [&Tensor; 2], dtype: D
     };
     let threads = tokens * (q_heads + kv_heads) * (head_dim / (2 * EACH));
     // SAFETY: the tensors have these shapes, and live until the stream frees them.
-    unsafe { Kernels::of(q.device())?.launch(name, Spread::new([threads.div_ceil(THREADS), 1, 1], THREADS), &params) }?;
+    unsafe { Kernels::of(q.device())?.launch_following(name, Spread::new([threads.div_ceil(THREADS), 1, 1], THREADS), &params) }?;
     Ok(outs)
 }

@@ -179,10 +179,26 @@ fn hold_memory(context: &CudaContext) -> Result<()> {
 /// # Errors
 /// If it is not contiguous, or not on a GPU.
 pub fn address(tensor: &Tensor) -> Result<u64> {
-    let (storage, layout) = tensor.storage_and_layout();
-    if !layout.is_contiguous() {
-        bail!("cuda: a tensor {:?} is not contiguous", layout.shape());
+    if !tensor.is_contiguous() {
+        bail!("cuda: a tensor {:?} is not contiguous", tensor.shape());
     }
+    first_of(tensor)
+}
+
+/// `tensor`, or a copy of it, such that what it has for each token (its first axis) is contiguous: with the address of the first number, and how
+/// many numbers lie between a token's first one and the next one's.
+///
+/// # Errors
+/// If it is not on a GPU, or that is out of memory.
+pub fn by_tokens(tensor: &Tensor) -> Result<(Tensor, u64, usize)> {
+    let apart = |tensor: &Tensor| tensor.stride().first().copied().unwrap_or(1);
+    let is_by_tokens = tensor.dims().first().is_some_and(|tokens| *tokens > 0) && tensor.narrow(0, 0, 1)?.is_contiguous();
+    let tensor = if is_by_tokens { tensor.clone() } else { tensor.contiguous()? };
+    Ok((tensor.clone(), first_of(&tensor)?, apart(&tensor)))
+}
+
+fn first_of(tensor: &Tensor) -> Result<u64> {
+    let (storage, layout) = tensor.storage_and_layout();
     let Storage::Cuda(storage) = &*storage else { bail!("cuda: a tensor is on {:?}", tensor.device().location()) };
     let stream = storage.device.cuda_stream();
     // The guard orders streams by events, of which candle's device has one and none.

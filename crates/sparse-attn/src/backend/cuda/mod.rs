@@ -12,7 +12,7 @@ mod select;
 pub use decode::{DecodeCall, DecodeLists, DecodeScratch, decode};
 pub use gate::gate_layer;
 pub(crate) use gate::{Verdict, note_verdicts};
-pub use kernels::{Kernels, Spread, address};
+pub use kernels::{Kernels, Spread, address, by_tokens};
 pub use pinned::Pinned;
 pub use rows::scales_of;
 pub(crate) use rows::{Compacted, compact, scatter_rows, summarise};
@@ -117,7 +117,7 @@ impl Cuda {
         let (name, threads, shared_bytes) = self.prefill_kernel(store, tile * shape.group_size(), hides);
         let spread = Spread { grid: [tiles, shape.kv_heads(), 1], threads, shared_bytes };
         // SAFETY: the tensors are of these shapes, and live until the stream frees them after the kernel.
-        unsafe { self.kernels.launch(&name, spread, &params) }?;
+        unsafe { self.kernels.launch_following(&name, spread, &params) }?;
         Ok(out)
     }
 

@@ -4,7 +4,7 @@ use super::params::{
     CompactParams, CompactedLayer, Kept, PackParams, ScatterParams, StoreGatedParams, StoreParams, SummaryParams, TransformParams,
     WidenParams,
 };
-use super::{Kernels, Spread, Verdict, address, gate, summary_code, uninitialised};
+use super::{Kernels, Spread, Verdict, address, by_tokens, gate, summary_code, uninitialised};
 use crate::cache::{KvDtype, LayerStore, Layout, OCTET, PAGE_SIZE, Pool, Step, Summaries, Summary};
 use candle_core::{DType, Result, Tensor, bail};
 use std::ops::Range;
@@ -59,10 +59,11 @@ pub(super) fn transformed(q: &Tensor) -> Result<Tensor> {
 /// Stores `k` and `v` `[step.len, kv_heads, head_dim]` in the places that the page table gives them, and makes a verdict on them.
 pub(super) fn store_step(k: &Tensor, v: &Tensor, step: Step, store: &LayerStore, verdict: Option<Verdict<'_>>) -> Result<()> {
     let (pages, shape) = (store.device_pages()?, store.shape());
-    let rows = |rows: &Tensor| rows.to_dtype(DType::F32)?.contiguous();
-    let (k, v) = (rows(k)?, rows(v)?);
+    let rows = |rows: &Tensor| by_tokens(&rows.to_dtype(DType::F32)?);
+    let ((k, k_rows, k_apart), (_v, v_rows, v_apart)) = (rows(k)?, rows(v)?);
     let params = StoreParams {
-        rows: [address(&k)?, address(&v)?],
+        rows: [k_rows, v_rows],
+        apart: [k_apart as i32, v_apart as i32],
         pools: [address(store.k().values())?, address(store.v().values())?],
         scales: [scales_of(store.k())?, scales_of(store.v())?],
         pages: address(pages)?,
@@ -82,10 +83,10 @@ pub(super) fn store_step(k: &Tensor, v: &Tensor, step: Step, store: &LayerStore,
         let (gates, name) = (gate.grid[0], format!("{name}_gate_{}", gate.dtype));
         let params = StoreGatedParams { store: params, gate: gate.params, gates: gates as i32 };
         // SAFETY: as below, and the tensors of the gate have the shapes of its parameters.
-        return unsafe { kernels.launch(&name, Spread::new([gates + blocks(gate::THREADS), 1, 1], gate::THREADS), &params) };
+        return unsafe { kernels.launch_following(&name, Spread::new([gates + blocks(gate::THREADS), 1, 1], gate::THREADS), &params) };
     }
     // SAFETY: the table has a page for each position of the step; what the kernel reads lives until the stream frees it.
-    unsafe { kernels.launch(&name, Spread::new([blocks(STORED), 1, 1], STORED), &params) }?;
+    unsafe { kernels.launch_following(&name, Spread::new([blocks(STORED), 1, 1], STORED), &params) }?;
     verdict.map_or(Ok(()), gate::note_verdicts)
 }
 
