@@ -498,9 +498,9 @@ impl LayerStore {
     /// What queries of `step` read where they read all that they see.
     pub fn count_visible(&self, step: Step) -> ReadCount {
         let heads = self.spec.shape.kv_heads();
-        let visible = heads as u64 * (step.start..step.end()).map(|t| (t + 1 - self.first_visible(t)) as u64).sum::<u64>();
+        let visible = heads as u64 * step.seen(self.spec.sliding_window.unwrap_or(usize::MAX));
         let read = self.local_window().map_or(visible, |window| {
-            let in_window = heads as u64 * (step.start..step.end()).map(|t| (t + 1).min(window) as u64).sum::<u64>();
+            let in_window = heads as u64 * step.seen(window);
             // The query at `t` sees those kept before `t + 1 - window`.
             let before = (step.start + 1).saturating_sub(window)..(step.end() + 1).saturating_sub(window);
             in_window + self.admitted.iter().flatten().map(|admitted| admitted.sum_of_ranks(before.clone())).sum::<u64>()

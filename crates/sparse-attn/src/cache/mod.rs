@@ -44,6 +44,15 @@ impl Step {
         self.start + self.len
     }
 
+    /// Positions that its tokens see, over all of them: each itself and those before, of which no more than `window`.
+    pub(crate) fn seen(&self, window: usize) -> u64 {
+        let before = |end: usize| {
+            let rising = end.min(window) as u64;
+            rising * (rising + 1) / 2 + end.saturating_sub(window) as u64 * window as u64
+        };
+        before(self.end()) - before(self.start)
+    }
+
     /// The octets of positions that it has tokens in.
     pub(crate) fn octets(&self) -> Range<usize> {
         self.start / OCTET..self.end().div_ceil(OCTET)
@@ -344,5 +353,18 @@ impl KvCache {
     /// Bytes allocated for keys, values, page tables and block summaries, slack included.
     pub fn allocated_bytes(&self) -> usize {
         self.layers.iter().map(LayerStore::allocated_bytes).sum()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_step_sees_is_the_sum_over_its_tokens() {
+        for (start, len, window) in [(0, 1, 1), (0, 300, 70), (50, 30, 70), (200, 1, 70), (69, 2, 70), (10, 500, usize::MAX)] {
+            let step = Step { start, len };
+            assert_eq!(step.seen(window), (start..start + len).map(|t| (t + 1).min(window) as u64).sum::<u64>(), "{step:?} {window}");
+        }
     }
 }
