@@ -67,7 +67,7 @@ struct PrefillParams {
     const void *packed_k; // [kv_heads, max_packed, head_dim] T, as PackParams has them
     const void *packed_v;
     const int *packed;    // [kv_heads, max_packed / 8]; null: none are packed
-    float *out;           // [tokens, q_heads, head_dim]
+    void *out;            // [tokens, q_heads, head_dim] f32, or bf16 if it is rounded
     int max_pages;
     int max_octets;
     int max_packed;
@@ -78,6 +78,7 @@ struct PrefillParams {
     int group_size;
     int sliding_window;
     int local_window;
+    int is_rounded;
     float scale;
 };
 

@@ -208,6 +208,12 @@ struct Reads {
     }
 };
 
+// Two neighbours of a prompt's output, from number `at` on.
+__device__ __forceinline__ void put_out(const PrefillParams &p, int64_t at, float a, float b) {
+    if (p.is_rounded) *(uint32_t *)((__nv_bfloat16 *)p.out + at) = pack<__nv_bfloat16>(a, b);
+    else *(float2 *)((float *)p.out + at) = make_float2(a, b);
+}
+
 constexpr int PACKED = -2; // the position of octets that are packed beside the pools
 
 // The octets that queries of a prompt read: of tokens that none of them sees by its window, those that are packed.

@@ -159,9 +159,9 @@ template <typename T, int D> __device__ void attend(const PrefillParams &p) {
         weight[r] += __shfl_xor_sync(~0u, weight[r], 1);
         weight[r] += __shfl_xor_sync(~0u, weight[r], 2);
         if (position[r] < 0) continue;
-        float *to = p.out + ((int64_t)(first + own[r] / G) * p.kv_heads * G + head * G + own[r] % G) * D + 2 * (lane % 4);
+        const int64_t to = ((int64_t)(first + own[r] / G) * p.kv_heads * G + head * G + own[r] % G) * D + 2 * (lane % 4);
 #pragma unroll
-        for (int d = 0; d < D / 8; ++d) *(float2 *)(to + 8 * d) = make_float2(sums[d][2 * r] / weight[r], sums[d][2 * r + 1] / weight[r]);
+        for (int d = 0; d < D / 8; ++d) put_out(p, to + 8 * d, sums[d][2 * r] / weight[r], sums[d][2 * r + 1] / weight[r]);
     }
 }
 

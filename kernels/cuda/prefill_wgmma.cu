@@ -382,10 +382,10 @@ __device__ __forceinline__ void compute(const PrefillParams &p, const Tile<KEPT>
     for (int r = 0; r < 2; ++r) {
         if (position[r] < 0) continue;
         const int row = first_row + 8 * r;
-        float *to = p.out + ((int64_t)(tile.first + row / G) * p.kv_heads * G + head * G + row % G) * D + 2 * (lane % 4);
+        const int64_t to = ((int64_t)(tile.first + row / G) * p.kv_heads * G + head * G + row % G) * D + 2 * (lane % 4);
         const float by = 1.f / weight[r];
 #pragma unroll
-        for (int d = 0; d < D / 8; ++d) *(float2 *)(to + 8 * d) = make_float2(sums[d][2 * r] * by, sums[d][2 * r + 1] * by);
+        for (int d = 0; d < D / 8; ++d) put_out(p, to + 8 * d, sums[d][2 * r] * by, sums[d][2 * r + 1] * by);
     }
 }
 

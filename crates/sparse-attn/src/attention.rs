@@ -209,6 +209,14 @@ impl RoutedAttention {
     /// # Errors
     /// If a shape does not fit the layer. The cache's committed tokens never change here.
     pub fn forward(&self, layer: usize, input: AttentionInput<'_>, step: Step, cache: &mut KvCache) -> Result<Tensor> {
+        self.forward_as(layer, input, step, cache, DType::F32)
+    }
+
+    /// [`RoutedAttention::forward`] for a product that rounds what it gets to `dtype`: it may come so.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn forward_as(&self, layer: usize, input: AttentionInput<'_>, step: Step, cache: &mut KvCache, dtype: DType) -> Result<Tensor> {
         let Routing { token_router, block_router, .. } = &self.routing;
         let limits = self.routing.limits_of(layer);
         let store = cache.layer_mut(layer);
@@ -232,7 +240,8 @@ impl RoutedAttention {
                 Selection::Every
             } else {
                 let wants_selection = self.observer.is_some();
-                let job = RoutedJob { q: input.q, scale: input.scale, store, step, limits, router: &**block_router, wants_selection };
+                let job =
+                    RoutedJob { q: input.q, scale: input.scale, store, step, limits, router: &**block_router, wants_selection, dtype };
                 if let Some(Routed { out, selection, count }) = self.backend.attend_routed(&job)? {
                     if let Some(selection) = selection {
                         self.show(layer, &input, step, store, &selection)?;
@@ -247,7 +256,7 @@ impl RoutedAttention {
         } else {
             Selection::Every
         };
-        let out = self.backend.attend(input.q, input.scale, store, step, &selection)?;
+        let out = self.backend.attend_as(input.q, input.scale, store, step, &selection, dtype)?;
         self.show(layer, &input, step, store, &selection)?;
         if store.is_decided() {
             self.count(layer, step, &selection, cache);

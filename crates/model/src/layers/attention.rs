@@ -81,7 +81,7 @@ impl SelfAttention {
         }
         let (q, rotated) = rope.apply(&q, &k, attention.dtype_of_queries(cache.layer(self.layer)))?;
         let input = AttentionInput { hidden: x, q: &q, k: &rotated, k_before_rope: &k, v: &v, scale: self.scale };
-        let out = attention.forward(self.layer, input, step, cache)?;
+        let out = attention.forward_as(self.layer, input, step, cache, parts.o_proj.weight().dtype_of_activations(step.len))?;
         parts.o_proj.forward(&out.reshape((step.len, q_heads * head_dim))?)
     }
 }

@@ -38,6 +38,14 @@ pub trait AttentionBackend: std::fmt::Debug + Send + Sync {
     /// If a shape does not fit the store.
     fn attend(&self, q: &Tensor, scale: f32, store: &LayerStore, step: Step, selection: &Selection) -> Result<Tensor>;
 
+    /// [`AttentionBackend::attend`] for a product that rounds what it gets to `dtype`: it may come so.
+    ///
+    /// # Errors
+    /// If a shape does not fit the store.
+    fn attend_as(&self, q: &Tensor, scale: f32, store: &LayerStore, step: Step, selection: &Selection, _dtype: DType) -> Result<Tensor> {
+        self.attend(q, scale, store, step, selection)
+    }
+
     /// Whether it can attend with heads of this shape to keys and values stored like this.
     ///
     /// # Errors
@@ -89,12 +97,14 @@ pub struct RoutedJob<'a> {
     pub router: &'a dyn BlockRouter,
     /// Whether someone asks what was selected.
     pub wants_selection: bool,
+    /// As for [`AttentionBackend::attend_as`].
+    pub dtype: DType,
 }
 
 /// What came of it.
 #[derive(Debug)]
 pub struct Routed {
-    /// `[step.len, q_heads, head_dim]`, f32.
+    /// `[step.len, q_heads, head_dim]`, f32 or as it was to be.
     pub out: Tensor,
     /// What was selected, where it was asked for.
     pub selection: Option<Selection>,

@@ -85,6 +85,12 @@ impl Admitted {
     /// The verdicts on the positions from the next one to `end`: bits of octets, the first of which holds the next position.
     pub(crate) fn extend_octets(&mut self, octets: &[u8], end: usize) {
         let first = self.len / OCTET;
+        if self.len.is_multiple_of(64) {
+            // Whole words, as most of a long step are.
+            for bytes in octets.as_chunks::<{ 64 / OCTET }>().0.iter().take((end - self.len) / 64) {
+                self.fill_word(u64::from_le_bytes(*bytes), 64);
+            }
+        }
         while self.len < end {
             let (word, used) = (self.len / 64, self.len % 64);
             // The octets of the word: before the first one are none.

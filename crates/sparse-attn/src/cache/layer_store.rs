@@ -615,9 +615,10 @@ impl LayerStore {
     /// planned stays there: it costs a copy of everything to give it back, and one to have it again.
     pub(super) fn compaction(&self, len: usize) -> Option<(Places, bool)> {
         let step = self.step_to_trim_for(len)?;
-        let mut places = self.places_for(step).unwrap_or_else(|| Places { table: self.table.clone(), frontier: self.frontier });
-        let is_due = self.has_grown() && !self.is_tight(&places.table);
-        places.table.compact();
+        let (admitted, frontier) = (self.admitted.as_ref()?, self.table.frontier(step).max(self.frontier));
+        let places = Places { table: self.table.compacted(frontier, |head| admitted[head].rank(frontier)), frontier };
+        let left = self.k.pages().saturating_sub(places.pages());
+        let is_due = self.has_grown() && left * 32 >= places.pages();
         Some((places, is_due))
     }
 

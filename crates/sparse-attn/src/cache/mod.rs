@@ -173,7 +173,7 @@ impl KvCache {
         let bytes = |layer: usize| self.layers[layer].bytes_of(pages[layer]);
         for slab in self.slabs.renew(lacks, bytes, |layer| self.layers[layer].may_join(&self.layers[layer - 1])) {
             let layers = &mut self.layers[slab.clone()];
-            let new = slabs::pools_of(layers, |index| pages[slab.start + index], true)?;
+            let new = slabs::pools_of(layers, |index| pages[slab.start + index])?;
             for (layer, [k, v]) in layers.iter_mut().zip(new) {
                 if keeps {
                     k.take_over(layer.k())?;
@@ -321,7 +321,7 @@ impl KvCache {
         for slab in slabs {
             let (layers, places, layouts) = (&mut self.layers[slab.clone()], &mut places[slab.clone()], &staged.layouts[slab]);
             let places: Vec<Places> = places.iter_mut().filter_map(Option::take).collect();
-            let new = slabs::pools_of(layers, |index| places[index].pages(), false)?;
+            let new = slabs::pools_of(layers, |index| places[index].pages())?;
             let jobs = layers.iter().zip(&places).zip(&new).zip(layouts);
             let jobs: Vec<_> = jobs.map(|(((layer, places), new), layout)| layer.compacted(places, new, *layout)).collect();
             cuda::compact(&jobs, &staged.numbers)?;
@@ -341,7 +341,7 @@ impl KvCache {
         let bytes = |layer: usize| self.layers[layer].bytes_of(self.layers[layer].k().pages());
         for slab in slabs.renew(|_| true, bytes, |layer| self.layers[layer].may_join(&self.layers[layer - 1])) {
             let old = &self.layers[slab];
-            for (layer, [k, v]) in old.iter().zip(slabs::pools_of(old, |index| old[index].k().pages(), false)?) {
+            for (layer, [k, v]) in old.iter().zip(slabs::pools_of(old, |index| old[index].k().pages())?) {
                 k.take_over(layer.k())?;
                 v.take_over(layer.v())?;
                 layers.push(layer.fork([k, v])?);

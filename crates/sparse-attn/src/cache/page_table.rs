@@ -77,7 +77,9 @@ impl PageTable {
 
     /// Gives `head` pages for `slots` kept tokens.
     pub fn reserve_kept(&mut self, head: usize, slots: usize) {
-        while self.kept[head].len() * PAGE_SIZE < slots {
+        let missing = slots.div_ceil(PAGE_SIZE).saturating_sub(self.kept[head].len());
+        self.kept[head].reserve(missing);
+        for _ in 0..missing {
             let page = self.next();
             self.kept[head].push(page);
         }
@@ -93,7 +95,9 @@ impl PageTable {
             for page in self.recent[head].iter_mut().take(dead).rev().take_while(|page| **page != NO_PAGE) {
                 self.free.push(std::mem::replace(page, NO_PAGE));
             }
-            while self.recent[head].len() < needed {
+            let missing = needed.saturating_sub(self.recent[head].len());
+            self.recent[head].reserve(missing);
+            for _ in 0..missing {
                 let page = self.next();
                 self.recent[head].push(page);
             }
@@ -127,6 +131,20 @@ impl PageTable {
                 self.free.extend(head.drain(keep..).filter(|page| *page != NO_PAGE));
             }
         }
+    }
+
+    /// A table for the same positions from `frontier` on and for as many kept tokens as `kept` says of each head, in which no page is free.
+    pub fn compacted(&self, frontier: usize, kept: impl Fn(usize) -> usize) -> Self {
+        let mut pages = 0;
+        let mut take = |count: usize| {
+            let first = pages;
+            pages += count as u32;
+            first..pages
+        };
+        let dead = frontier / PAGE_SIZE;
+        let recent = self.recent.iter().map(|head| [NO_PAGE].repeat(dead).into_iter().chain(take(head.len() - dead)).collect()).collect();
+        let kept = (0..self.kept.len()).map(|head| take(kept(head).div_ceil(PAGE_SIZE)).collect()).collect();
+        Self { recent, kept, free: Vec::new(), pages, window: self.window, version: self.version + 1 }
     }
 
     /// Renames the pages so that none is free: the pages in use, in the order of their new names.
@@ -174,6 +192,35 @@ mod tests {
         assert!(table.pages() <= 3 * 3, "{} pages", table.pages());
         assert!(table.first_position() + 100 <= 5000);
         assert_eq!(table.recent(0).len(), 5000usize.div_ceil(PAGE_SIZE));
+    }
+
+    #[test]
+    fn a_compacted_table_has_the_same_places_and_no_free_page() {
+        let mut table = PageTable::new(2, Some(70));
+        for (start, len) in [(0, 300), (300, 40)] {
+            let step = Step { start, len };
+            let frontier = table.frontier(step);
+            (0..2).for_each(|head| table.reserve_kept(head, frontier / (head + 2)));
+            table.reserve(step);
+        }
+        let step = Step { start: 339, len: 1 };
+        let (frontier, kept) = (table.frontier(step), |head: usize| 256 / (head + 2));
+        let new = table.compacted(frontier, kept);
+        assert_ne!(new.version(), table.version());
+        // What the host does in place.
+        (0..2).for_each(|head| table.reserve_kept(head, kept(head)));
+        table.reserve(step);
+        table.compact();
+        for head in 0..2 {
+            let lens = |table: &PageTable| (table.recent(head).len(), table.kept(head).len());
+            assert_eq!(lens(&new), lens(&table));
+            assert!(new.recent(head).iter().zip(table.recent(head)).all(|(new, old)| (*new == NO_PAGE) == (*old == NO_PAGE)));
+        }
+        assert_eq!((new.pages(), new.free_pages()), (table.pages(), 0));
+        let mut used: Vec<u32> =
+            (0..2).flat_map(|head| [new.recent(head), new.kept(head)].concat()).filter(|page| *page != NO_PAGE).collect();
+        used.sort_unstable();
+        assert!(used.iter().zip(0..).all(|(page, name)| *page == name) && used.len() == new.pages());
     }
 
     #[test]

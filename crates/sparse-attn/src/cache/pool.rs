@@ -120,19 +120,19 @@ impl Pool {
         pages * PAGE_SIZE * dtype.row_bytes(width)
     }
 
-    /// Pools like these on a GPU, with so many pages each, side by side in one allocation: zeros, or what a kernel is to fill. All have rows of
-    /// one width, stored alike.
+    /// Pools like these on a GPU, with so many pages each, side by side in one allocation: anything may be in them, and kernels read no slot that
+    /// is not written. All have rows of one width, stored alike.
     ///
     /// # Errors
     /// If the device has no memory for them.
-    pub(super) fn side_by_side(like: &[(&Self, usize)], is_zeroed: bool) -> Result<Vec<Self>> {
+    pub(super) fn side_by_side(like: &[(&Self, usize)]) -> Result<Vec<Self>> {
         let Some(((first, _), total)) = like.first().zip(Some(like.iter().map(|(_, pages)| pages).sum::<usize>())) else {
             return Ok(Vec::new());
         };
         let all = |tensor: &Tensor| {
             let (_, rows, width) = tensor.dims3()?;
             let (shape, dtype, device) = ((total, rows, width), tensor.dtype(), tensor.device());
-            if is_zeroed { Tensor::zeros(shape, dtype, device) } else { cuda::uninitialised(shape, dtype, device) }
+            if device.is_cuda() { cuda::uninitialised(shape, dtype, device) } else { Tensor::zeros(shape, dtype, device) }
         };
         let (values, scales) = (all(&first.values)?, first.scales.as_ref().map(all).transpose()?);
         let mut place = 0;

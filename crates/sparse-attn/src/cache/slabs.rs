@@ -56,11 +56,11 @@ impl Slabs {
     }
 }
 
-/// Pools for the layers of a slab, with so many pages each: zeros, or on a GPU what a kernel is to fill.
+/// Pools for the layers of a slab, with so many pages each, in which nothing is written.
 ///
 /// # Errors
 /// If the device has no memory for them.
-pub(super) fn pools_of(layers: &[LayerStore], pages: impl Fn(usize) -> usize, are_zeroed: bool) -> Result<NewPools> {
+pub(super) fn pools_of(layers: &[LayerStore], pages: impl Fn(usize) -> usize) -> Result<NewPools> {
     if let [layer] = layers
         && !layer.may_join(layer)
     {
@@ -68,7 +68,7 @@ pub(super) fn pools_of(layers: &[LayerStore], pages: impl Fn(usize) -> usize, ar
     }
     let like: Vec<_> =
         layers.iter().enumerate().flat_map(|(index, layer)| [(layer.k(), pages(index)), (layer.v(), pages(index))]).collect();
-    let mut pools = Pool::side_by_side(&like, are_zeroed)?.into_iter();
+    let mut pools = Pool::side_by_side(&like)?.into_iter();
     Ok(std::iter::from_fn(|| Some([pools.next()?, pools.next()?])).collect())
 }
 
@@ -97,7 +97,7 @@ mod tests {
         let pool = |dtype| Pool::new(dtype, Order::Rows, 32, 1, &Device::Cpu);
         for dtype in [KvDtype::F16, KvDtype::Q8_0] {
             let old = [pool(dtype)?, pool(dtype)?, pool(dtype)?];
-            let new = Pool::side_by_side(&[(&old[0], 2), (&old[1], 0), (&old[2], 3)], true)?;
+            let new = Pool::side_by_side(&[(&old[0], 2), (&old[1], 0), (&old[2], 3)])?;
             assert_eq!(new.iter().map(Pool::pages).collect::<Vec<_>>(), [2, 0, 3]);
             for (index, pool) in new.iter().enumerate().filter(|(_, pool)| pool.pages() > 0) {
                 let ones = Tensor::full(index as f32 + 1.0, (PAGE_SIZE, 32), &Device::Cpu)?;

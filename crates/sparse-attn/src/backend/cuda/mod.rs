@@ -16,7 +16,7 @@ pub use kernels::{Kernels, Spread, address, by_tokens};
 pub use pinned::Pinned;
 pub use rows::scales_of;
 pub(crate) use rows::{Compacted, compact, scatter_rows, summarise};
-use rows::{Packed, in_halves, transformed};
+use rows::{in_halves, transformed};
 pub use select::{Budgeted, SelectCall, SelectScratch, kind_of, score_and_select};
 
 use super::{AttentionBackend, Routed, RoutedJob};
@@ -53,13 +53,15 @@ impl Cuda {
         Ok(Self { kernels: Kernels::of(device)? })
     }
 
-    /// Attention over lists of octets that are on the device, or over everything.
-    fn attend_lists(&self, q: &Tensor, scale: f32, store: &LayerStore, step: Step, lists: Option<&Lists>) -> Result<Tensor> {
+    /// Attention over lists of octets that are on the device, or over everything; of several queries as `dtype`, f32 or bf16.
+    fn attend_lists(&self, q: &Tensor, scale: f32, store: &LayerStore, step: Step, lists: Option<&Lists>, dtype: DType) -> Result<Tensor> {
         let shape = store.shape();
         check_store(store)?;
         let q = q.to_dtype(queries_of(store).tensor_dtype())?.contiguous()?; // [tokens, q_heads, head_dim]
-        let out = uninitialised((step.len, shape.q_heads(), shape.head_dim()), DType::F32, q.device())?;
+        let device = q.device().clone();
+        let out_of = |dtype| uninitialised((step.len, shape.q_heads(), shape.head_dim()), dtype, &device);
         if step.len == 1 {
+            let out = out_of(DType::F32)?;
             let position = Tensor::new(&[step.start as u32], q.device())?;
             let scratch = DecodeScratch::new(&self.kernels, store, q.device())?;
             let call = DecodeCall {
@@ -85,8 +87,9 @@ impl Cuda {
         // Widening all is little beside what many queries read of it.
         let (k, v) = (in_halves(store.k())?, in_halves(store.v())?);
         let q = if store.k().is_transformed() { transformed(&q)? } else { q };
+        let is_rounded = dtype == DType::BF16;
+        let out = out_of(if is_rounded { DType::BF16 } else { DType::F32 })?;
         let packed = if hides && lists.is_none() { rows::pack(store, [&k, &v], step)? } else { None };
-        let of_packed = |tensor: fn(&Packed) -> &Tensor| packed.as_ref().map_or(Ok(0), |packed| address(tensor(packed)));
         let params = PrefillParams {
             q: address(&q)?,
             k: address(&k)?,
@@ -98,9 +101,9 @@ impl Cuda {
             firsts: firsts.map_or(Ok(0), address)?,
             lists: lists.map_or(Ok(0), |lists| address(&lists.of_pieces))?,
             windows: lists.and_then(|lists| lists.windows.on_device.as_ref()).map_or(Ok(0), address)?,
-            packed_k: of_packed(|packed| &packed.k)?,
-            packed_v: of_packed(|packed| &packed.v)?,
-            packed: of_packed(|packed| &packed.before)?,
+            packed_k: packed.as_ref().map_or(0, |packed| packed.k),
+            packed_v: packed.as_ref().map_or(0, |packed| packed.v),
+            packed: packed.as_ref().map_or(0, |packed| packed.before),
             out: address(&out)?,
             max_pages: pages.dim(1)? as i32,
             max_octets: lists.map_or(0, |lists| lists.most) as i32,
@@ -111,6 +114,7 @@ impl Cuda {
             kv_heads: shape.kv_heads() as i32,
             group_size: shape.group_size() as i32,
             sliding_window: store.sliding_window().unwrap_or(0) as i32,
+            is_rounded: i32::from(is_rounded),
             local_window: if hides { store.local_window().unwrap_or(0) as i32 } else { 0 },
             scale,
         };
@@ -151,13 +155,17 @@ impl AttentionBackend for Cuda {
     }
 
     fn attend(&self, q: &Tensor, scale: f32, store: &LayerStore, step: Step, selection: &Selection) -> Result<Tensor> {
+        self.attend_as(q, scale, store, step, selection, DType::F32)
+    }
+
+    fn attend_as(&self, q: &Tensor, scale: f32, store: &LayerStore, step: Step, selection: &Selection, dtype: DType) -> Result<Tensor> {
         store.check_queries(q, step)?;
         // Where everything is read, the kernels go by the page tables.
         let lists = match selection {
             Selection::Every => None,
             Selection::Blocks(_) => Some(Lists::of_selection(selection, store, step, queries_of_a_tile(store.shape().group_size()))?),
         };
-        self.attend_lists(q, scale, store, step, lists.as_ref())
+        self.attend_lists(q, scale, store, step, lists.as_ref(), dtype)
     }
 
     fn supports(&self, shape: HeadShape, dtypes: KvDtypes) -> Result<()> {
@@ -165,13 +173,13 @@ impl AttentionBackend for Cuda {
     }
 
     fn attend_routed(&self, job: &RoutedJob<'_>) -> Result<Option<Routed>> {
-        let RoutedJob { q, scale, store, step, limits, router, wants_selection } = *job;
+        let RoutedJob { q, scale, store, step, limits, router, wants_selection, dtype } = *job;
         let Some(call) = Budgeted::new(router, limits, store, step) else { return Ok(None) };
         store.check_queries(q, step)?;
         check_store(store)?;
         let rounded = q.to_dtype(queries_of(store).tensor_dtype())?.contiguous()?;
         let selected = call.select_step(&self.kernels, &rounded, store, wants_selection)?;
-        let out = self.attend_lists(&rounded, scale, store, step, Some(&selected.lists))?;
+        let out = self.attend_lists(&rounded, scale, store, step, Some(&selected.lists), dtype)?;
         let selection = if wants_selection { Some(call.read_back(&selected)?) } else { None };
         let picked = selected.picked.as_ref().map(|picked| picked.flatten_all()?.to_vec1::<u32>()).transpose()?;
         Ok(Some(Routed { out, selection, count: call.count(store, &picked.unwrap_or_default()) }))

@@ -110,16 +110,17 @@ pub(crate) fn scatter_rows(pool: &Pool, rows: &Tensor, slots: &[u32]) -> Result<
     unsafe { kernels.launch(&name("scatter_rows", pool)?, Spread::new([count, 1, 1], threads), &params) }
 }
 
-/// Positions that the newest query of a prompt does not see by its window, from which on packing takes less time than it spares.
-const PACKED_FROM: usize = 512;
+/// Products that packing is worth its time for, if all that it may spare were spared: pairs of a query and a key, times their width.
+const PACKED_FROM: usize = 1 << 29;
 
 /// Kept tokens of a prompt, one after the other, for those of its queries of which no window has them.
 #[derive(Debug)]
 pub(super) struct Packed {
-    pub(super) k: Tensor, // [kv_heads, room, head_dim], as queries come
-    pub(super) v: Tensor,
-    pub(super) before: Tensor, // [kv_heads, room / OCTET] u32: tokens before each octet of positions, from the frontier on
+    pub(super) k: u64, // [kv_heads, room, head_dim], as queries come
+    pub(super) v: u64,
+    pub(super) before: u64, // [kv_heads, room / OCTET] u32: tokens before each octet of positions, from the frontier on
     pub(super) room: usize,
+    _all: Tensor, // where these are
 }
 
 /// Packs what a token router keeps of a step's tokens and of those in the window before it, where enough queries see no others of them.
@@ -128,22 +129,25 @@ pub(super) fn pack(store: &LayerStore, [k, v]: [&Tensor; 2], step: Step) -> Resu
     let (shape, frontier) = (store.shape(), store.frontier());
     let Some(window) = store.local_window() else { return Ok(None) };
     let hidden = (step.end().saturating_sub(window)).saturating_sub(frontier);
-    if hidden < PACKED_FROM {
+    if hidden * hidden / 2 * shape.q_heads() * shape.head_dim() < PACKED_FROM {
         return Ok(None);
     }
     // The first position that the newest query sees by its window is among them.
     let count = (hidden / PAGE_SIZE + 1).min((step.end() - frontier).div_ceil(PAGE_SIZE));
     let (kv_heads, room, pages) = (shape.kv_heads(), count * PAGE_SIZE, store.device_pages()?);
-    let rows = || uninitialised((kv_heads, room, shape.head_dim()), k.dtype(), k.device());
-    let packed = Packed { k: rows()?, v: rows()?, before: uninitialised((kv_heads, room / OCTET), DType::U32, k.device())?, room };
+    // All in one allocation of 16-bit numbers.
+    let rows = kv_heads * room * shape.head_dim();
+    let all = uninitialised(2 * rows + kv_heads * room / OCTET * 2, k.dtype(), k.device())?;
+    let at = |number: usize| Ok::<_, candle_core::Error>(address(&all)? + (number * size_of::<u16>()) as u64);
+    let packed = Packed { k: at(0)?, v: at(rows)?, before: at(2 * rows)?, room, _all: all };
     let params = PackParams {
         k: address(k)?,
         v: address(v)?,
         pages: address(pages)?,
         kept: Kept::of(store)?,
-        packed_k: address(&packed.k)?,
-        packed_v: address(&packed.v)?,
-        packed: address(&packed.before)?,
+        packed_k: packed.k,
+        packed_v: packed.v,
+        packed: packed.before,
         max_pages: pages.dim(1)? as i32,
         max_packed: room as i32,
         head_dim: shape.head_dim() as i32,
