@@ -19,6 +19,7 @@ pub struct Session {
     tokens: Vec<u32>,
     next_logits: Option<Vec<f32>>,
     token_step: OneToken,
+    is_roomy: bool, // whether a prompt took room that single tokens do not need
 }
 
 /// How single tokens are fed.
@@ -88,7 +89,7 @@ impl Session {
     /// If the device has no memory for it.
     pub fn new(model: Arc<dyn CausalLm>, attention: RoutedAttention, dtypes: KvDtypes, device: &Device, capacity: usize) -> Result<Self> {
         let cache = KvCache::new(&attention.layer_specs(&model.config().layer_specs()), dtypes, device, capacity)?;
-        Ok(Self { model, attention, cache, tokens: Vec::new(), next_logits: None, token_step: OneToken::Unknown })
+        Ok(Self { model, attention, cache, tokens: Vec::new(), next_logits: None, token_step: OneToken::Unknown, is_roomy: false })
     }
 
     /// The tokens of the sequence. The newest may be not in the cache yet.
@@ -151,6 +152,9 @@ impl Session {
             let _ = progress(1, 1);
             return Ok(true);
         }
+        if waiting.len() == 1 {
+            self.trim()?;
+        }
         let chunk = chunk.max(1);
         let mut done = 0;
         while done < waiting.len() {
@@ -171,14 +175,29 @@ impl Session {
                 self.next_logits = Some(made.flatten_all()?.to_dtype(DType::F32)?.to_vec1()?);
             }
         }
-        // Long chunks took room that single tokens do not need.
-        self.cache.trim()?;
+        self.is_roomy = true;
+        if self.cache.device().is_cpu() {
+            self.trim()?;
+        }
         let _ = progress(done, waiting.len());
         Ok(true)
     }
 
+    /// Gives memory back that a long prompt took and single tokens do not need. It is done before one of those is fed, which on a GPU is when the
+    /// first one of a reply is out.
+    ///
+    /// # Errors
+    /// If memory for a copy of a few layers runs out.
+    pub fn trim(&mut self) -> Result<()> {
+        if std::mem::take(&mut self.is_roomy) {
+            self.cache.trim()?;
+        }
+        Ok(())
+    }
+
     /// Feeds one token by a step that runs as a whole. Returns whether there is one, and it could.
     fn feed(&mut self, token: u32) -> Result<bool> {
+        self.trim()?;
         if let OneToken::Unknown = self.token_step {
             let step = self.model.token_step(&self.attention, &self.cache)?;
             self.token_step = step.map_or(OneToken::Forward, OneToken::Step);
@@ -251,6 +270,7 @@ impl Session {
             tokens: self.tokens.clone(),
             next_logits: self.next_logits.clone(),
             token_step: OneToken::Unknown,
+            is_roomy: self.is_roomy,
         })
     }
 

@@ -94,7 +94,9 @@ pub(crate) fn run(args: &Bench, hub: &Hub, ui: Ui, interrupt: &Interrupt) -> Res
                 runs.iter_mut().try_for_each(|run| run.repeat(&bar, interrupt))?;
             }
             bar.finish_and_clear();
-            rows.extend(runs.iter().flat_map(Run::rows));
+            for run in &mut runs {
+                rows.extend(run.rows()?);
+            }
         }
     }
     print(args, &engine, &rows, ui)?;
@@ -170,7 +172,8 @@ impl<'a> Run<'a> {
         self.meter.as_ref().zip(before).map_or(0.0, |(meter, before)| meter.since(&before))
     }
 
-    fn rows(&self) -> Vec<Row> {
+    fn rows(&mut self) -> Result<Vec<Row>> {
+        self.session.trim().map_err(unexpected)?;
         let row = |prompt: u32, generated: u32, measured: &Measured| Row {
             attn: self.attn,
             prompt: prompt as usize,
@@ -182,7 +185,7 @@ impl<'a> Run<'a> {
             kv_read: measured.kv_read,
         };
         let rows = [row(self.args.prompt, 0, &self.prompt), row(0, self.args.generate, &self.generated)];
-        rows.into_iter().filter(|row| !row.rates.is_empty()).collect()
+        Ok(rows.into_iter().filter(|row| !row.rates.is_empty()).collect())
     }
 }
 

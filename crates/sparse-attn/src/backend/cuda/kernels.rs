@@ -27,7 +27,8 @@ static LOADED: Mutex<Vec<(DeviceId, Arc<Kernels>)>> = Mutex::new(Vec::new());
 pub struct Kernels {
     module: Arc<CudaModule>,
     stream: Arc<CudaStream>,
-    functions: Mutex<HashMap<String, CudaFunction>>,
+    /// By name, with the shared memory that each may have beside what it declares.
+    functions: Mutex<HashMap<String, (CudaFunction, usize)>>,
     multiprocessors: usize,
 }
 
@@ -143,19 +144,18 @@ impl Kernels {
 
     fn function(&self, name: &str, shared_bytes: usize) -> Result<CudaFunction> {
         let mut functions = self.functions.lock().unwrap_or_else(PoisonError::into_inner);
-        let function = match functions.get(name) {
-            Some(function) => function.clone(),
-            None => {
-                let function =
-                    self.module.load_function(name).map_err(|error| candle_core::Error::Msg(format!("cuda: kernel {name}: {error}")))?;
-                functions.insert(name.to_string(), function.clone());
-                function
-            }
-        };
+        if let Some((function, most)) = functions.get(name)
+            && shared_bytes <= *most
+        {
+            return Ok(function.clone());
+        }
+        let load = || self.module.load_function(name).map_err(|error| candle_core::Error::Msg(format!("cuda: kernel {name}: {error}")));
+        let function = functions.remove(name).map_or_else(load, |(function, _)| Ok(function))?;
         if shared_bytes > SHARED_BYTES {
             let attribute = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
             function.set_attribute(attribute, shared_bytes as i32).w()?;
         }
+        functions.insert(name.to_string(), (function.clone(), shared_bytes.max(SHARED_BYTES)));
         Ok(function)
     }
 }
