@@ -110,8 +110,11 @@ fn cosine(a: &[f32], b: &[f32]) -> f32 {
     (dot(a, b) / (dot(a, a) * dot(b, b)).sqrt()) as f32
 }
 
-const TYPES: [Option<GgmlDType>; 10] = [
+const TYPES: [Option<GgmlDType>; 13] = [
     None,
+    Some(GgmlDType::F32),
+    Some(GgmlDType::F16),
+    Some(GgmlDType::BF16),
     Some(GgmlDType::Q4_0),
     Some(GgmlDType::Q4_1),
     Some(GgmlDType::Q5_0),

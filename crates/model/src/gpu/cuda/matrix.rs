@@ -39,11 +39,20 @@ pub struct DeviceMatrix {
 }
 
 impl DeviceMatrix {
-    /// Of ggml blocks. Types that there are no kernels for (of 2 and 3 bits) are unpacked to bf16.
+    /// Of ggml blocks, or of floats as GGUF has them. Types that there are no kernels for (of 2 and 3 bits) are unpacked to bf16.
     ///
     /// # Errors
     /// If the device has no memory for it, or rows are no multiple of 32.
     pub(crate) fn from_blocks(bytes: &[u8], dtype: GgmlDType, [rows, columns]: [usize; 2], device: &Device) -> Result<Self> {
+        let plain = match dtype {
+            GgmlDType::F32 => Some(DType::F32),
+            GgmlDType::F16 => Some(DType::F16),
+            GgmlDType::BF16 => Some(DType::BF16),
+            _ => None,
+        };
+        if let Some(dtype) = plain {
+            return Self::from_tensor(&Tensor::from_raw_buffer(bytes, dtype, &[rows, columns], device)?);
+        }
         let (format, planes) = match pack::planes(bytes, dtype)? {
             Some(packed) => packed,
             None => {

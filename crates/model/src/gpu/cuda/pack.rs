@@ -58,9 +58,6 @@ pub(super) fn planes(bytes: &[u8], dtype: GgmlDType) -> Result<Option<(Format, V
     let of_units = |width: usize, unit: Unit| plane(bytes, block, units, width, unit);
     let of_blocks = |width: usize, unit: Unit| plane(bytes, block, 1, width, unit);
     Ok(Some(match dtype {
-        GgmlDType::F32 => (Format::F32, vec![bytes.to_vec()]),
-        GgmlDType::F16 => (Format::F16, vec![bytes.to_vec()]),
-        GgmlDType::BF16 => (Format::Bf16, vec![bytes.to_vec()]),
         // w = d * (q - 8) = d * q - 8 d
         GgmlDType::Q4_0 => {
             (Format::Affine4, vec![of_units(16, |b, _, out| out.copy_from_slice(&b[2..18])), of_units(4, |b, _, out| affine(b, -8.0, out))])
