@@ -67,7 +67,9 @@ template <typename S, int D> __device__ void attend(const DecodeParams &p) {
     const Reads reads(p, head, head, t, t);
     const int tiles = (reads.count + 1) / 2;
     // There is room for two thread blocks on each processor. Of up to LONG tiles one is faster: there is less to merge. Bytes have more to compute.
-    const int most = IS_BYTES || tiles >= LONG ? gridDim.x : max(1, (int)gridDim.x / 2), splits = min(most, max(1, tiles / TILES_OF_A_SPLIT));
+    const int most = IS_BYTES || tiles >= LONG ? gridDim.x : max(1, (int)gridDim.x / 2);
+    // Rounded up: a warp that takes a tile more than others is what all wait for. What one split reads alone needs no merging.
+    const int splits = min(most, tiles < 2 * TILES_OF_A_SPLIT ? 1 : (tiles + TILES_OF_A_SPLIT - 1) / TILES_OF_A_SPLIT);
     if (split >= splits) return;
     const int first = (int)((int64_t)tiles * split / splits), end = (int)((int64_t)tiles * (split + 1) / splits);
     const uint32_t own = shared_address(shared) + warp * WARP_BYTES;

@@ -313,14 +313,14 @@ impl TokenStep for CudaStep {
         }
         let routes_tokens = self.layers.iter().any(|layer| !matches!(layer.token_gate, TokenGate::None));
         for (layer, call) in calls.iter().enumerate() {
-            let mut picked = Vec::new();
+            let mut picked: &[u32] = &[];
             if routes_tokens {
                 let [kept, of_blocks] = self.report()?.of_layer(layer, cache.layer(layer).shape().kv_heads());
-                picked = of_blocks.to_vec();
+                picked = of_blocks;
                 cache.layer_mut(layer).admit_written(step, kept.iter().map(|kept| *kept == 1));
             }
             if let Some(call) = call {
-                let count = call.count(cache.layer(layer), &picked);
+                let count = call.count(cache.layer(layer), picked);
                 cache.count_read(count);
             }
         }
