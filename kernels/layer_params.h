@@ -54,7 +54,7 @@ struct Verdict {
     const float *weight;   // [kv_heads, width]; null: no hidden layer
     const float *bias;     // [kv_heads]
     uint8_t *masks;        // [kv_heads, max_pages, 8]; null: no gate
-    int *kept;             // [kv_heads]: 1 or 0
+    int *kept;             // [kv_heads]: 1 or 0, for LikeliestParams::told
     int width;
     int sinks;             // positions that are kept anyway
     float tau;             // kept from this score on
@@ -169,8 +169,10 @@ struct RotateParams {
 // The likeliest token: of equal ones the first. One thread block.
 struct LikeliestParams {
     const float *logits;   // [count]
-    int *id;               // one more: whether a logit is NaN or infinite
+    const int *told;       // what kernels before have to tell the host
+    int *id;               // one more: whether a logit is NaN or infinite; then what was told, so that one kernel writes to the host
     int count;
+    int told_count;
 };
 
 // The likeliest tokens, in no order: all whose logit is at least that of the `wanted`th, and a few that are as near as makes no bin of a

@@ -233,13 +233,27 @@ struct ExpandParams {
 struct VerdictParams {
     const float *scores;   // [tokens, kv_heads]
     uint8_t *masks;        // as in Kept
-    uint8_t *noted;        // [kv_heads, octets of the step]: the same, in memory of the host
     int start;             // position of the first token
     int tokens;
     int kv_heads;
     int max_pages;
     int sinks;             // positions that are kept anyway
     float tau;             // kept from this score on
+};
+
+// A layer, and where its verdicts go.
+struct ToldLayer {
+    const uint8_t *masks;  // as in Kept
+    uint8_t *told;         // [kv_heads, octets], in memory of the host
+    int kv_heads;
+    int max_pages;
+};
+
+// Verdicts on the tokens of a step, brought to the host: of some layers. grid (octets / 256, most kv_heads, layers)
+struct TellParams {
+    ToldLayer layers[32];
+    int first;             // octet
+    int octets;            // of the step
 };
 
 // A layer of a token router's gate: `x weight' + bias`, each from its token alone. The last one gives scores, verdicts or both.
@@ -249,7 +263,6 @@ struct GateParams {
     const float *bias;     // [rows]
     float *out;            // [tokens, rows]; null: not asked for
     uint8_t *masks;        // as in Kept, of a row each; null: no verdict
-    uint8_t *noted;        // as in VerdictParams
     int start;             // position of the first token
     int tokens;
     int rows;

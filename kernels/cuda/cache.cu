@@ -196,7 +196,12 @@ __device__ __forceinline__ void note_verdicts(const VerdictParams &p) {
         bits |= (uint32_t)keeps << t % OCTET;
     }
     *mask = bits;
-    p.noted[head * ((end + OCTET - 1) / OCTET - p.start / OCTET) + octet - p.start / OCTET] = bits;
+}
+
+// An octet for each thread.
+__device__ __forceinline__ void tell(const ToldLayer &layer, int first, int octets) {
+    const int octet = blockIdx.x * blockDim.x + threadIdx.x, head = blockIdx.y;
+    if (octet < octets && head < layer.kv_heads) layer.told[head * octets + octet] = layer.masks[(int64_t)head * layer.max_pages * (PAGE / OCTET) + first + octet];
 }
 
 // Tokens of a thread block, and of a tile of rows; columns that a warp takes at a time, one warp after the other.
@@ -299,7 +304,6 @@ template <typename T, int TILES> __device__ __forceinline__ void gate(const Gate
 #pragma unroll
     for (int i = 0; i < OCTET; ++i) bits |= (kept[of_block * 2 + i / 4] >> (i % 4 * GATE_ROWS + threadIdx.x % GATE_ROWS) & 1) << i;
     *mask = bits;
-    p.noted[row * (end - first) + octet - first] = bits;
 }
 
 } // namespace cache
@@ -340,6 +344,7 @@ __device__ __forceinline__ void transform(const TransformParams &p) {
 
 extern "C" __global__ void __launch_bounds__(256) transform_f16(const TransformParams p) { cache::transform(p); }
 extern "C" __global__ void __launch_bounds__(256) pack_kept(const PackParams p) { cache::pack_kept(p); }
+extern "C" __global__ void __launch_bounds__(256) tell_verdicts(const __grid_constant__ TellParams p) { cache::tell(p.layers[blockIdx.z], p.first, p.octets); }
 extern "C" __global__ void __launch_bounds__(256) note_verdicts(const VerdictParams p) { cache::note_verdicts(p); }
 extern "C" __global__ void __launch_bounds__(256) widen_bytes(const WidenParams p) { cache::widen(p); }
 

@@ -221,6 +221,7 @@ extern "C" __global__ void __launch_bounds__(1024) likeliest(const LikeliestPara
     __shared__ float best_of[32];
     __shared__ int at_of[32], broken_of[32];
     follow();
+    for (int i = threadIdx.x; i < p.told_count; i += 1024) p.id[2 + i] = p.told[i];
     float best = -INFINITY;
     int at = 0x7fffffff, broken = 0;
     for (int i = threadIdx.x; i < p.count; i += 1024) {

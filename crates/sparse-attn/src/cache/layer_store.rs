@@ -4,7 +4,7 @@ use super::admitted::Admitted;
 use super::mirror::{DeviceKept, Layout, Mirror, Tables};
 use super::{KvDtypes, NO_PAGE, Order, PAGE_SIZE, PageTable, Pool, ReadCount, Step, Summaries, Summary};
 use crate::HeadShape;
-use crate::backend::cuda::{self, Compacted, Pinned, Verdict};
+use crate::backend::cuda::{self, Compacted, Pinned, Told, Verdict};
 use crate::simd::with_rows;
 use crate::token_router::{Admission, Scored};
 use candle_core::{DType, Device, IndexOp, Result, Tensor, bail};
@@ -370,10 +370,9 @@ impl LayerStore {
         self.asked.take()
     }
 
-    /// The verdict on `step` that is to be made, and where it is noted; `None`: nowhere.
+    /// The verdict on `step` that is to be made; `None`: there is no room for it on the device.
     pub(crate) fn verdict<'a>(&'a self, step: Step, (scored, sinks): &'a Asked) -> Option<Verdict<'a>> {
-        let ((noted, first), kept) = (self.noted.as_ref()?, self.device_kept()?);
-        Some(Verdict { scored, step, sinks: *sinks, masks: &kept.masks, noted: (noted, *first) })
+        Some(Verdict { scored, step, sinks: *sinks, masks: &self.device_kept()?.masks })
     }
 
     /// Has the verdict on `step` made, unless that was done when it was written.
@@ -390,7 +389,8 @@ impl LayerStore {
     /// # Errors
     /// If the device fails.
     pub(crate) fn decide(&mut self) -> Result<()> {
-        if !self.is_decided() {
+        if let (Some(step), Some(told)) = (self.undecided, self.told()) {
+            cuda::tell(&[told], step)?;
             self.k.values().device().synchronize()?;
             self.settle();
         }
@@ -412,7 +412,13 @@ impl LayerStore {
         self.noted = self.admitted.is_some().then_some((noted, first));
     }
 
-    /// Takes over the verdict on the running step, which the device has made.
+    /// What the host is to learn of the running step, if only the device knows it.
+    pub(super) fn told(&self) -> Option<Told<'_>> {
+        let (noted, first) = self.noted.as_ref().filter(|_| !self.is_decided())?;
+        Some(Told { masks: &self.device_kept()?.masks, noted: (noted, *first) })
+    }
+
+    /// Takes over the verdict on the running step, which the device has told.
     pub(super) fn settle(&mut self) {
         if let (Some(step), Some((noted, first))) = (self.undecided.take(), &self.noted) {
             let octets = noted.numbers()[*first..].chunks_exact(step.octets().len());

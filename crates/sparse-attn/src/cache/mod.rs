@@ -236,6 +236,7 @@ impl KvCache {
         if self.layers.iter().all(LayerStore::is_decided) {
             return Ok(());
         }
+        cuda::tell(&self.layers.iter().filter_map(LayerStore::told).collect::<Vec<_>>(), step)?;
         self.device.synchronize()?;
         for layer in self.layers.iter_mut().filter(|layer| !layer.is_decided()) {
             layer.settle();

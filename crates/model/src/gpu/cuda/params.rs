@@ -33,7 +33,7 @@ sparse_attn::mirrors! { "layer_params.h":
     /// Queries and keys, rotated.
     RotateParams { q: u64, k: u64, cos: u64, sin: u64, q_out: u64, k_out: u64, q_row: i32, k_row: i32, tokens: i32, q_heads: i32, kv_heads: i32, head_dim: i32 }
     /// The likeliest token.
-    LikeliestParams { logits: u64, id: u64, count: i32 }
+    LikeliestParams { logits: u64, told: u64, id: u64, count: i32, told_count: i32 }
     /// The likeliest tokens.
     BestParams { logits: u64, likeliest: u64, found: u64, ids: u64, scores: u64, count: i32, wanted: i32, room: i32 }
 }

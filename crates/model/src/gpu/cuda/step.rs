@@ -105,6 +105,7 @@ struct Buffers {
     inner: [Tensor; 2],
     logits: Tensor,      // [vocab_size]
     report: Pinned<u32>, // see `Report`
+    told: Tensor,        // u32: the rest of it, until the last kernel
     best: Tensor,        // [1 + 2 MOST_BEST] u32: how many, ids, bits of scores
 }
 
@@ -188,6 +189,7 @@ pub(crate) fn record(parts: &DecoderParts<'_>, attention: &RoutedAttention, cach
         inner: both(inner)?,
         logits: plain(head.height())?,
         report: Pinned::zeros(device, 2 + 2 * layers.len() * kv_heads)?,
+        told: Tensor::zeros(2 * layers.len() * kv_heads, DType::U32, device)?,
         best: Tensor::zeros(1 + 2 * MOST_BEST, DType::U32, device)?,
     };
     Ok(Some(Box::new(CudaStep {
@@ -415,7 +417,7 @@ impl CudaStep {
     }
 
     fn launch_all(&self, key: &Key, cache: &KvCache, q: &Tensor, scratch: &DecodeScratch, select: Option<&SelectScratch>) -> Result<()> {
-        let Buffers { orders, state, x, normed, attended, projected, logits, report, .. } = &self.buffers;
+        let Buffers { orders, state, x, normed, attended, projected, logits, report, told, .. } = &self.buffers;
         let (token, position) = (address(state)?, address(state)? + 4);
         // Neither this one nor the next overlaps with what is before it: attention reads the position before it waits for anything.
         let fetch = FetchParams { from: orders.address(), to: address(state)?, count: state.elem_count() as i32 };
@@ -452,7 +454,14 @@ impl CudaStep {
         }
         self.add_norm(pending, &self.norm)?;
         self.multiply(&[Product { matrix: &self.head, out: address(logits)?, bias: 0 }], normed, self.head.columns())?;
-        let params = LikeliestParams { logits: address(logits)?, id: report.address(), count: logits.elem_count() as i32 };
+        let tells = select.is_some() || self.layers.iter().any(|layer| !matches!(layer.token_gate, TokenGate::None));
+        let params = LikeliestParams {
+            logits: address(logits)?,
+            told: address(told)?,
+            id: report.address(),
+            count: logits.elem_count() as i32,
+            told_count: if tells { told.elem_count() as i32 } else { 0 },
+        };
         // SAFETY: as above.
         unsafe { self.kernels.launch_following("likeliest", Spread::new([1, 1, 1], 1024), &params) }
     }
@@ -537,10 +546,10 @@ impl CudaStep {
         unsafe { self.kernels.launch_following(&name, Spread::new([self.heads.kv_heads(), 1, 1], 256), &params) }
     }
 
-    /// Where the report has numbers of a layer: verdicts (0), or tokens of chosen blocks (1).
+    /// Where the report has numbers of a layer before the last kernel brings them to the host: verdicts (0), or tokens of chosen blocks (1).
     fn reported(&self, index: usize, kind: usize) -> Result<u64> {
-        let number = 2 + (kind * self.layers.len() + index) * self.heads.kv_heads();
-        Ok(self.buffers.report.address() + (number * size_of::<u32>()) as u64)
+        let number = (kind * self.layers.len() + index) * self.heads.kv_heads();
+        Ok(address(&self.buffers.told)? + (number * size_of::<u32>()) as u64)
     }
 
     /// How the token router decides on the token.

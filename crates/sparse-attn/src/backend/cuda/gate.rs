@@ -1,6 +1,6 @@
 //! Gates of token routers on the device, and the verdicts by their scores.
 
-use super::params::{GateParams, VerdictParams};
+use super::params::{GateParams, TellParams, ToldLayer, VerdictParams};
 use super::{Kernels, Pinned, Spread, address, uninitialised};
 use crate::cache::{OCTET, PAGE_SIZE, Step};
 use crate::token_router::{Scored, Scores};
@@ -12,13 +12,22 @@ const ROWS: usize = 8;
 const TILES: usize = 4;
 pub(super) const THREADS: usize = 512;
 
-/// A verdict that the device is to make, and where it notes it: in `masks` `[kv_heads, octets]` which tokens of `step` a gate keeps, those before
-/// position `sinks` anyway; for the host the octets of the step of each head in `noted`, from a place on.
+/// Layers whose verdicts are brought to the host by a launch.
+const TOLD: usize = 32;
+
+/// A verdict that the device is to make: in `masks` `[kv_heads, octets]` it notes which tokens of `step` a gate keeps, those before position
+/// `sinks` anyway.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Verdict<'a> {
     pub(crate) scored: &'a Scored,
     pub(crate) step: Step,
     pub(crate) sinks: usize,
+    pub(crate) masks: &'a Tensor,
+}
+
+/// Verdicts that the host is to learn: the octets of each head in `masks` go to `noted`, from a place on.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Told<'a> {
     pub(crate) masks: &'a Tensor,
     pub(crate) noted: (&'a Pinned<u8>, usize),
 }
@@ -82,15 +91,8 @@ impl Layer {
     pub(super) fn of_verdict(verdict: Verdict<'_>) -> Result<Option<Self>> {
         let (places, start, sinks) = (verdict.places()?, verdict.step.start as i32, verdict.sinks as i32);
         let Scores::Asked { x, weight, bias } = &verdict.scored.scores else { return Ok(None) };
-        let params = GateParams {
-            masks: places.masks,
-            noted: places.noted,
-            start,
-            max_pages: places.max_pages,
-            sinks,
-            tau: verdict.scored.tau,
-            ..GateParams::default()
-        };
+        let params =
+            GateParams { masks: places.masks, start, max_pages: places.max_pages, sinks, tau: verdict.scored.tau, ..GateParams::default() };
         Self::new(params, x, weight, bias).map(Some)
     }
 
@@ -105,20 +107,18 @@ impl Layer {
 /// Where a verdict is noted, as kernels take it.
 struct Places {
     masks: u64,
-    noted: u64,
     max_pages: i32,
 }
 
 impl Verdict<'_> {
     fn places(&self) -> Result<Places> {
-        let Self { scored, step, masks, noted: (noted, first), .. } = *self;
+        let Self { scored, step, masks, .. } = *self;
         let (kv_heads, octets) = masks.dims2()?;
-        let count = step.octets().len();
         let dims = scored.scores.dims()?;
-        if dims != [step.len, kv_heads] || step.end() > octets * OCTET || first + kv_heads * count > noted.len() {
+        if dims != [step.len, kv_heads] || step.end() > octets * OCTET {
             bail!("gate: scores {dims:?} of {} tokens from {}, with room for {} of {kv_heads} heads", step.len, step.start, octets * OCTET);
         }
-        Ok(Places { masks: address(masks)?, noted: noted.address() + first as u64, max_pages: (octets * OCTET / PAGE_SIZE) as i32 })
+        Ok(Places { masks: address(masks)?, max_pages: (octets * OCTET / PAGE_SIZE) as i32 })
     }
 }
 
@@ -131,13 +131,12 @@ pub(crate) fn note_verdicts(verdict: Verdict<'_>) -> Result<()> {
     if let Some(layer) = Layer::of_verdict(verdict)? {
         return layer.launch(&kernels);
     }
-    let (Places { masks, noted, max_pages }, step) = (verdict.places()?, verdict.step);
+    let (Places { masks, max_pages }, step) = (verdict.places()?, verdict.step);
     let scores = verdict.scored.scores.made()?.contiguous()?;
     let kv_heads = scores.dim(1)?;
     let params = VerdictParams {
         scores: address(&scores)?,
         masks,
-        noted,
         start: step.start as i32,
         tokens: step.len as i32,
         kv_heads: kv_heads as i32,
@@ -148,4 +147,31 @@ pub(crate) fn note_verdicts(verdict: Verdict<'_>) -> Result<()> {
     let spread = Spread::new([step.octets().len().div_ceil(256), kv_heads, 1], 256);
     // SAFETY: the tensors have these shapes, and live until the stream frees them.
     unsafe { kernels.launch("note_verdicts", spread, &params) }
+}
+
+/// Brings the verdicts on `step` to the host, which has them once the device is done. In one go: from kernels that decide, each octet would
+/// be a transfer of its own.
+///
+/// # Errors
+/// If there is no room for them, or the device fails.
+pub(crate) fn tell(layers: &[Told<'_>], step: Step) -> Result<()> {
+    let octets = step.octets();
+    for layers in layers.chunks(TOLD) {
+        let mut params = TellParams { first: octets.start as i32, octets: octets.len() as i32, ..TellParams::default() };
+        let mut most = 0;
+        for (to, Told { masks, noted: (noted, first) }) in params.layers.iter_mut().zip(layers) {
+            let (kv_heads, room) = masks.dims2()?;
+            if octets.end > room || first + kv_heads * octets.len() > noted.len() {
+                bail!("gate: verdicts on {octets:?} of {kv_heads} heads, with room for {room} and, on the host, {}", noted.len() - first);
+            }
+            let max_pages = (room * OCTET / PAGE_SIZE) as i32;
+            *to = ToldLayer { masks: address(masks)?, told: noted.address() + *first as u64, kv_heads: kv_heads as i32, max_pages };
+            most = most.max(kv_heads);
+        }
+        let Some(first) = layers.first() else { return Ok(()) };
+        let spread = Spread::new([octets.len().div_ceil(256), most, layers.len()], 256);
+        // SAFETY: the octets are inside the masks and inside the memory of the host, which lives until the device was waited for.
+        unsafe { Kernels::of(first.masks.device())?.launch("tell_verdicts", spread, &params) }?;
+    }
+    Ok(())
 }

@@ -11,7 +11,7 @@ mod select;
 
 pub use decode::{DecodeCall, DecodeLists, DecodeScratch, decode};
 pub use gate::gate_layer;
-pub(crate) use gate::{Verdict, note_verdicts};
+pub(crate) use gate::{Told, Verdict, note_verdicts, tell};
 pub use kernels::{Kernels, Spread, address, by_tokens};
 pub use pinned::Pinned;
 pub use rows::scales_of;

@@ -104,10 +104,14 @@ crate::mirrors! { "params.h":
     /// Queries made ready to score.
     ExpandParams { q: u64, out: u64, kind: i32, start: i32, tokens: i32, tile: i32, first_row: i32, q_heads: i32, head_dim: i32 }
     /// Verdicts of a gate.
-    VerdictParams { scores: u64, masks: u64, noted: u64, start: i32, tokens: i32, kv_heads: i32, max_pages: i32, sinks: i32, tau: f32 }
+    VerdictParams { scores: u64, masks: u64, start: i32, tokens: i32, kv_heads: i32, max_pages: i32, sinks: i32, tau: f32 }
+    /// Where a layer's verdicts go.
+    ToldLayer { masks: u64, told: u64, kv_heads: i32, max_pages: i32 }
+    /// Verdicts for the host.
+    TellParams { layers: [ToldLayer; 32], first: i32, octets: i32 }
     /// A layer of a gate.
     GateParams {
-        x: u64, weight: u64, bias: u64, out: u64, masks: u64, noted: u64,
+        x: u64, weight: u64, bias: u64, out: u64, masks: u64,
         start: i32, tokens: i32, rows: i32, columns: i32, is_hidden: i32, max_pages: i32, sinks: i32, tau: f32,
     }
     /// Keys, values and verdicts.
