@@ -106,7 +106,7 @@ pub struct LayerStore {
     /// The tables on the device of the pools, and the frontier by which tokens lie there.
     mirror: Option<Mirror>,
     moved_to: usize,
-    /// Where a device notes its verdicts for the host, from which place on.
+    /// Where a device tells the host its verdicts, from which place on.
     noted: Option<(Arc<Pinned<u8>>, usize)>,
     /// A step whose verdict only the device knows, unless it is done.
     undecided: Option<Step>,

@@ -72,7 +72,7 @@ pub struct KvCache {
     read: ReadCount,
     /// The page tables, where a device has the pools.
     mirrors: Mirrors,
-    /// Where a device notes verdicts of token routers for the host: every layer's of a step.
+    /// Where a device tells the host verdicts of token routers: every layer's of a step.
     noted: Option<Arc<Pinned<u8>>>,
 }
 
