@@ -46,11 +46,7 @@ impl Linear {
     /// # Errors
     /// If the widths differ.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let y = self.weight.multiply(x)?;
-        match &self.bias {
-            Some(bias) => y.broadcast_add(bias),
-            None => Ok(y),
-        }
+        self.add_bias(self.weight.multiply(x)?)
     }
 
     /// [`Linear::forward`] of projections that read the same `x`, to so many heads of `width` numbers each: `[tokens, heads, width]`. What they give
@@ -76,11 +72,7 @@ impl Linear {
                 each.iter().zip(heads).map(|(y, heads)| y.reshape((tokens, heads, width))).collect::<Result<_>>()?
             }
         };
-        let add_bias = |(projection, y): (&&Self, Tensor)| match &projection.bias {
-            Some(bias) => y.broadcast_add(&bias.reshape(((), width))?),
-            None => Ok(y),
-        };
-        let outputs = projections.iter().zip(products).map(add_bias).collect::<Result<Vec<_>>>()?;
+        let outputs = projections.iter().zip(products).map(|(projection, y)| projection.add_bias(y)).collect::<Result<Vec<_>>>()?;
         outputs.try_into().map_err(|_| candle_core::Error::Msg("linear: a product is missing".into()))
     }
 
@@ -88,6 +80,14 @@ impl Linear {
     pub fn dtype_of_activations<const N: usize>(projections: [&Self; N], tokens: usize) -> DType {
         let rounds = |projection: &&Self| projection.weight.dtype_of_activations(tokens) == DType::BF16;
         if projections.iter().all(rounds) { DType::BF16 } else { DType::F32 }
+    }
+
+    /// Of a product `[tokens, out]`, or by heads `[tokens, heads, width]`.
+    fn add_bias(&self, y: Tensor) -> Result<Tensor> {
+        match &self.bias {
+            Some(bias) => y.broadcast_add(&bias.reshape(&y.dims()[1..])?),
+            None => Ok(y),
+        }
     }
 }
 

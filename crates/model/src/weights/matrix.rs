@@ -87,8 +87,7 @@ impl Matrix {
     /// If a width differs.
     pub fn multiply_each(matrices: &[&Self], x: &Tensor) -> Result<Vec<Tensor>> {
         let tokens = x.dim(0)?;
-        let on_device = matrices.iter().map(|matrix| if let Self::Device(weight) = matrix { Some(weight.as_ref()) } else { None });
-        if let Some(matrices) = on_device.collect::<Option<Vec<_>>>() {
+        if let Some(matrices) = Self::on_device(matrices) {
             return DeviceMatrix::multiply_each(&matrices, x);
         }
         let quantized = matrices.iter().map(|matrix| match matrix {
@@ -107,8 +106,12 @@ impl Matrix {
     /// # Errors
     /// If a width differs.
     pub(crate) fn multiply_joined(matrices: &[&Self], x: &Tensor) -> Result<Option<Tensor>> {
-        let on_device = matrices.iter().map(|matrix| if let Self::Device(weight) = matrix { Some(weight.as_ref()) } else { None });
-        on_device.collect::<Option<Vec<_>>>().map_or(Ok(None), |matrices| DeviceMatrix::multiply_joined(&matrices, x))
+        Self::on_device(matrices).map_or(Ok(None), |matrices| DeviceMatrix::multiply_joined(&matrices, x))
+    }
+
+    /// The matrices, where all are on a GPU.
+    fn on_device<'a>(matrices: &[&'a Self]) -> Option<Vec<&'a DeviceMatrix>> {
+        matrices.iter().map(|matrix| if let Self::Device(weight) = matrix { Some(weight.as_ref()) } else { None }).collect()
     }
 
     /// Rows by index: ids `[tokens]` u32 -> `[tokens, columns]` f32.

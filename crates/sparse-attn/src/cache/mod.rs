@@ -171,7 +171,7 @@ impl KvCache {
         }
         let pages: Vec<usize> = self.layers.iter().zip(places).map(|(layer, places)| layer.pages_to_have(places.as_ref())).collect();
         let bytes = |layer: usize| self.layers[layer].bytes_of(pages[layer]);
-        for slab in self.slabs.renew(lacks, bytes, |layer| self.layers[layer].may_join(&self.layers[layer - 1])) {
+        for slab in self.slabs.renew(lacks, bytes, slabs::joins(&self.layers)) {
             let layers = &mut self.layers[slab.clone()];
             let new = slabs::pools_of(layers, |index| pages[slab.start + index])?;
             for (layer, [k, v]) in layers.iter_mut().zip(new) {
@@ -307,7 +307,7 @@ impl KvCache {
         let mut after: Vec<_> = self.layers.iter().map(|layer| layer.compaction(self.len)).collect();
         let is_due = |layer: usize| after[layer].as_ref().is_some_and(|(_, is_due)| *is_due);
         let bytes = |layer: usize| after[layer].as_ref().map_or(0, |(places, _)| self.layers[layer].bytes_of(places.pages()));
-        let slabs = self.slabs.renew(is_due, bytes, |layer| self.layers[layer].may_join(&self.layers[layer - 1]));
+        let slabs = self.slabs.renew(is_due, bytes, slabs::joins(&self.layers));
         let renewed: Vec<usize> = slabs.iter().cloned().flatten().collect();
         if renewed.is_empty() {
             return Ok(());
@@ -340,7 +340,7 @@ impl KvCache {
     pub fn fork(&self) -> Result<Self> {
         let (mut layers, mut slabs) = (Vec::with_capacity(self.layers.len()), Slabs::single(self.layers.len()));
         let bytes = |layer: usize| self.layers[layer].bytes_of(self.layers[layer].k().pages());
-        for slab in slabs.renew(|_| true, bytes, |layer| self.layers[layer].may_join(&self.layers[layer - 1])) {
+        for slab in slabs.renew(|_| true, bytes, slabs::joins(&self.layers)) {
             let old = &self.layers[slab];
             for (layer, [k, v]) in old.iter().zip(slabs::pools_of(old, |index| old[index].k().pages())?) {
                 k.take_over(layer.k())?;

@@ -56,6 +56,11 @@ impl Slabs {
     }
 }
 
+/// Which layers may lie beside the one before them, as [`Slabs::renew`] asks.
+pub(super) fn joins(layers: &[LayerStore]) -> impl Fn(usize) -> bool {
+    |layer| layers[layer].may_join(&layers[layer - 1])
+}
+
 /// Pools for the layers of a slab, with so many pages each, in which nothing is written.
 ///
 /// # Errors

@@ -313,7 +313,7 @@ impl TokenStep for CudaStep {
             let count = cache.layer(layer).count_visible(step);
             cache.count_read(count);
         }
-        let routes_tokens = self.layers.iter().any(|layer| !matches!(layer.token_gate, TokenGate::None));
+        let routes_tokens = self.routes_tokens();
         for (layer, call) in calls.iter().enumerate() {
             let mut picked: &[u32] = &[];
             if routes_tokens {
@@ -454,7 +454,7 @@ impl CudaStep {
         }
         self.add_norm(pending, &self.norm)?;
         self.multiply(&[Product { matrix: &self.head, out: address(logits)?, bias: 0 }], normed, self.head.columns())?;
-        let tells = select.is_some() || self.layers.iter().any(|layer| !matches!(layer.token_gate, TokenGate::None));
+        let tells = select.is_some() || self.routes_tokens();
         let params = LikeliestParams {
             logits: address(logits)?,
             told: address(told)?,
@@ -544,6 +544,11 @@ impl CudaStep {
         let name = format!("write_kv_{}", store.k().dtype().name());
         // SAFETY: as in `launch_all`.
         unsafe { self.kernels.launch_following(&name, Spread::new([self.heads.kv_heads(), 1, 1], 256), &params) }
+    }
+
+    /// Whether a token router decides on tokens.
+    fn routes_tokens(&self) -> bool {
+        self.layers.iter().any(|layer| !matches!(layer.token_gate, TokenGate::None))
     }
 
     /// Where the report has numbers of a layer before the last kernel brings them to the host: verdicts (0), or tokens of chosen blocks (1).
