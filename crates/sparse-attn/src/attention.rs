@@ -318,7 +318,7 @@ impl RoutedAttention {
         let (read, visible) = counts.into_iter().fold((0, 0), |(read, visible), (more, of)| (read + more, visible + of));
         let row = |pool: &Pool| pool.dtype().row_bytes(pool.width()) as u64;
         let scored = match (selection, store.summaries()) {
-            (Selection::Blocks(_), Ok(summaries)) => (step.len * kv_heads * summaries.blocks()) as u64 * row(summaries.pool()),
+            (Selection::Blocks(_), Some(summaries)) => (step.len * kv_heads * summaries.blocks()) as u64 * row(summaries.pool()),
             _ => 0,
         };
         let bytes = read * (row(store.k()) + row(store.v())) + scored;

@@ -142,7 +142,7 @@ fn score_summaries(
     store: &LayerStore,
     expand: impl Fn(&[f32], &mut Vec<f32>) + Sync,
 ) -> Result<BlockScores> {
-    let summaries = store.summaries()?;
+    let summaries = store.needed_summaries()?;
     let (shape, blocks) = (store.shape(), summaries.blocks());
     let pool = summaries.pool().on_host()?;
     let pairs_of = |head: usize| -> Vec<[u32; 2]> {

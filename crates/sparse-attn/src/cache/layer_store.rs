@@ -515,11 +515,16 @@ impl LayerStore {
         ReadCount { read, visible, bytes: read * (row(&self.k) + row(&self.v)) }
     }
 
-    /// The summaries of complete blocks.
+    /// The summaries of complete blocks; `None`: the running router asked for none.
+    pub fn summaries(&self) -> Option<&Summaries> {
+        self.summaries.as_ref()
+    }
+
+    /// The same for a router that reads them.
     ///
     /// # Errors
-    /// If the running router asked for none.
-    pub fn summaries(&self) -> Result<&Summaries> {
+    /// If there are none.
+    pub(crate) fn needed_summaries(&self) -> Result<&Summaries> {
         match &self.summaries {
             Some(summaries) => Ok(summaries),
             None => bail!("block router: this layer keeps no block summaries"),

@@ -378,7 +378,7 @@ impl CudaStep {
             tensors.extend(store.device_pages().ok().map(Tensor::id));
             let kept = store.device_kept().into_iter().flat_map(|kept| [&kept.pages, &kept.counts, &kept.masks, &kept.ranks]);
             tensors.extend(kept.map(Tensor::id));
-            tensors.extend(store.summaries().ok().map(|summaries| summaries.pool().values().id()));
+            tensors.extend(store.summaries().map(|summaries| summaries.pool().values().id()));
         }
         Key { tensors, selects, room: (step.end() + 1).next_multiple_of(ROOM) }
     }
@@ -513,7 +513,7 @@ impl CudaStep {
     /// Norms, rotates and stores the token's query, key and value.
     fn write(&self, index: usize, layer: &Layer, store: &LayerStore, q: &Tensor, position: u64) -> Result<()> {
         let Limits { block_size, .. } = self.attention.routing().limits;
-        let summaries = if self.attention.is_routed(index, store) { store.summaries().ok() } else { None };
+        let summaries = if self.attention.is_routed(index, store) { store.summaries() } else { None };
         let kind = kind_of(&*self.attention.routing().block_router).unwrap_or(0);
         let pages = store.device_pages()?;
         let (q_norm, k_norm) =

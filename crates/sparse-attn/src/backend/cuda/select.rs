@@ -237,10 +237,10 @@ impl Budgeted {
             visible += tile.clone().map(|t| kv_heads as u64 * (t as u64 + 1)).sum::<u64>();
         }
         let scored = match store.summaries() {
-            Ok(summaries) => {
+            Some(summaries) => {
                 (self.step.len * kv_heads * summaries.blocks()) as u64 * summaries.pool().dtype().row_bytes(summaries.pool().width()) as u64
             }
-            Err(_) => 0,
+            None => 0,
         };
         let row = |pool: &crate::cache::Pool| pool.dtype().row_bytes(pool.width()) as u64;
         ReadCount { read, visible, bytes: read * (row(store.k()) + row(store.v())) + scored }
@@ -293,7 +293,7 @@ pub struct SelectCall {
 /// # Errors
 /// If a kernel cannot be launched.
 pub unsafe fn score_and_select(kernels: &Kernels, call: &SelectCall, limits: &Limits, store: &LayerStore) -> Result<()> {
-    let (shape, pages, summaries) = (store.shape(), store.device_pages()?, store.summaries()?);
+    let (shape, pages, summaries) = (store.shape(), store.device_pages()?, store.needed_summaries()?);
     let (kv_heads, first) = (shape.kv_heads(), call.tiles.start);
     let params = ScoreParams {
         q: call.q,
