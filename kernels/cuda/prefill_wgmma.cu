@@ -16,8 +16,8 @@ namespace prefill_wgmma {
 
 constexpr int ROWS = 128, KEYS = 128, OCTETS = KEYS / OCTET, GROUP = 128, THREADS = 3 * GROUP, STAGES = 3;
 
-// Steps whose octets are known at a time: those of all stages, and of those that are copied or hidden beside them.
-constexpr int LISTED = 8;
+// Steps whose octets are known at a time, and those that are looked up together.
+constexpr int LISTED = 8, TOGETHER = LISTED / 2;
 
 // Bytes between the columns 0..63 of a tile and the next 64: a row is 128 bytes, 16 at a time swizzled by the row.
 constexpr int PANEL = KEYS * 128;
@@ -154,26 +154,26 @@ template <int D> struct Places {
 template <typename T, int D, bool KEPT>
 __device__ __forceinline__ void fetch(const PrefillParams &p, const Tile<KEPT> &tile, Places<D> places, Shared<KEPT> &shared, int head) {
     constexpr int CHUNKS = D / 8, ROWS_AT_ONCE = GROUP / CHUNKS; // chunks of 16 bytes
-    const int thread = threadIdx.x % GROUP, lane = threadIdx.x % 32, chunk = thread % CHUNKS, G = p.group_size;
-    const bool leads = thread < 32;
-    // Octets of a step are looked up well before it is copied: by the first warp, one each.
+    const int thread = threadIdx.x % GROUP, chunk = thread % CHUNKS, G = p.group_size;
+    // Octets of some steps are looked up together, one for each thread, well before they are copied: whole warps.
     auto look_up = [&](int step) {
-        if (lane >= OCTETS) return Octet{0xff, -1};
-        return KEPT ? tile.reads.octet(step * OCTETS + lane) : tile.reads.octet_by_branches(step * OCTETS + lane);
+        const int index = step * OCTETS + thread;
+        return KEPT ? tile.reads.octet(index) : tile.reads.octet_by_branches(index);
     };
     auto note = [&](int step, Octet octet) {
+        const int listed = (step + thread / OCTETS) % LISTED, place = thread % OCTETS;
+        bool is_mixed;
         if constexpr (KEPT) {
             const Sight sight(octet, tile.eldest, tile.newest, p.sliding_window, tile.local_window);
-            const uint32_t bits = __ballot_sync(~0u, sight.is_mixed);
-            if (lane < OCTETS) shared.listed[step % LISTED][lane] = sight.octet, shared.masks[step % LISTED][lane] = sight.mask();
-            if (lane == 0) shared.partly[step % LISTED] = bits;
+            is_mixed = sight.is_mixed, octet = sight.octet;
+            shared.masks[listed][place] = sight.mask();
         } else {
-            const bool whole = (octet.row & 0xff) == 0xff && (octet.position < 0 || octet.position + OCTET - 1 <= tile.eldest &&
-                (!p.sliding_window || octet.position > tile.newest - p.sliding_window));
-            const uint32_t bits = __ballot_sync(~0u, !whole);
-            if (lane < OCTETS) shared.listed[step % LISTED][lane] = octet;
-            if (lane == 0) shared.partly[step % LISTED] = bits;
+            is_mixed = (octet.row & 0xff) != 0xff || octet.position >= 0 && (octet.position + OCTET - 1 > tile.eldest ||
+                p.sliding_window && octet.position <= tile.newest - p.sliding_window);
         }
+        shared.listed[listed][place] = octet;
+        const uint32_t bits = __ballot_sync(~0u, is_mixed);
+        if (place == 0) shared.partly[listed] = bits >> threadIdx.x % 32 & (1 << OCTETS) - 1;
     };
     auto place = [&](uint32_t to, int row) { return to + chunk / 8 * PANEL + row * 128 + ((chunk ^ row) % 8) * 16; };
     auto copy = [&](const void *pool, const void *packed, int step, uint32_t to) {
@@ -193,7 +193,10 @@ __device__ __forceinline__ void fetch(const PrefillParams &p, const Tile<KEPT> &
         asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
         arrive(barrier);
     };
-    if (leads) note(0, look_up(0)), note(1, look_up(1));
+    note(0, look_up(0));
+    static_assert(LISTED * OCTETS == GROUP);
+    const bool leads = thread < TOGETHER * OCTETS;
+    Octet ahead{};
     // The queries, with the first keys; rows that are none are zeros.
     for (int row = thread / CHUNKS; row < ROWS; row += ROWS_AT_ONCE) {
         const bool is_row = row < tile.queries * G;
@@ -203,8 +206,10 @@ __device__ __forceinline__ void fetch(const PrefillParams &p, const Tile<KEPT> &
     for (int step = 0; step < tile.steps; ++step) {
         const int stage = step % STAGES;
         const uint32_t before = (step / STAGES + 1) % 2; // parity of the phase in which this stage was read
-        meet(3, GROUP); // the octets of this step are noted
-        const Octet ahead = leads ? look_up(step + 2) : Octet{0, -1};
+        if (step % TOGETHER == 0) {
+            meet(3, GROUP); // the octets of this step and the next ones are noted
+            if (leads && step > 0) ahead = look_up(step + TOGETHER);
+        }
         if (step >= STAGES) await(shared.keys_read + stage, before);
         copy(p.k, p.packed_k, step, places.keys(step));
         asm volatile("cp.async.wait_group 2;");
@@ -213,7 +218,9 @@ __device__ __forceinline__ void fetch(const PrefillParams &p, const Tile<KEPT> &
         copy(p.v, p.packed_v, step, places.values(step));
         asm volatile("cp.async.wait_group 2;");
         if (step > 0) tell(shared.values_there + (step - 1) % STAGES);
-        if (leads) note(step + 2, ahead);
+        // Where those of steps are that were read: of this stage the values were, three steps ago.
+        static_assert(TOGETHER > STAGES);
+        if (leads && step % TOGETHER == TOGETHER - 1 && step > TOGETHER) note(step + 1, ahead);
     }
     asm volatile("cp.async.wait_group 1;");
     tell(shared.keys_there + (tile.steps - 1) % STAGES);
