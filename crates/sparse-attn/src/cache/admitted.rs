@@ -105,6 +105,12 @@ impl Admitted {
         }
     }
 
+    /// The verdict on the next position.
+    pub fn push(&mut self, admitted: bool) {
+        let used = self.len % 64;
+        self.fill_word(u64::from(admitted) << used, used + 1);
+    }
+
     /// Adds `bits` to the word of the next position, of which then `filled` bits are decided.
     fn fill_word(&mut self, bits: u64, filled: usize) {
         let used = self.len % 64;
@@ -164,7 +170,7 @@ mod tests {
         let bit = |position: usize| position * position % 7 < 3;
         let mut admitted = Admitted::default();
         admitted.extend((0..100).map(bit));
-        admitted.extend((100..101).map(bit));
+        admitted.push(bit(100));
         admitted.extend((101..300).map(bit));
         for cut in [300, 257, 256, 64, 63, 1, 0] {
             admitted.truncate(cut);

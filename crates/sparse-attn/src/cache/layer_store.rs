@@ -201,7 +201,8 @@ impl LayerStore {
         self.places_for(step)
     }
 
-    fn places_for(&self, step: Step) -> Option<Places> {
+    /// [`LayerStore::begin`] that forgets nothing.
+    pub(super) fn places_for(&self, step: Step) -> Option<Places> {
         if self.table.holds(step) && self.table.frontier(step) <= self.frontier {
             return None;
         }
@@ -230,11 +231,23 @@ impl LayerStore {
         }
     }
 
-    /// Pages that the pools are to have if they are made again for `places`: some more than these, or where few are left, than there are.
+    /// Pages that the pools are to have if they are made again for `places`: some more than are in use then, so that it is long until any layer's are
+    /// made again.
     pub(super) fn pages_to_have(&self, places: Option<&Places>) -> usize {
-        let (have, table) = (self.k.pages(), places.map_or(&self.table, |places| &places.table));
-        let left = (have + table.free_pages()).saturating_sub(table.pages());
-        if self.lacks_pages(places) || 16 * left < have { table.pages().max(have + have / 8) } else { have }
+        let (have, used) = (self.k.pages(), self.k.pages() - self.has_left(places));
+        let needed = places.map_or(&self.table, |places| &places.table).pages();
+        needed.max(have).max(used + used / 8)
+    }
+
+    /// Whether the pools have hardly more pages than are in use by `places`, where a token router decides how many more there will be.
+    pub(super) fn is_nearly_full(&self, places: Option<&Places>) -> bool {
+        self.admitted.is_some() && self.has_left(places) * 64 < self.k.pages()
+    }
+
+    /// Pages of the pools that hold nothing by `places`.
+    fn has_left(&self, places: Option<&Places>) -> usize {
+        let table = places.map_or(&self.table, |places| &places.table);
+        (self.k.pages() + table.free_pages()).saturating_sub(table.pages())
     }
 
     /// Whether the pools have too few pages for `places`.
@@ -265,8 +278,7 @@ impl LayerStore {
     }
 
     fn tables_of<'a>(&'a self, table: &'a PageTable, frontier: usize) -> Tables<'a> {
-        let kv_heads = self.spec.shape.kv_heads();
-        Tables { kv_heads, table, admitted: self.admitted.as_deref(), frontier, enough: self.k.pages() / kv_heads }
+        Tables { kv_heads: self.spec.shape.kv_heads(), table, admitted: self.admitted.as_deref(), frontier }
     }
 
     /// Notes that the device has them, and where if that is another place.
@@ -433,7 +445,7 @@ impl LayerStore {
     pub fn admit_written(&mut self, step: Step, keeps: impl Iterator<Item = bool>) {
         for (bits, keeps) in self.admitted.iter_mut().flatten().zip(keeps) {
             bits.truncate(step.start);
-            bits.extend([keeps]);
+            bits.push(keeps);
         }
     }
 

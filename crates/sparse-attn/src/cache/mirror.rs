@@ -5,8 +5,9 @@ use super::{OCTET, PAGE_SIZE, PageTable};
 use candle_core::{DType, Device, Result, Tensor};
 use std::ops::Range;
 
-/// Pages of a head that there is room for at least, where there are as many.
-const FEWEST: usize = 64;
+/// Pages of a head that there is room for beyond those that there are, and a quarter of them: each is some tokens more until all of it
+/// lies elsewhere, and steps are recorded anew.
+const SPARE: usize = 16;
 
 /// The page tables of all layers in one tensor, which stays where it is until there is no more room: they are brought at once.
 #[derive(Debug, Default)]
@@ -53,8 +54,6 @@ pub(super) struct Tables<'a> {
     /// Per head, where a token router decides; and the first position that it does not.
     pub(super) admitted: Option<&'a [Admitted]>,
     pub(super) frontier: usize,
-    /// Pages of a head that there are: more room is not wanted before there are more.
-    pub(super) enough: usize,
 }
 
 /// Where a layer's tables are among the numbers of all.
@@ -118,9 +117,21 @@ impl Mirrors {
     /// If the device has no memory for it.
     pub(super) fn stage(&self, tables: &[Tables<'_>], device: &Device) -> Result<Staged> {
         let (mut layouts, mut first) = (Vec::with_capacity(tables.len()), 0);
+        let had = |index: usize| self.parts.get(index).map_or([0; 2], |part: &Part| part.layout.rooms);
+        // Where one has no room, all get more.
+        let grows = tables
+            .iter()
+            .enumerate()
+            .any(|(index, tables)| tables.longest().into_iter().zip(had(index)).any(|(longest, had)| longest > had));
         for (index, tables) in tables.iter().enumerate() {
-            let had = self.parts.get(index).map_or([0; 2], |part| part.layout.rooms);
-            let layout = Layout { first, rooms: tables.rooms(had), kv_heads: tables.kv_heads, is_routed: tables.admitted.is_some() };
+            let mut rooms = had(index);
+            if grows {
+                rooms
+                    .iter_mut()
+                    .zip(tables.longest())
+                    .for_each(|(room, longest)| *room = (*room).max((longest + longest / 4 + SPARE).next_multiple_of(16)));
+            }
+            let layout = Layout { first, rooms, kv_heads: tables.kv_heads, is_routed: tables.admitted.is_some() };
             first = layout.counts().end;
             layouts.push(layout);
         }
@@ -150,8 +161,7 @@ impl Mirrors {
         }
         let mut parts = Vec::with_capacity(layouts.len());
         for (((layout, version), tables), index) in layouts.into_iter().zip(versions).zip(tables).zip(0..) {
-            let old = self.parts.get(index).filter(|part| part.layout.rooms[0] == layout.rooms[0]);
-            let masks = old.and_then(|part| part.mirror.kept.as_ref()).map(|kept| kept.masks.clone());
+            let masks = self.parts.get(index).and_then(|part| part.mirror.kept.as_ref()).map(|kept| &kept.masks);
             parts.push(Part { layout, version, mirror: Mirror::of(&numbers, &layout, masks, tables.admitted)? });
         }
         (self.numbers, self.parts) = (Some(numbers), parts);
@@ -165,15 +175,11 @@ impl Mirrors {
 }
 
 impl Tables<'_> {
-    /// Room for them, where there `had` been some.
-    fn rooms(&self, had: [usize; 2]) -> [usize; 2] {
+    /// The longest lists of a head: of recent pages, and of kept ones.
+    fn longest(&self) -> [usize; 2] {
         let longest =
             |list: fn(&PageTable, usize) -> &[u32]| (0..self.kv_heads).map(|head| list(self.table, head).len()).max().unwrap_or(0);
-        let room = |had: usize, longest: usize| {
-            // Twice as much as is needed: all of it is brought each time.
-            if had >= longest.max(1) { had } else { (2 * longest).max(FEWEST).min(self.enough).max(longest).next_multiple_of(16) }
-        };
-        [room(had[0], longest(PageTable::recent)), room(had[1], longest(PageTable::kept))]
+        [longest(PageTable::recent), longest(PageTable::kept)]
     }
 
     /// Adds them to the numbers of other layers.
@@ -191,16 +197,24 @@ impl Tables<'_> {
 }
 
 impl Mirror {
-    /// A layer's part of the numbers of all, with `masks` for as many positions if there are some already.
-    fn of(numbers: &Tensor, layout: &Layout, masks: Option<Tensor>, admitted: Option<&[Admitted]>) -> Result<Self> {
+    /// A layer's part of the numbers of all, with what `masks` says where there are some already: by the device itself, which may decide on more
+    /// tokens than the host knows of.
+    fn of(numbers: &Tensor, layout: &Layout, masks: Option<&Tensor>, admitted: Option<&[Admitted]>) -> Result<Self> {
         let part = |range: Range<usize>, rows: usize| numbers.narrow(0, range.start, range.len())?.reshape((rows, range.len() / rows));
         let kv_heads = layout.kv_heads;
         let pages = part(layout.pages(), kv_heads)?;
         let Some(admitted) = admitted else { return Ok(Self { pages, kept: None }) };
+        let octets = layout.rooms[0] * (PAGE_SIZE / OCTET);
+        let new = || Tensor::zeros((kv_heads, octets), DType::U8, numbers.device());
         let masks_are_new = masks.is_none();
         let masks = match masks {
-            Some(masks) => masks,
-            None => Tensor::zeros((kv_heads, layout.rooms[0] * (PAGE_SIZE / OCTET)), DType::U8, numbers.device())?,
+            Some(masks) if masks.dim(1)? == octets => masks.clone(),
+            Some(fewer) => {
+                let masks = new()?;
+                masks.slice_set(fewer, 1, 0)?;
+                masks
+            }
+            None => new()?,
         };
         let kept = DeviceKept {
             pages: part(layout.kept_pages(), kv_heads)?,
@@ -267,8 +281,8 @@ mod tests {
             routed.reserve(step);
             plain.reserve(step);
             let tables = [
-                Tables { kv_heads: 2, table: &routed, admitted: Some(&admitted), frontier, enough: 4 },
-                Tables { kv_heads: 1, table: &plain, admitted: None, frontier: 0, enough: 4 },
+                Tables { kv_heads: 2, table: &routed, admitted: Some(&admitted), frontier },
+                Tables { kv_heads: 1, table: &plain, admitted: None, frontier: 0 },
             ];
             assert!(!mirrors.are_of([&routed, &plain].into_iter()));
             let staged = mirrors.stage(&tables, &Device::Cpu)?;

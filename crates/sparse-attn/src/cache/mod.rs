@@ -153,25 +153,51 @@ impl KvCache {
         // What a failed step left behind is moved before anything takes its place.
         self.reflect()?;
         let places: Vec<_> = self.layers.iter_mut().map(|layer| layer.begin(step)).collect();
-        self.make_pages(&places, step.start > 0)?;
-        for (layer, places) in self.layers.iter_mut().zip(places) {
-            places.into_iter().for_each(|places| layer.take(places));
-        }
-        self.reflect()?;
+        self.make_places(places, step.start > 0, step.len == 1)?;
         self.make_room_for_verdicts(step)?;
         self.read = ReadCount::default();
         Ok(step)
     }
 
-    /// Gives pools that lack pages for `places` of their layers more, and those beside them; `keeps` what is there.
-    fn make_pages(&mut self, places: &[Option<Places>], keeps: bool) -> Result<()> {
-        let lacks = |layer: usize| self.layers[layer].lacks_pages(places[layer].as_ref());
-        if !(0..self.layers.len()).any(lacks) {
+    /// Makes room for the token after `step` while a device is at work on that, so that [`KvCache::reserve`] has little left to do. Pools that were
+    /// made for so many tokens grow when the next one is there, no sooner.
+    ///
+    /// # Errors
+    /// As there; `step` is not affected.
+    pub fn reserve_next(&mut self, step: Step) -> Result<()> {
+        let next = Step { start: step.end(), len: 1 };
+        let places: Vec<_> = self.layers.iter().map(|layer| layer.places_for(next)).collect();
+        let are_planned =
+            |(layer, places): (&LayerStore, &Option<Places>)| layer.local_window().is_none() && layer.lacks_pages(places.as_ref());
+        if places.iter().all(Option::is_none) || self.layers.iter().zip(&places).any(are_planned) {
+            return Ok(());
+        }
+        self.make_places(places, true, true)
+    }
+
+    /// Makes these places in each layer, on its device too; see [`KvCache::make_pages`].
+    fn make_places(&mut self, places: Vec<Option<Places>>, keeps: bool, single: bool) -> Result<()> {
+        self.make_pages(&places, keeps, single)?;
+        for (layer, places) in self.layers.iter_mut().zip(places) {
+            places.into_iter().for_each(|places| layer.take(places));
+        }
+        self.reflect()
+    }
+
+    /// Gives pools that lack pages for `places` of their layers more, and those beside them; `keeps` what is there. Before a `single` token on a GPU
+    /// also pools that will soon lack some: whenever one is somewhere else, that step is recorded anew.
+    fn make_pages(&mut self, places: &[Option<Places>], keeps: bool, single: bool) -> Result<()> {
+        let foresees = single && !self.device.is_cpu();
+        let is_due = |layer: usize| {
+            let (layer, places) = (&self.layers[layer], places[layer].as_ref());
+            layer.lacks_pages(places) || foresees && layer.is_nearly_full(places)
+        };
+        if !(0..self.layers.len()).any(is_due) {
             return Ok(());
         }
         let pages: Vec<usize> = self.layers.iter().zip(places).map(|(layer, places)| layer.pages_to_have(places.as_ref())).collect();
         let bytes = |layer: usize| self.layers[layer].bytes_of(pages[layer]);
-        for slab in self.slabs.renew(lacks, bytes, slabs::joins(&self.layers)) {
+        for slab in self.slabs.renew(is_due, bytes, slabs::joins(&self.layers)) {
             let layers = &mut self.layers[slab.clone()];
             let new = slabs::pools_of(layers, |index| pages[slab.start + index])?;
             for (layer, [k, v]) in layers.iter_mut().zip(new) {

@@ -308,7 +308,8 @@ impl TokenStep for CudaStep {
         let Some(recorded) = &self.recorded else { bail!("cuda: no step was recorded") };
         recorded.graph.launch().w()?;
         self.is_running = true;
-        // While it runs.
+        // While it runs. What there is no memory for is asked for again by the next step, which then fails.
+        let _ = cache.reserve_next(step);
         for layer in (0..self.layers.len()).filter(|layer| calls[*layer].is_none()) {
             let count = cache.layer(layer).count_visible(step);
             cache.count_read(count);
