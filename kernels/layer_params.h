@@ -13,13 +13,35 @@ struct Matrix {
     int format;
 };
 
-// `out = W x + bias` for up to four matrices of one width, for few tokens. grid (rows of all matrices / 4, tokens).
+// The verdict of a token router's gate on one token; see Kept in params.h.
+struct Verdict {
+    const float *scores;   // [kv_heads], or, of a hidden layer before its activation, [width]; null: the token is kept
+    const float *weight;   // [kv_heads, width]; null: no hidden layer
+    const float *bias;     // [kv_heads]
+    uint8_t *masks;        // [kv_heads, max_pages, 8]; null: no gate
+    int *kept;             // [kv_heads]: 1 or 0, for LikeliestParams::told
+    int width;
+    int sinks;             // positions that are kept anyway
+    float tau;             // kept from this score on
+};
+
+// That of all heads.
+struct Decisions {
+    Verdict verdict;
+    const int *position;
+    int max_pages;
+    int heads;             // 0: none is made here
+};
+
+// `out = W x + bias` for up to four matrices of one width, for few tokens. The first may be wide, f32. grid (wide + rows of all others / 4 + deciding heads, tokens).
 struct ProductParams {
     Matrix matrices[4];
     const float *x;        // [tokens, columns]
     const void *x_q8;      // the same in 8 bits, see weights.cuh
     int count;
     int columns;
+    int wide;              // rows of the first matrix that take a thread block each: all or none
+    Decisions decisions;   // of one token, on what kernels before made: by thread blocks of their own
 };
 
 // `out = activation(W0 x) * W1 x`, in 8 bits and as it is.
@@ -34,6 +56,12 @@ struct GatedParams {
     int activation;        // 0: SiLU; 1: GELU by tanh
 };
 
+// Memory that a kernel further on reads first of all.
+struct Ahead {
+    const void *from;      // null: none
+    int bytes;
+};
+
 // `x += y`, or `x += norm(y)`; then `out = norm(x)`: of one token as it is and in 8 bits, of many as it is or as bf16. Norms are by root
 // mean square.
 struct NormParams {
@@ -44,20 +72,9 @@ struct NormParams {
     float *out;            // null: not of many tokens
     void *out_q8;          // of one token
     void *rounded;         // [tokens, columns] bf16; null: none
+    Ahead ahead[8];        // of one token: brought to the L2 cache
     int columns;
     float eps;
-};
-
-// The verdict of a token router's gate on one token; see Kept in params.h.
-struct Verdict {
-    const float *scores;   // [kv_heads], or, of a hidden layer before its activation, [width]; null: the token is kept
-    const float *weight;   // [kv_heads, width]; null: no hidden layer
-    const float *bias;     // [kv_heads]
-    uint8_t *masks;        // [kv_heads, max_pages, 8]; null: no gate
-    int *kept;             // [kv_heads]: 1 or 0, for LikeliestParams::told
-    int width;
-    int sinks;             // positions that are kept anyway
-    float tau;             // kept from this score on
 };
 
 // What becomes of one token's query, key and value: norms, rotation, rounding; key and value go into the cache, and the block that

@@ -1,6 +1,6 @@
 // What keeps the cache: rows into slots, moves, block summaries, and queries made ready to score.
 
-#include "common.cuh"
+#include "verdict.cuh"
 
 namespace cache {
 
@@ -206,8 +206,6 @@ __device__ __forceinline__ void tell(const ToldLayer &layer, int first, int octe
 
 // Tokens of a thread block, and of a tile of rows; columns that a warp takes at a time, one warp after the other.
 constexpr int GATE_TOKENS = 16, GATE_ROWS = 8, GATE_COLUMNS = 32, GATE_WARPS = 16;
-
-__device__ __forceinline__ float gelu(float x) { return 0.5f * x * (1.f + erff(x * 0.70710678118654752f)); }
 
 // Eight numbers as bf16, and what is lost by that, again as bf16.
 struct Halves {

@@ -129,12 +129,23 @@ template <typename T> __device__ __forceinline__ uint2 widened(uint32_t bytes, h
     return make_uint2(out[0], out[1]);
 }
 
-// Waits until the kernel before this one is done, and lets the next one be put on the GPU meanwhile: launches overlap.
-__device__ __forceinline__ void follow() {
+// Lets the next kernel be put on the GPU as soon as all thread blocks have come here: launches overlap.
+__device__ __forceinline__ void let_next_begin() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+// Waits until the kernel before this one is done.
+__device__ __forceinline__ void wait_for_last() {
+#if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
+}
+
+__device__ __forceinline__ void follow() {
+    let_next_begin();
+    wait_for_last();
 }
 
 // Bits in the order of the numbers.
@@ -167,7 +178,8 @@ struct Reads {
         pages = p.pages + (int64_t)head * p.max_pages;
         kept_pages = nullptr, masks = nullptr, kept = kept_octets = 0;
         oldest = p.sliding_window ? max(0, eldest - p.sliding_window + 1) / OCTET : 0;
-        if (!list && p.kept.masks) {
+        // Before a token leaves the window all are seen.
+        if (!list && p.kept.masks && newest >= p.local_window) {
             kept_pages = p.kept.pages + (int64_t)head * p.kept.max_pages;
             masks = p.kept.masks + (int64_t)head * p.max_pages * (PAGE / OCTET);
             oldest = p.kept.counts[0] / OCTET;
@@ -182,21 +194,26 @@ struct Reads {
         return (pages[octet / (PAGE / OCTET)] * (PAGE / OCTET) + octet % (PAGE / OCTET)) << 8;
     }
 
+    // Numbers of an octet on their way: what is made of them waits for them.
+    struct Sought {
+        int row, mask, position;
+
+        __device__ __forceinline__ Octet found() const { return Octet{row << 8 | mask, position}; }
+    };
+
     // Octet number `index`; beyond the last one, one that nothing is seen of.
-    __device__ __forceinline__ Octet octet(int index) const {
-        const bool is_there = index < count;
-        if (!is_there) index = 0;
-        Octet found;
-        if (list) found = list[index];
-        else {
-            // Without branches, so that neighbours are looked up at the same time.
-            const bool is_kept = index < kept_octets;
-            const int octet = is_kept ? index : oldest + index - kept_octets;
-            const int mask = is_kept ? 0xff >> max(0, OCTET * (index + 1) - kept) : masks ? masks[octet] : 0xff;
-            found = Octet{row(is_kept ? kept_pages : pages, octet) | mask, is_kept ? -1 : octet * OCTET};
-        }
-        return is_there ? found : Octet{0, -1};
+    __device__ __forceinline__ Sought seek(int index) const {
+        if (index >= count) return Sought{0, 0, -1};
+        if (list) return Sought{list[index].row >> 8, list[index].row & 0xff, list[index].position};
+        // Without branches, so that neighbours are looked up at the same time.
+        const bool is_kept = index < kept_octets;
+        const int octet = is_kept ? index : oldest + index - kept_octets;
+        const int page = (is_kept ? kept_pages : pages)[octet / (PAGE / OCTET)];
+        const int mask = masks && !is_kept ? masks[octet] : 0xff >> max(0, is_kept ? OCTET * (index + 1) - kept : 0);
+        return Sought{page * (PAGE / OCTET) + octet % (PAGE / OCTET), mask, is_kept ? -1 : octet * OCTET};
     }
+
+    __device__ __forceinline__ Octet octet(int index) const { return seek(index).found(); }
 
     // The same by branches: cheaper where there is one to look up, and time to do it.
     __device__ __forceinline__ Octet octet_by_branches(int index) const {

@@ -74,15 +74,31 @@ template <typename S, int D> __device__ void attend(const DecodeParams &p) {
     const int first = (int)((int64_t)tiles * split / splits), end = (int)((int64_t)tiles * (split + 1) / splits);
     const uint32_t own = shared_address(shared) + warp * WARP_BYTES;
 
-    // Brings a tile's keys and values: 16 rows, swizzled so that eight rows of a chunk lie in different banks.
-    auto fetch = [&](int tile, int stage) {
-        if (tile < end) {
-            const Octet pair[2] = {reads.octet(2 * tile), reads.octet(2 * tile + 1)};
-            const uint32_t bits = visible(pair[0], t, p.sliding_window, p.local_window) | visible(pair[1], t, p.sliding_window, p.local_window) << OCTET;
+    // Octets of the warp's next 16 tiles, one for each lane: all are looked up at once, and those after them while these are read.
+    constexpr int AT_ONCE = 16;
+    auto seek = [&](int number) {
+        const int tile = first + warp + (number + lane / 2) * WARPS;
+        return tile < end ? reads.seek(2 * tile + lane % 2) : Reads::Sought{0, 0, -1};
+    };
+    Reads::Sought next{};
+    Octet octet{};
+    uint32_t own_bits = 0;
+
+    // Brings keys and values of the warp's tile of that number: 16 rows, swizzled so that eight rows of a chunk lie in different banks.
+    auto fetch = [&](int number, int stage) {
+        if (first + warp + number * WARPS < end) {
+            if (number % AT_ONCE == 0) {
+                octet = next.found();
+                own_bits = visible(octet, t, p.sliding_window, p.local_window);
+                next = seek(number + AT_ONCE);
+            }
+            const int from = 2 * (number % AT_ONCE);
+            const int rows[2] = {__shfl_sync(~0u, octet.row, from) >> 8, __shfl_sync(~0u, octet.row, from + 1) >> 8};
+            const uint32_t bits = __shfl_sync(~0u, own_bits, from) | __shfl_sync(~0u, own_bits, from + 1) << OCTET;
             if (lane == 0) seen[warp][stage] = bits;
             const uint32_t to = own + stage * 2 * STORED_BYTES;
             auto is_there = [&](int row) { return (bits >> row & 1) != 0; };
-            auto slot_of = [&](int row) { return is_there(row) ? (int64_t)(pair[row / OCTET].row >> 8) * OCTET + row % OCTET : 0; };
+            auto slot_of = [&](int row) { return is_there(row) ? (int64_t)rows[row / OCTET] * OCTET + row % OCTET : 0; };
 #pragma unroll
             for (int i = 0; i < TILE * CHUNKS / 32; ++i) {
                 const int index = lane + 32 * i, row = index / CHUNKS, chunk = index % CHUNKS;
@@ -102,8 +118,10 @@ template <typename S, int D> __device__ void attend(const DecodeParams &p) {
 
     auto fetch_first = [&] {
 #pragma unroll
-        for (int stage = 0; stage < STAGES - 1; ++stage) fetch(first + warp + stage * WARPS, stage);
+        for (int stage = 0; stage < STAGES - 1; ++stage) fetch(stage, stage);
     };
+    // Verdicts on the newest tokens are not looked at: all see those.
+    next = seek(0);
     const bool is_early = !p.octets && min(end - 1, first + warp + (STAGES - 2) * WARPS) < tiles - 1;
     if (is_early) fetch_first();
     if (!p.octets) follow();
@@ -129,8 +147,8 @@ template <typename S, int D> __device__ void attend(const DecodeParams &p) {
     const float scale = p.scale * LOG2_E;
 
     int stage = 0;
-    for (int tile = first + warp; tile < end; tile += WARPS) {
-        fetch(tile + (STAGES - 1) * WARPS, (stage + STAGES - 1) % STAGES);
+    for (int number = 0; first + warp + number * WARPS < end; ++number) {
+        fetch(number + STAGES - 1, (stage + STAGES - 1) % STAGES);
         asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 1));
         __syncwarp();
         const uint32_t stored = own + stage * 2 * STORED_BYTES, keys = IS_BYTES ? own + STAGES * 2 * STORED_BYTES : stored, values = keys + TILE_BYTES;

@@ -1,11 +1,12 @@
 // The steps of a decoder layer between products and attention.
 
+#include "verdict.cuh"
 #include "weights.cuh"
 
 namespace layer {
 
-constexpr int NORM_THREADS = 1024, MOST = 4; // groups of four neighbours that a thread takes
-constexpr int WRITE_WARPS = 8;
+constexpr int AHEAD = 8, NORM_THREADS = 1024, MOST = 4; // groups of four neighbours that a thread takes
+constexpr int WRITE_WARPS = 16;
 
 // The sum over a thread block of 1024, in every thread.
 __device__ __forceinline__ float sum_of_all(float x, float *shared) {
@@ -22,6 +23,11 @@ __device__ __forceinline__ float4 scaled(float4 x, float factor, float4 weight) 
     return make_float4(x.x * factor * weight.x, x.y * factor * weight.y, x.z * factor * weight.z, x.w * factor * weight.w);
 }
 
+// Brings what a kernel further on looks up to the L2 cache, by a whole thread block: weights have taken its place there since the last token.
+__device__ __forceinline__ void fetch_ahead(const Ahead &ahead) {
+    for (int at = threadIdx.x * 128; at < ahead.bytes; at += blockDim.x * 128) asm volatile("prefetch.global.L2 [%0];" ::"l"((const uint8_t *)ahead.from + at));
+}
+
 // GROUPS groups of four neighbours for each thread; of MANY tokens a thread block takes one.
 template <int THREADS, int GROUPS, bool MANY> __device__ __forceinline__ void add_norm(NormParams p, float *shared) {
     if (MANY) {
@@ -34,6 +40,10 @@ template <int THREADS, int GROUPS, bool MANY> __device__ __forceinline__ void ad
     // Weights do not depend on the kernel before.
 #pragma unroll
     for (int i = 0; i < GROUPS; ++i) weight[i] = place(i) < p.columns ? *(const float4 *)(p.weight + place(i)) : none;
+    if constexpr (!MANY) {
+#pragma unroll
+        for (int i = 0; i < AHEAD; ++i) fetch_ahead(p.ahead[i]);
+    }
     follow();
 #pragma unroll
     for (int i = 0; i < GROUPS; ++i) x[i] = place(i) < p.columns ? *(const float4 *)(p.x + place(i)) : none;
@@ -99,21 +109,6 @@ ROWS(1024, 4)
 
 namespace layer {
 
-// Whether the gate keeps the token at `t`: noted for queries that it is out of the window of, and for the host. By one warp.
-__device__ __forceinline__ void decide(const Verdict &v, int head, int max_pages, int t) {
-    const int lane = threadIdx.x % 32;
-    float score = 0.f;
-    if (v.scores && v.weight) {
-        for (int i = lane; i < v.width; i += 32) score += cache::gelu(v.scores[i]) * v.weight[head * v.width + i];
-        score = sum_of_warp(score) + v.bias[head];
-    } else if (v.scores) score = v.scores[head];
-    if (lane) return;
-    const bool keeps = !v.scores || t < v.sinks || score >= v.tau;
-    uint8_t *mask = v.masks + (int64_t)head * max_pages * (PAGE / OCTET) + t / OCTET;
-    *mask = *mask & ~(1 << t % OCTET) | keeps << t % OCTET;
-    v.kept[head] = keeps;
-}
-
 // cos and sin of an angle: so many radians per position.
 __device__ __forceinline__ float2 turned_by(int t, double frequency) {
     // Whole turns off in f64, or a far position would have no angle left in f32.
@@ -126,18 +121,23 @@ __device__ __forceinline__ float2 turned_by(int t, double frequency) {
 template <typename S> __device__ void write(const WriteParams &p) {
     using T = typename ComputedAs<S>::T;
     __shared__ float shared[2][256];
-    const int head = blockIdx.x, kv_heads = gridDim.x, warp = threadIdx.x / 32, lane = threadIdx.x % 32, D = p.head_dim, half_ = D / 2;
-    follow();
+    const int head = blockIdx.x, kv_heads = gridDim.x, warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32, D = p.head_dim, half_ = D / 2;
+    let_next_begin();
+    // Where the token goes and by what it is turned is known before the product is.
     const int t = *p.position, q_heads = kv_heads * p.group_size;
-    for (int i = threadIdx.x; i < half_; i += WRITE_WARPS * 32) {
+    const int64_t slot = (int64_t)p.pages[(int64_t)head * p.max_pages + t / PAGE] * PAGE + t % PAGE;
+    for (int i = threadIdx.x; i < half_; i += blockDim.x) {
         const float2 turn = turned_by(t, p.frequencies[i]);
         shared[0][i] = turn.x * p.magnitude, shared[1][i] = turn.y * p.magnitude;
     }
     __syncthreads();
-    if (p.verdict.masks && warp == WRITE_WARPS - 1) decide(p.verdict, head, p.max_pages, t);
-    const int64_t slot = (int64_t)p.pages[(int64_t)head * p.max_pages + t / PAGE] * PAGE + t % PAGE;
+    if (p.verdict.masks && warp == warps - 1) {
+        const Decision decision(p.verdict, head, p.max_pages, t);
+        wait_for_last();
+        decision.make();
+    } else wait_for_last();
     // A warp takes a head: the queries of the group, the key, the value.
-    for (int i = warp; i < p.group_size + 2; i += WRITE_WARPS) {
+    for (int i = warp; i < p.group_size + 2; i += warps) {
         const bool is_q = i < p.group_size, is_k = i == p.group_size;
         const int row = is_q ? head * p.group_size + i : is_k ? q_heads + head : q_heads + kv_heads + head;
         const float *from = p.qkv + (int64_t)row * D;
@@ -166,7 +166,7 @@ template <typename S> __device__ void write(const WriteParams &p) {
     if (!p.summaries || (t + 1) % p.block_size) return;
     __syncthreads();
     const int block = t / p.block_size;
-    for (int d = threadIdx.x; d < D; d += WRITE_WARPS * 32)
+    for (int d = threadIdx.x; d < D; d += blockDim.x)
         cache::summarise<S>(p.k, p.k_scales, p.pages + (int64_t)head * p.max_pages, cache::masks_of(p.verdict.masks, head, p.max_pages), block, p.block_size, d, D, p.kind,
                             p.summaries, p.summary_scales, cache::summary_row(block, head, kv_heads));
 }

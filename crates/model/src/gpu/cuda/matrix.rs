@@ -1,7 +1,7 @@
 //! A matrix on the GPU: multiplied as it is with few tokens, unpacked to 16 bits with many.
 
 use super::pack::{self, Format};
-use super::params::{Matrix, ProductParams, QuantizeParams, RoundParams, RowsParams, UnpackParams};
+use super::params::{Decisions, Matrix, ProductParams, QuantizeParams, RoundParams, RowsParams, UnpackParams};
 use candle_core::cuda_backend::cudarc::cublas::{result::gemm_ex, sys as cublas};
 use candle_core::quantized::{GgmlDType, QStorage, QTensor};
 use candle_core::{DType, Device, Result, Tensor, bail};
@@ -246,15 +246,37 @@ pub(super) struct Product<'a> {
 /// # Safety
 /// The addresses must be of what layer_params.h says, and live until the kernel has run.
 pub(super) unsafe fn product(kernels: &Kernels, products: &[Product<'_>], x: u64, x_q8: u64, columns: usize, tokens: usize) -> Result<()> {
-    let rows: usize = products.iter().map(|product| product.matrix.rows).sum();
-    let mut params = ProductParams { x, x_q8, count: products.len() as i32, columns: columns as i32, ..ProductParams::default() };
+    // SAFETY: the caller's.
+    unsafe { product_deciding(kernels, products, [x, x_q8], columns, tokens, Decisions::default()) }
+}
+
+/// The same, and beside it verdicts that need nothing of it.
+///
+/// # Safety
+/// As there.
+pub(super) unsafe fn product_deciding(
+    kernels: &Kernels,
+    products: &[Product<'_>],
+    [x, x_q8]: [u64; 2],
+    columns: usize,
+    tokens: usize,
+    decisions: Decisions,
+) -> Result<()> {
+    let rows = |products: &[Product<'_>]| products.iter().map(|product| product.matrix.rows).sum::<usize>();
+    // A gate beside weights in blocks: rows of f32 are the longest by far.
+    let is_wide = matches!(products, [gate, other, ..] if gate.matrix.format == Format::F32 && other.matrix.format != Format::F32);
+    let (wide, narrow) = products.split_at(usize::from(is_wide));
+    let (count, wide_rows) = (products.len() as i32, rows(wide));
+    let mut params =
+        ProductParams { x, x_q8, count, columns: columns as i32, wide: wide_rows as i32, decisions, ..ProductParams::default() };
     for (to, product) in params.matrices.iter_mut().zip(products) {
         *to = product.matrix.params(product.out, product.bias)?;
     }
-    // Each kernel takes f32, too.
-    let name = Format::kernel("product", products.iter().map(|product| product.matrix.format).filter(|format| *format != Format::F32));
+    let name = Format::kernel("product", narrow.iter().map(|product| product.matrix.format));
+    let blocks = wide_rows + rows(narrow).div_ceil(WARPS) + decisions.heads as usize;
+    let spread = Spread::new([blocks, tokens, 1], WARPS * 32);
     // SAFETY: the caller's.
-    unsafe { kernels.launch_following(&name, Spread::new([rows.div_ceil(WARPS), tokens, 1], WARPS * 32), &params) }
+    unsafe { kernels.launch_following(&name, spread, &params) }
 }
 
 /// What cuBLAS multiplies and adds in; sums are f32.

@@ -32,6 +32,7 @@ pub(crate) fn add_norm(x: &Tensor, y: Option<(&Tensor, Option<&Tensor>)>, weight
         rounded: if is_rounded { address(&out)? } else { 0 },
         columns: columns as i32,
         eps,
+        ..NormParams::default()
     };
     let (threads, groups) = match columns {
         ..=1024 => (256, 1),

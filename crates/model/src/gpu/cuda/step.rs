@@ -2,10 +2,10 @@
 //! are. What changes from token to token (its id, its position, how many blocks it may read) is in device memory.
 
 use super::super::{DecoderParts, LayerParts};
-use super::matrix::{Product, activation_bytes, product};
+use super::matrix::{Product, activation_bytes, product, product_deciding};
 use super::norm::WIDEST;
 use super::pack::Format;
-use super::params::{BestParams, FetchParams, GatedParams, LikeliestParams, NormParams, Verdict, WriteParams};
+use super::params::{Ahead, BestParams, Decisions, FetchParams, GatedParams, LikeliestParams, NormParams, Verdict, WriteParams};
 use super::{DeviceMatrix, gated};
 use crate::arch::TokenStep;
 use crate::layers::{Linear, RmsNorm};
@@ -17,7 +17,7 @@ use sparse_attn::backend::cuda::{
     Budgeted, DecodeCall, DecodeLists, DecodeScratch, Kernels, Pinned, SelectCall, SelectScratch, Spread, address, decode, kind_of,
     queries_of, scales_of, score_and_select,
 };
-use sparse_attn::cache::Summary;
+use sparse_attn::cache::{Summaries, Summary};
 use sparse_attn::select::Limits;
 use sparse_attn::token_router::{Feedforward, GateLayer};
 use sparse_attn::{HeadShape, KvCache, LayerStore, RoutedAttention, Step};
@@ -26,6 +26,9 @@ use std::sync::Arc;
 /// Rows that a thread block of `gated_product` makes, and its threads.
 const GATED_ROWS: usize = 32;
 const GATED_THREADS: usize = 512;
+
+/// Most warps of a thread block of `write_kv`.
+const WRITE_WARPS: usize = 16;
 
 /// Positions that selection makes room for at a time: with more, everything is recorded anew.
 const ROOM: usize = 16 * 1024;
@@ -430,7 +433,7 @@ impl CudaStep {
         let mut pending: Option<Option<&Tensor>> = None; // a product that is not added yet, and the norm over it
         for (index, layer) in self.layers.iter().enumerate() {
             let store = cache.layer(index);
-            self.add_norm(pending, &layer.attention_norm)?;
+            self.add_norm(pending, &layer.attention_norm, &self.looked_up(layer, store)?)?;
             self.project_qkv(layer)?;
             self.write(index, layer, store, q, position)?;
             let lists = match select {
@@ -447,13 +450,13 @@ impl CudaStep {
             };
             // SAFETY: as above.
             unsafe { decode(&self.kernels, call, scratch, store) }?;
-            self.project(&layer.output, attended, projected)?;
-            self.add_norm(Some(layer.post_attention_norm.as_ref()), &layer.mlp_norm)?;
+            self.project_deciding(&layer.output, attended, projected, self.decisions(index, layer, store, position)?)?;
+            self.add_norm(Some(layer.post_attention_norm.as_ref()), &layer.mlp_norm, &[])?;
             self.feed(layer)?;
             self.project(&layer.down, &self.buffers.inner, projected)?;
             pending = Some(layer.post_mlp_norm.as_ref());
         }
-        self.add_norm(pending, &self.norm)?;
+        self.add_norm(pending, &self.norm, &[])?;
         self.multiply(&[Product { matrix: &self.head, out: address(logits)?, bias: 0 }], normed, self.head.columns())?;
         let tells = select.is_some() || self.routes_tokens();
         let params = LikeliestParams {
@@ -467,10 +470,27 @@ impl CudaStep {
         unsafe { self.kernels.launch_following("likeliest", Spread::new([1, 1, 1], 1024), &params) }
     }
 
-    /// Adds the newest product to the residual stream, and norms that.
-    fn add_norm(&self, pending: Option<Option<&Tensor>>, weight: &Tensor) -> Result<()> {
+    /// What a layer's attention looks up before it knows what to read.
+    fn looked_up(&self, layer: &Layer, store: &LayerStore) -> Result<Vec<Ahead>> {
+        let mut tables = vec![store.device_pages()?];
+        if let Some(kept) = store.device_kept() {
+            tables.extend([&kept.counts, &kept.pages, &kept.masks]);
+        }
+        if let TokenGate::Scored { gate: Feedforward { hidden: Some(_), weight, bias }, .. } = &layer.token_gate {
+            tables.extend([weight, bias]);
+        }
+        if let Some((q, k)) = &layer.qk_norm {
+            tables.extend([q, k]);
+        }
+        let ahead =
+            |table: &Tensor| Ok(Ahead { from: address(table)?, bytes: (table.elem_count() * table.dtype().size_in_bytes()) as i32 });
+        tables.into_iter().map(ahead).collect()
+    }
+
+    /// Adds the newest product to the residual stream, and norms that. Meanwhile it brings `ahead` to the L2 cache.
+    fn add_norm(&self, pending: Option<Option<&Tensor>>, weight: &Tensor, ahead: &[Ahead]) -> Result<()> {
         let Buffers { x, normed, projected, .. } = &self.buffers;
-        let params = NormParams {
+        let mut params = NormParams {
             x: address(x)?,
             y: if pending.is_some() { address(projected)? } else { 0 },
             y_weight: pending.flatten().map_or(Ok(0), address)?,
@@ -480,7 +500,9 @@ impl CudaStep {
             rounded: 0,
             columns: x.elem_count() as i32,
             eps: self.eps,
+            ..NormParams::default()
         };
+        params.ahead.iter_mut().zip(ahead).for_each(|(to, ahead)| *to = *ahead);
         // SAFETY: as in `launch_all`.
         unsafe { self.kernels.launch_following("add_norm", Spread::new([1, 1, 1], 1024), &params) }
     }
@@ -502,8 +524,15 @@ impl CudaStep {
     }
 
     fn project(&self, projection: &Projection, x: &[Tensor; 2], out: &Tensor) -> Result<()> {
+        self.project_deciding(projection, x, out, Decisions::default())
+    }
+
+    fn project_deciding(&self, projection: &Projection, x: &[Tensor; 2], out: &Tensor, decisions: Decisions) -> Result<()> {
         let bias = projection.bias.as_ref().map_or(Ok(0), address)?;
-        self.multiply(&[Product { matrix: &projection.weight, out: address(out)?, bias }], x, projection.weight.columns())
+        let product = Product { matrix: &projection.weight, out: address(out)?, bias };
+        let x = [address(&x[0])?, address(&x[1])?];
+        // SAFETY: as in `launch_all`.
+        unsafe { product_deciding(&self.kernels, &[product], x, projection.weight.columns(), 1, decisions) }
     }
 
     fn multiply(&self, products: &[Product<'_>], x: &[Tensor; 2], columns: usize) -> Result<()> {
@@ -514,7 +543,7 @@ impl CudaStep {
     /// Norms, rotates and stores the token's query, key and value.
     fn write(&self, index: usize, layer: &Layer, store: &LayerStore, q: &Tensor, position: u64) -> Result<()> {
         let Limits { block_size, .. } = self.attention.routing().limits;
-        let summaries = if self.attention.is_routed(index, store) { store.summaries() } else { None };
+        let summaries = self.summaries(index, store);
         let kind = kind_of(&*self.attention.routing().block_router).unwrap_or(0);
         let pages = store.device_pages()?;
         let (q_norm, k_norm) =
@@ -533,7 +562,8 @@ impl CudaStep {
             v_scales: scales_of(store.v())?,
             summaries: summaries.map_or(Ok(0), |summaries| address(summaries.pool().values()))?,
             summary_scales: summaries.map_or(Ok(0), |summaries| scales_of(summaries.pool()))?,
-            verdict: self.verdict(index, layer, store)?,
+            // A block is summarised by the verdicts on its tokens. Elsewhere they are made beside a longer kernel.
+            verdict: if summaries.is_some() { self.verdict(index, layer, store)? } else { Verdict::default() },
             kind,
             block_size: block_size as i32,
             max_pages: pages.dim(1)? as i32,
@@ -543,8 +573,10 @@ impl CudaStep {
             magnitude: layer.magnitude,
         };
         let name = format!("write_kv_{}", store.k().dtype().name());
+        // A warp for each query of a head, its key, its value, and the gate.
+        let warps = (self.heads.group_size() + 3).min(WRITE_WARPS);
         // SAFETY: as in `launch_all`.
-        unsafe { self.kernels.launch_following(&name, Spread::new([self.heads.kv_heads(), 1, 1], 256), &params) }
+        unsafe { self.kernels.launch_following(&name, Spread::new([self.heads.kv_heads(), 1, 1], 32 * warps), &params) }
     }
 
     /// Whether a token router decides on tokens.
@@ -556,6 +588,21 @@ impl CudaStep {
     fn reported(&self, index: usize, kind: usize) -> Result<u64> {
         let number = (kind * self.layers.len() + index) * self.heads.kv_heads();
         Ok(address(&self.buffers.told)? + (number * size_of::<u32>()) as u64)
+    }
+
+    /// The summaries that a layer keeps.
+    fn summaries<'a>(&self, index: usize, store: &'a LayerStore) -> Option<&'a Summaries> {
+        store.summaries().filter(|_| self.attention.is_routed(index, store))
+    }
+
+    /// The verdict on the token, where nothing in the layer waits for it.
+    fn decisions(&self, index: usize, layer: &Layer, store: &LayerStore, position: u64) -> Result<Decisions> {
+        let verdict = self.verdict(index, layer, store)?;
+        if verdict.masks == 0 || self.summaries(index, store).is_some() {
+            return Ok(Decisions::default());
+        }
+        let max_pages = store.device_pages()?.dim(1)? as i32;
+        Ok(Decisions { verdict, position, max_pages, heads: self.heads.kv_heads() as i32 })
     }
 
     /// How the token router decides on the token.

@@ -192,7 +192,13 @@ pub fn address(tensor: &Tensor) -> Result<u64> {
 /// If it is not on a GPU, or that is out of memory.
 pub fn by_tokens(tensor: &Tensor) -> Result<(Tensor, u64, usize)> {
     let apart = |tensor: &Tensor| tensor.stride().first().copied().unwrap_or(1);
-    let is_by_tokens = tensor.dims().first().is_some_and(|tokens| *tokens > 0) && tensor.narrow(0, 0, 1)?.is_contiguous();
+    // What follows the first axis, from the last one on: each as far apart as what comes after it is long.
+    let mut length = 1;
+    let is_by_tokens = tensor.dims().iter().zip(tensor.stride()).skip(1).rev().all(|(count, stride)| {
+        let is_contiguous = *count <= 1 || *stride == length;
+        length *= count;
+        is_contiguous
+    });
     let tensor = if is_by_tokens { tensor.clone() } else { tensor.contiguous()? };
     Ok((tensor.clone(), first_of(&tensor)?, apart(&tensor)))
 }
