@@ -121,7 +121,7 @@ struct FetchParams {
 
 // Whole matrices of one width as bf16, one below the other. grid rows of all * columns / 8 / 256
 struct UnpackParams {
-    Matrix matrices[3];
+    Matrix matrices[4];
     void *out;             // [rows of all, columns] bf16
     int count;
     int columns;

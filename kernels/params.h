@@ -273,6 +273,30 @@ struct GateParams {
     float tau;
 };
 
+// Verdicts of a gate whose first layer was multiplied beside other matrices.
+struct ProjectedParams {
+    const float *sums;     // [tokens, 2 rows], tokens so many numbers apart: with weights in bf16, then with what those lose by that
+    const float *bias;     // [rows]
+    const float *weight;   // [kv_heads, rows]: a layer on GELU of the first one, by erf; null: it is the last one, a row for each head
+    const float *last_bias; // [kv_heads]
+    uint8_t *masks;        // as in Kept
+    int apart;
+    int start;             // position of the first token
+    int tokens;
+    int rows;
+    int kv_heads;
+    int max_pages;
+    int sinks;             // as in VerdictParams
+    float tau;
+};
+
+// A step's keys and values, and such verdicts on its tokens.
+struct StoreProjectedParams {
+    StoreParams store;
+    ProjectedParams gate;
+    int gates;             // thread blocks of the gate: the first ones, one for each octet of positions; 256 threads
+};
+
 // A step's keys and values, and a gate's verdict on its tokens.
 struct StoreGatedParams {
     StoreParams store;

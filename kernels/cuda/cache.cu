@@ -304,6 +304,46 @@ template <typename T, int TILES> __device__ __forceinline__ void gate(const Gate
     *mask = bits;
 }
 
+// An octet of positions by a thread block: a warp for each token.
+__device__ __forceinline__ void decide_projected(const ProjectedParams &p, int index) {
+    constexpr int HELD = 4, HEADS = 32; // numbers of a lane, and heads that are decided on at a time
+    __shared__ uint32_t kept[OCTET];
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, octet = p.start / OCTET + index, t = octet * OCTET + warp, token = t - p.start;
+    const bool is_there = token >= 0 && token < p.tokens;
+    const float *sums = p.sums + (int64_t)(is_there ? token : 0) * p.apart;
+    const auto first = [&](int row) { return sums[row] + sums[p.rows + row] + p.bias[row]; };
+    float x[HELD] = {};
+    if (p.weight) activate(x, p.rows, first);
+    for (int from = 0; from < p.kv_heads; from += HEADS) {
+        const int heads = min(HEADS, p.kv_heads - from);
+        float score = 0.f; // of the lane's head
+        if (!p.weight) score = lane < heads ? first(from + lane) : 0.f;
+        else {
+            for (int head = 0; head < heads; ++head) {
+                const float *weight = p.weight + (from + head) * p.rows;
+                float sum = 0.f;
+#pragma unroll
+                for (int i = 0; i < HELD; ++i) sum += lane + 32 * i < p.rows ? x[i] * weight[lane + 32 * i] : 0.f;
+                for (int row = lane + 32 * HELD; row < p.rows; row += 32) sum += gelu(first(row)) * weight[row];
+                sum = sum_of_warp(sum);
+                if (lane == head) score = sum + p.last_bias[from + head];
+            }
+        }
+        const uint32_t bits = __ballot_sync(~0u, is_there && (t < p.sinks || score >= p.tau));
+        if (lane == 0) kept[warp] = bits;
+        __syncthreads();
+        if (threadIdx.x < heads) {
+            uint8_t *mask = p.masks + (int64_t)(from + threadIdx.x) * p.max_pages * (PAGE / OCTET) + octet;
+            // Of tokens before the step, what is known.
+            uint32_t octet_bits = *mask & ~(0xffu << max(0, min(OCTET, p.start - octet * OCTET)));
+#pragma unroll
+            for (int i = 0; i < OCTET; ++i) octet_bits |= (kept[i] >> threadIdx.x & 1) << i;
+            *mask = octet_bits;
+        }
+        __syncthreads();
+    }
+}
+
 } // namespace cache
 
 // grid (tiles of tokens that the step has a part of, ceil(rows / (8 TILES)))
@@ -353,6 +393,12 @@ extern "C" __global__ void __launch_bounds__(256) widen_bytes(const WidenParams 
         if ((int)blockIdx.x < p.gates) cache::gate<T, 1>(p.gate);                                                                          \
         else cache::store<S>(p.store, blockIdx.x - p.gates, gridDim.x - p.gates);                                                          \
     }
+#define STORE_PROJECTED(NAME, S)                                                                                                           \
+    extern "C" __global__ void __launch_bounds__(256) store_step_##NAME##_projected(const StoreProjectedParams p) {                        \
+        follow();                                                                                                                          \
+        if ((int)blockIdx.x < p.gates) cache::decide_projected(p.gate, blockIdx.x);                                                        \
+        else cache::store<S>(p.store, blockIdx.x - p.gates, gridDim.x - p.gates);                                                          \
+    }
 #define ROWS(NAME, S)                                                                                                                      \
     extern "C" __global__ void store_step_##NAME(const StoreParams p) {                                                                    \
         follow();                                                                                                                          \
@@ -360,6 +406,7 @@ extern "C" __global__ void __launch_bounds__(256) widen_bytes(const WidenParams 
     }                                                                                                                                      \
     STORE_GATED(NAME, S, f32, float)                                                                                                       \
     STORE_GATED(NAME, S, bf16, __nv_bfloat16)                                                                                              \
+    STORE_PROJECTED(NAME, S)                                                                                                               \
     extern "C" __global__ void scatter_rows_##NAME(const ScatterParams p) { cache::scatter<S>(p); }                                         \
     extern "C" __global__ void summarise_blocks_##NAME(const SummaryParams p) { cache::summaries<S>(p); }
 ROWS(f16, half)
@@ -367,6 +414,7 @@ ROWS(bf16, __nv_bfloat16)
 ROWS(q8_0, Bytes)
 #undef ROWS
 #undef STORE_GATED
+#undef STORE_PROJECTED
 #define EXPAND(NAME, T) extern "C" __global__ void expand_queries_##NAME(const ExpandParams p) { cache::expand<T>(p); }
 EXPAND(f16, half)
 EXPAND(bf16, __nv_bfloat16)

@@ -14,7 +14,8 @@ fn fixture(name: &str) -> PathBuf {
 fn published_gates_score_as_published() -> Result<()> {
     let expected = candle_core::safetensors::load(fixture("expected.safetensors"), &Device::Cpu)?;
     let step = Step { start: 0, len: expected["hidden"].dim(0)? };
-    let input = RouterInput { hidden: &expected["hidden"], k: &expected["k"], k_before_rope: &expected["k_before_rope"], step };
+    let input =
+        RouterInput { hidden: &expected["hidden"], projected: None, k: &expected["k"], k_before_rope: &expected["k_before_rope"], step };
     for (file, name, tau) in [("fast_kvzip.pt", "fast_kvzip", None), ("wg_kv.safetensors", "wg_kv", Some(0.1f32))] {
         let published = Published::open(&fixture(file))?;
         assert_eq!(published.tau.map(f32::next_down), tau, "{file}");
@@ -66,7 +67,7 @@ fn gates_with_tensors_of_another_shape_do_not_fit_a_model() -> Result<()> {
         assert!(error.contains("[2, ") && error.contains("[4, "), "{error}");
         let other = Tensor::zeros((5, 2, 12), DType::F32, &Device::Cpu)?;
         let hidden = Tensor::zeros((5, 60), DType::F32, &Device::Cpu)?;
-        let input = RouterInput { hidden: &hidden, k: &other, k_before_rope: &other, step: Step { start: 0, len: 5 } };
+        let input = RouterInput { hidden: &hidden, projected: None, k: &other, k_before_rope: &other, step: Step { start: 0, len: 5 } };
         assert!(gates[0].score(&input).is_err());
         assert!(!matches!(gates[0], GateLayer::Open));
     }

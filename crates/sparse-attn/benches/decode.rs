@@ -77,7 +77,15 @@ fn filled(shape: HeadShape, dtype: KvDtype, tokens: usize, layers: usize) -> Res
 fn measure(attention: &RoutedAttention, shape: HeadShape, cache: &mut KvCache, layers: usize) -> Result<(Duration, f64)> {
     let token = |heads: usize| Tensor::randn(0f32, 1.0, (1, heads, shape.head_dim()), &Device::Cpu);
     let (q, kv) = (token(shape.q_heads())?, token(shape.kv_heads())?);
-    let input = AttentionInput { hidden: &q, q: &q, k: &kv, k_before_rope: &kv, v: &kv, scale: (shape.head_dim() as f32).powf(-0.5) };
+    let input = AttentionInput {
+        hidden: &q,
+        projected: None,
+        q: &q,
+        k: &kv,
+        k_before_rope: &kv,
+        v: &kv,
+        scale: (shape.head_dim() as f32).powf(-0.5),
+    };
     // The step is never committed: each time it is the same.
     let step = |cache: &mut KvCache| -> Result<()> {
         let step = cache.reserve(1)?;

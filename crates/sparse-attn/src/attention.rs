@@ -14,6 +14,8 @@ use std::sync::Arc;
 pub struct AttentionInput<'a> {
     /// The attention input (after the layer's norm), `[tokens, hidden_size]`: what token routers see.
     pub hidden: &'a Tensor,
+    /// Its product with [`TokenRouter::projection`], `[tokens, rows]`, f32, where that was made: rows may lie apart.
+    pub projected: Option<&'a Tensor>,
     /// Queries after rope, `[tokens, q_heads, head_dim]`, f32 or as [`RoutedAttention::dtype_of_queries`] says.
     pub q: &'a Tensor,
     /// Keys after rope, `[tokens, kv_heads, head_dim]`.
@@ -222,8 +224,8 @@ impl RoutedAttention {
         let store = cache.layer_mut(layer);
         // First, so that a device is at work while the host waits for the verdict.
         store.apply_moves()?;
-        let admission =
-            token_router.admit(layer, RouterInput { hidden: input.hidden, k: input.k, k_before_rope: input.k_before_rope, step })?;
+        let AttentionInput { hidden, projected, k, k_before_rope, .. } = input;
+        let admission = token_router.admit(layer, RouterInput { hidden, projected, k, k_before_rope, step })?;
         store.admit(step, admission, limits.sinks)?;
         // A device may decide while it writes.
         self.backend.write(input.k, input.v, step, store)?;

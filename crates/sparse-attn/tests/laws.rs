@@ -76,7 +76,7 @@ impl Case {
             let scale = (self.head_dim as f32).powf(-0.5);
             parts.push(attention.forward(
                 0,
-                AttentionInput { hidden: &q, q: &q, k: &k, k_before_rope: &k, v: &v, scale },
+                AttentionInput { hidden: &q, projected: None, q: &q, k: &k, k_before_rope: &k, v: &v, scale },
                 step,
                 &mut cache,
             )?);

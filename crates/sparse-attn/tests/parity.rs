@@ -54,7 +54,7 @@ impl Case {
             let step = cache.reserve(*len)?;
             let part = |x: &Tensor| x.narrow(0, step.start, step.len);
             let (q, k, v) = (part(&self.q)?, part(&self.k)?, part(&self.v)?);
-            let input = AttentionInput { hidden: &q, q: &q, k: &k, k_before_rope: &k, v: &v, scale: 0.3 };
+            let input = AttentionInput { hidden: &q, projected: None, q: &q, k: &k, k_before_rope: &k, v: &v, scale: 0.3 };
             parts.push(attention.forward(0, input, step, &mut cache)?);
             cache.commit(step)?;
         }
@@ -153,7 +153,7 @@ fn a_failed_step_leaves_the_cache_as_it_was() -> Result<()> {
                     let (q, k, v) = (part(&data.q, 5)?, part(&data.k, 6)?, part(&data.v, 7)?);
                     attention.forward(
                         0,
-                        AttentionInput { hidden: &q, q: &q, k: &k, k_before_rope: &k, v: &v, scale: 0.3 },
+                        AttentionInput { hidden: &q, projected: None, q: &q, k: &k, k_before_rope: &k, v: &v, scale: 0.3 },
                         step,
                         &mut cache,
                     )?;
@@ -163,7 +163,7 @@ fn a_failed_step_leaves_the_cache_as_it_was() -> Result<()> {
                 let (q, k, v) = (part(&data.q, start)?, part(&data.k, start)?, part(&data.v, start)?);
                 last = Some(attention.forward(
                     0,
-                    AttentionInput { hidden: &q, q: &q, k: &k, k_before_rope: &k, v: &v, scale: 0.3 },
+                    AttentionInput { hidden: &q, projected: None, q: &q, k: &k, k_before_rope: &k, v: &v, scale: 0.3 },
                     step,
                     &mut cache,
                 )?);
@@ -185,7 +185,12 @@ fn truncating_and_writing_again_equals_never_having_written() -> Result<()> {
         assert_eq!(step.start, from);
         let part = |x: &Tensor| x.narrow(0, source, len);
         let (q, k, v) = (part(&data.q)?, part(&data.k)?, part(&data.v)?);
-        let out = attention.forward(0, AttentionInput { hidden: &q, q: &q, k: &k, k_before_rope: &k, v: &v, scale: 0.3 }, step, cache)?;
+        let out = attention.forward(
+            0,
+            AttentionInput { hidden: &q, projected: None, q: &q, k: &k, k_before_rope: &k, v: &v, scale: 0.3 },
+            step,
+            cache,
+        )?;
         cache.commit(step)?;
         Ok(out)
     };
@@ -233,7 +238,7 @@ fn shapes_that_do_not_fit_are_errors_with_both_shapes() -> Result<()> {
         let error = attention
             .forward(
                 0,
-                AttentionInput { hidden: &wrong, q: &wrong, k: &wrong, k_before_rope: &wrong, v: &wrong, scale: 1.0 },
+                AttentionInput { hidden: &wrong, projected: None, q: &wrong, k: &wrong, k_before_rope: &wrong, v: &wrong, scale: 1.0 },
                 step,
                 &mut cache,
             )

@@ -71,7 +71,7 @@ impl Data {
             let (q, k, v) = (part(&self.q)?, part(&self.k)?, part(&self.v)?);
             parts.push(attention.forward(
                 0,
-                AttentionInput { hidden: &q, q: &q, k: &k, k_before_rope: &k, v: &v, scale },
+                AttentionInput { hidden: &q, projected: None, q: &q, k: &k, k_before_rope: &k, v: &v, scale },
                 step,
                 &mut cache,
             )?);
@@ -419,7 +419,12 @@ fn after_a_rewind_or_a_failed_step_summaries_are_those_of_the_tokens_that_are_th
         let step = cache.reserve(len)?;
         let part = |x: &Tensor| x.narrow(0, source, len);
         let (q, k, v) = (part(&data.q)?, part(&data.k)?, part(&data.v)?);
-        let out = attention.forward(0, AttentionInput { hidden: &q, q: &q, k: &k, k_before_rope: &k, v: &v, scale: 0.2 }, step, cache)?;
+        let out = attention.forward(
+            0,
+            AttentionInput { hidden: &q, projected: None, q: &q, k: &k, k_before_rope: &k, v: &v, scale: 0.2 },
+            step,
+            cache,
+        )?;
         if commit {
             cache.commit(step)?;
         }
@@ -464,7 +469,12 @@ fn keeping_half_takes_little_more_than_half_the_memory_and_reports_what_is_alloc
         while cache.len() < 8192 {
             let step = cache.reserve(512)?;
             let x = token(512, 3)?;
-            attention.forward(0, AttentionInput { hidden: &x, q: &x, k: &x, k_before_rope: &x, v: &x, scale: 1.0 }, step, &mut cache)?;
+            attention.forward(
+                0,
+                AttentionInput { hidden: &x, projected: None, q: &x, k: &x, k_before_rope: &x, v: &x, scale: 1.0 },
+                step,
+                &mut cache,
+            )?;
             cache.commit(step)?;
         }
         cache.trim()?;
@@ -493,7 +503,12 @@ fn a_fork_goes_its_own_way() -> Result<()> {
         let step = cache.reserve(len)?;
         let part = |x: &Tensor| x.narrow(0, source, len);
         let (q, k, v) = (part(&data.q)?, part(&data.k)?, part(&data.v)?);
-        let out = attention.forward(0, AttentionInput { hidden: &q, q: &q, k: &k, k_before_rope: &k, v: &v, scale: 0.2 }, step, cache)?;
+        let out = attention.forward(
+            0,
+            AttentionInput { hidden: &q, projected: None, q: &q, k: &k, k_before_rope: &k, v: &v, scale: 0.2 },
+            step,
+            cache,
+        )?;
         cache.commit(step)?;
         Ok(out)
     };

@@ -124,7 +124,7 @@ fn kernel_error(device: &Device) -> candle_core::Result<(&'static str, f32)> {
         let spec = LayerSpec::full(HeadShape::new(6, 2, 64)?);
         let mut cache = KvCache::new(&[spec], KvDtype::F16.into(), device, tokens)?;
         let step = cache.reserve(tokens)?;
-        let input = AttentionInput { hidden: &q, q: &q, k: &k, k_before_rope: &k, v: &v, scale: 0.125 };
+        let input = AttentionInput { hidden: &q, projected: None, q: &q, k: &k, k_before_rope: &k, v: &v, scale: 0.125 };
         RoutedAttention::dense(backend).forward(0, input, step, &mut cache)?.to_device(&Device::Cpu)
     };
     let backend = for_device(device)?;

@@ -24,7 +24,7 @@ impl DeviceMatrix {
         matrices.iter().map(|matrix| match **matrix {}).collect()
     }
 
-    pub(crate) fn multiply_joined(matrices: &[&Self], _x: &Tensor) -> Result<Option<Tensor>> {
+    pub(crate) fn multiply_joined(matrices: &[&Self], _beside: Option<&Tensor>, _x: &Tensor, _rows: usize) -> Result<Option<Tensor>> {
         matrices.first().map_or(Ok(None), |matrix| match **matrix {})
     }
 

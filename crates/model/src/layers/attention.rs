@@ -75,12 +75,14 @@ impl SelfAttention {
         let (q_heads, kv_heads, head_dim) = (self.shape.q_heads(), self.shape.kv_heads(), self.shape.head_dim());
         let parts = &self.parts;
         let projections = [&parts.q_proj, &parts.k_proj, &parts.v_proj];
-        let [mut q, mut k, v] = Linear::forward_each(projections, x, [q_heads, kv_heads, kv_heads], head_dim)?;
+        let (heads, asked) = ([q_heads, kv_heads, kv_heads], attention.routing().token_router.projection(self.layer));
+        let ([mut q, mut k, v], projected) = Linear::forward_each_beside(projections, asked, x, heads, head_dim)?;
         if let Some((q_norm, k_norm)) = &parts.qk_norm {
             (q, k) = (q_norm.forward(&q)?, k_norm.forward(&k)?);
         }
         let (q, rotated) = rope.apply(&q, &k, attention.dtype_of_queries(cache.layer(self.layer)))?;
-        let input = AttentionInput { hidden: x, q: &q, k: &rotated, k_before_rope: &k, v: &v, scale: self.scale };
+        let input =
+            AttentionInput { hidden: x, projected: projected.as_ref(), q: &q, k: &rotated, k_before_rope: &k, v: &v, scale: self.scale };
         let out = attention.forward_as(self.layer, input, step, cache, parts.o_proj.weight().dtype_of_activations(step.len))?;
         parts.o_proj.forward(&out.reshape((step.len, q_heads * head_dim))?)
     }

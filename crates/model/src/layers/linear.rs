@@ -55,25 +55,44 @@ impl Linear {
     /// # Errors
     /// If a width differs.
     pub fn forward_each<const N: usize>(projections: [&Self; N], x: &Tensor, heads: [usize; N], width: usize) -> Result<[Tensor; N]> {
+        Self::forward_each_beside(projections, None, x, heads, width).map(|(products, _)| products)
+    }
+
+    /// The same, and the product with a matrix `beside` them, bf16 `[rows, in]`: `[tokens, rows]`. `None`: there is none, or it would have been a product by itself.
+    ///
+    /// # Errors
+    /// If a width differs.
+    pub fn forward_each_beside<const N: usize>(
+        projections: [&Self; N],
+        beside: Option<&Tensor>,
+        x: &Tensor,
+        heads: [usize; N],
+        width: usize,
+    ) -> Result<([Tensor; N], Option<Tensor>)> {
         let weights = projections.map(|projection| &projection.weight);
-        let tokens = x.dim(0)?;
-        let products = match Matrix::multiply_joined(&weights, x)? {
+        let (tokens, own) = (x.dim(0)?, heads.iter().sum::<usize>());
+        let others = beside.map_or(Ok(0), |beside| beside.dim(0))?;
+        // Whole heads, so that all can be taken as such.
+        let all_heads = own + others.div_ceil(width);
+        let (products, beside) = match Matrix::multiply_joined(&weights, beside, x, all_heads * width)? {
             Some(all) => {
-                let all = all.reshape((tokens, heads.iter().sum::<usize>(), width))?;
+                let beside = beside.map(|_| all.narrow(1, own * width, others)).transpose()?;
+                let all = all.reshape((tokens, all_heads, width))?;
                 let mut first = 0;
                 let part = |heads: &usize| {
                     first += heads;
                     all.narrow(1, first - heads, *heads)
                 };
-                heads.iter().map(part).collect::<Result<Vec<_>>>()?
+                (heads.iter().map(part).collect::<Result<Vec<_>>>()?, beside)
             }
             None => {
                 let each = Matrix::multiply_each(&weights, x)?;
-                each.iter().zip(heads).map(|(y, heads)| y.reshape((tokens, heads, width))).collect::<Result<_>>()?
+                (each.iter().zip(heads).map(|(y, heads)| y.reshape((tokens, heads, width))).collect::<Result<_>>()?, None)
             }
         };
         let outputs = projections.iter().zip(products).map(|(projection, y)| projection.add_bias(y)).collect::<Result<Vec<_>>>()?;
-        outputs.try_into().map_err(|_| candle_core::Error::Msg("linear: a product is missing".into()))
+        let outputs = outputs.try_into().map_err(|_| candle_core::Error::Msg("linear: a product is missing".into()))?;
+        Ok((outputs, beside))
     }
 
     /// How so many tokens may come that all of these multiply: bf16 where all round to it, f32 otherwise.

@@ -101,12 +101,13 @@ impl Matrix {
         }
     }
 
-    /// [`Matrix::multiply`] of several matrices with the same `x` as one product, `[tokens, rows of all]`, where a GPU does that.
+    /// [`Matrix::multiply`] of several matrices, and of a plain one in bf16, with the same `x` as one product, `[tokens, rows]`, where a GPU does that.
+    /// There may be more rows than theirs; those are of no meaning.
     ///
     /// # Errors
     /// If a width differs.
-    pub(crate) fn multiply_joined(matrices: &[&Self], x: &Tensor) -> Result<Option<Tensor>> {
-        Self::on_device(matrices).map_or(Ok(None), |matrices| DeviceMatrix::multiply_joined(&matrices, x))
+    pub(crate) fn multiply_joined(matrices: &[&Self], beside: Option<&Tensor>, x: &Tensor, rows: usize) -> Result<Option<Tensor>> {
+        Self::on_device(matrices).map_or(Ok(None), |matrices| DeviceMatrix::multiply_joined(&matrices, beside, x, rows))
     }
 
     /// The matrices, where all are on a GPU.

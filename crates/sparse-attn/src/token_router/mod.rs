@@ -20,6 +20,8 @@ use std::sync::Arc;
 pub struct RouterInput<'a> {
     /// The attention input (after the layer's norm), `[tokens, hidden_size]`.
     pub hidden: &'a Tensor,
+    /// Its product with [`TokenRouter::projection`], `[tokens, rows]`, where it was made beside others.
+    pub projected: Option<&'a Tensor>,
     /// Keys after rope, `[tokens, kv_heads, head_dim]`.
     pub k: &'a Tensor,
     /// The same before rope.
@@ -62,6 +64,38 @@ pub enum Scores {
         /// `[kv_heads]`
         bias: Tensor,
     },
+    /// Those of which a GPU has the products of a gate's first layer.
+    Projected(Projected),
+}
+
+/// What came of [`TokenRouter::projection`], and what is to become of it.
+#[derive(Debug, Clone)]
+pub struct Projected {
+    /// `[tokens, 2 rows]`: sums of products with weights in bf16, then with what those lose by that.
+    pub sums: Tensor,
+    /// `[rows]`
+    pub bias: Tensor,
+    /// `[kv_heads, rows]` and `[kv_heads]`: a layer on GELU of the first one, where there are two.
+    pub last: Option<(Tensor, Tensor)>,
+}
+
+impl Projected {
+    /// Tokens and heads.
+    fn dims(&self) -> Result<[usize; 2]> {
+        let rows = self.last.as_ref().map_or(&self.bias, |(_, bias)| bias);
+        Ok([self.sums.dim(0)?, rows.dims1()?])
+    }
+
+    /// `[tokens, kv_heads]`
+    fn made(&self) -> Result<Tensor> {
+        let rows = self.bias.dims1()?;
+        let part = |first| self.sums.narrow(1, first, rows);
+        let first = (part(0)? + part(rows)?)?.broadcast_add(&self.bias)?;
+        match &self.last {
+            Some((weight, bias)) => first.gelu_erf()?.matmul(&weight.t()?)?.broadcast_add(bias),
+            None => Ok(first),
+        }
+    }
 }
 
 impl Scores {
@@ -73,6 +107,7 @@ impl Scores {
         match self {
             Self::Made(scores) => scores.dims2().map(|(tokens, kv_heads)| [tokens, kv_heads]),
             Self::Asked { x, weight, .. } => Ok([x.dim(0)?, weight.dim(0)?]),
+            Self::Projected(projected) => projected.dims(),
         }
     }
 
@@ -84,6 +119,7 @@ impl Scores {
         match self {
             Self::Made(scores) => Ok(scores.clone()),
             Self::Asked { x, weight, bias } => cuda::gate_layer(x, weight, bias, false),
+            Self::Projected(projected) => projected.made(),
         }
     }
 }
@@ -101,6 +137,12 @@ pub trait TokenRouter: std::fmt::Debug + Send + Sync {
 
     /// The gate that it is, for devices that compute gates themselves.
     fn as_gate(&self) -> Option<&Gate> {
+        None
+    }
+
+    /// What it would have multiplied with a layer's attention input beside the matrices of queries, keys and values, `[rows, hidden_size]`
+    /// in bf16, on the model's device.
+    fn projection(&self, _layer: usize) -> Option<&Tensor> {
         None
     }
 

@@ -14,7 +14,7 @@ use std::sync::Arc;
 const FEW_TOKENS: usize = 8;
 
 /// Matrices that are unpacked by a kernel, and bytes of those that are multiplied as one: more would be much beside the activations.
-const JOINED: usize = 3;
+const JOINED: usize = 4;
 const JOINED_BYTES: usize = 64 << 20;
 
 /// Weights of a unit: what a lane of the kernels takes at a time.
@@ -161,20 +161,21 @@ impl DeviceMatrix {
         !matches!(self.format, Format::F32 | Format::F16)
     }
 
-    /// `x W'` of matrices that are multiplied with the same `x` `[tokens, columns]`, bf16, as one product: `[tokens, rows of all]` f32.
-    /// `None`: they are not, since they are too large, or not unpacked for it anyway.
+    /// `x W'` of matrices that are multiplied with the same `x` `[tokens, columns]`, bf16, and of a plain one `beside` them, as one product: `[tokens, rows]` f32, where
+    /// rows beyond theirs are of no meaning. `None`: they are not, since they are too large, or not unpacked for it anyway.
     ///
     /// # Errors
     /// As [`DeviceMatrix::multiply_each`].
-    pub(crate) fn multiply_joined(matrices: &[&Self], x: &Tensor) -> Result<Option<Tensor>> {
+    pub(crate) fn multiply_joined(matrices: &[&Self], beside: Option<&Tensor>, x: &Tensor, rows: usize) -> Result<Option<Tensor>> {
         let (tokens, columns) = x.dims2()?;
-        let rows: usize = matrices.iter().map(|matrix| matrix.rows).sum();
         let joins = |matrix: &&Self| matrix.rounds(tokens) && matrix.format != Format::Bf16 && matrix.columns == columns;
-        let fits = matrices.len() <= JOINED && rows * columns * size_of::<u16>() <= JOINED_BYTES;
+        let fits = matrices.len() + usize::from(beside.is_some()) <= JOINED && rows * columns * size_of::<u16>() <= JOINED_BYTES;
         if x.dtype() != DType::BF16 || !fits || !matrices.iter().all(joins) {
             return Ok(None);
         }
-        multiply(&Self::unpacked(matrices, x.device())?, &x.contiguous()?, Arithmetic::Bf16).map(Some)
+        let beside = beside.map(Self::from_tensor).transpose()?;
+        let all: Vec<&Self> = matrices.iter().copied().chain(&beside).collect();
+        multiply(&Self::unpacked(&all, rows)?, &x.contiguous()?, Arithmetic::Bf16).map(Some)
     }
 
     fn multiply_many(&self, x: &Tensor, rounded: Option<&Tensor>) -> Result<Tensor> {
@@ -183,25 +184,32 @@ impl DeviceMatrix {
             // The 10 bits of f16 are those of tf32, whose exponents are f32's.
             (Format::F16, _) => multiply(&self.planes[0].to_dtype(DType::F32)?, x, Arithmetic::Tf32),
             (Format::Bf16, Some(rounded)) => multiply(&self.planes[0], rounded, Arithmetic::Bf16),
-            (_, Some(rounded)) => multiply(&Self::unpacked(&[self], x.device())?, rounded, Arithmetic::Bf16),
+            (_, Some(rounded)) => multiply(&Self::unpacked(&[self], self.rows)?, rounded, Arithmetic::Bf16),
             (_, None) => bail!("cuda: activations were not rounded"),
         }
     }
 
-    /// All weights as bf16, one matrix below the other, `[rows of all, columns]`.
-    fn unpacked(matrices: &[&Self], device: &Device) -> Result<Tensor> {
+    /// All weights as bf16, one matrix below the other, `[room, columns]`: rows beyond theirs are of no meaning.
+    fn unpacked(matrices: &[&Self], room: usize) -> Result<Tensor> {
         let (Some(first), true) = (matrices.first(), matrices.len() <= JOINED) else {
             bail!("cuda: {} matrices to unpack", matrices.len())
         };
         let (rows, columns) = (matrices.iter().map(|matrix| matrix.rows).sum::<usize>(), first.columns);
-        let out = uninitialised((rows, columns), DType::BF16, device)?;
+        if rows > room || matrices.iter().any(|matrix| matrix.columns != columns) {
+            bail!(
+                "cuda: room for {room} rows of {columns}, unpacking {:?}",
+                matrices.iter().map(|matrix| [matrix.rows, matrix.columns]).collect::<Vec<_>>()
+            );
+        }
+        let device = first.planes.first().map_or(&Device::Cpu, Tensor::device);
+        let out = uninitialised((room, columns), DType::BF16, device)?;
         let mut params =
             UnpackParams { out: address(&out)?, count: matrices.len() as i32, columns: columns as i32, ..UnpackParams::default() };
         for (to, matrix) in params.matrices.iter_mut().zip(matrices) {
             *to = matrix.params(0, 0)?;
         }
         let spread = Spread::new([(rows * columns / OF_A_THREAD).div_ceil(UNPACK_THREADS), 1, 1], UNPACK_THREADS);
-        // SAFETY: the tensor has the rows of all matrices, which are of one width.
+        // SAFETY: the tensor has room for the rows of all matrices, which are of one width.
         unsafe { first.kernels.launch_following("unpack_matrices", spread, &params) }?;
         Ok(out)
     }

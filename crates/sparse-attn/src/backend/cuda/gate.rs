@@ -1,9 +1,9 @@
 //! Gates of token routers on the device, and the verdicts by their scores.
 
-use super::params::{GateParams, TellParams, ToldLayer, VerdictParams};
-use super::{Kernels, Pinned, Spread, address, uninitialised};
+use super::params::{GateParams, ProjectedParams, TellParams, ToldLayer, VerdictParams};
+use super::{Kernels, Pinned, Spread, address, by_tokens, uninitialised};
 use crate::cache::{OCTET, PAGE_SIZE, Step};
-use crate::token_router::{Scored, Scores};
+use crate::token_router::{Projected, Scored, Scores};
 use candle_core::{DType, Result, Tensor, bail};
 
 /// Tokens of a thread block, rows of a tile, most tiles that a thread block takes, and its threads.
@@ -120,6 +120,42 @@ impl Verdict<'_> {
         }
         Ok(Places { masks: address(masks)?, max_pages: (octets * OCTET / PAGE_SIZE) as i32 })
     }
+}
+
+/// A verdict by products that are there, and the octets of positions that it is on; `None`: they are not.
+pub(super) fn of_projected(verdict: Verdict<'_>) -> Result<Option<(ProjectedParams, usize)>> {
+    let Scores::Projected(Projected { sums, bias, last }) = &verdict.scored.scores else { return Ok(None) };
+    let (places, step, rows) = (verdict.places()?, verdict.step, bias.dims1()?);
+    let kv_heads = last.as_ref().map_or(rows, |(_, bias)| bias.elem_count());
+    let is_odd = last.as_ref().is_some_and(|(weight, _)| weight.dims() != [kv_heads, rows]);
+    if sums.dims() != [step.len, 2 * rows] || is_odd {
+        bail!(
+            "gate: products {:?} of {} tokens for a layer of {rows}, then one {:?}",
+            sums.dims(),
+            step.len,
+            last.as_ref().map(|(weight, _)| weight)
+        );
+    }
+    let (sums, at, apart) = by_tokens(sums)?;
+    if sums.dtype() != DType::F32 {
+        bail!("gate: products in {:?}", sums.dtype());
+    }
+    let params = ProjectedParams {
+        sums: at,
+        bias: address(bias)?,
+        weight: last.as_ref().map_or(Ok(0), |(weight, _)| address(weight))?,
+        last_bias: last.as_ref().map_or(Ok(0), |(_, bias)| address(bias))?,
+        masks: places.masks,
+        apart: apart as i32,
+        start: step.start as i32,
+        tokens: step.len as i32,
+        rows: rows as i32,
+        kv_heads: kv_heads as i32,
+        max_pages: places.max_pages,
+        sinks: verdict.sinks as i32,
+        tau: verdict.scored.tau,
+    };
+    Ok(Some((params, step.octets().len())))
 }
 
 /// Makes a verdict.

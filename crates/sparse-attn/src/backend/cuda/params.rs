@@ -114,6 +114,13 @@ crate::mirrors! { "params.h":
         x: u64, weight: u64, bias: u64, out: u64, masks: u64,
         start: i32, tokens: i32, rows: i32, columns: i32, is_hidden: i32, max_pages: i32, sinks: i32, tau: f32,
     }
+    /// Verdicts of a gate by products that are there.
+    ProjectedParams {
+        sums: u64, bias: u64, weight: u64, last_bias: u64, masks: u64,
+        apart: i32, start: i32, tokens: i32, rows: i32, kv_heads: i32, max_pages: i32, sinks: i32, tau: f32,
+    }
+    /// Keys, values and such verdicts.
+    StoreProjectedParams { store: StoreParams, gate: ProjectedParams, gates: i32 }
     /// Keys, values and verdicts.
     StoreGatedParams { store: StoreParams, gate: GateParams, gates: i32 }
 }

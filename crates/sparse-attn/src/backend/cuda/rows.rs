@@ -1,8 +1,8 @@
 //! Rows in pools: written, moved, summarised.
 
 use super::params::{
-    CompactParams, CompactedLayer, Kept, PackParams, ScatterParams, StoreGatedParams, StoreParams, SummaryParams, TransformParams,
-    WidenParams,
+    CompactParams, CompactedLayer, Kept, PackParams, ScatterParams, StoreGatedParams, StoreParams, StoreProjectedParams, SummaryParams,
+    TransformParams, WidenParams,
 };
 use super::{Kernels, Spread, Verdict, address, by_tokens, gate, summary_code, uninitialised};
 use crate::cache::{KvDtype, LayerStore, Layout, OCTET, PAGE_SIZE, Pool, Step, Summaries, Summary};
@@ -77,7 +77,13 @@ pub(super) fn store_step(k: &Tensor, v: &Tensor, step: Step, store: &LayerStore,
     let blocks = |threads: usize| {
         (2 * step.len * shape.kv_heads()).div_ceil(threads / 32).min(STORING * STORED / threads * kernels.multiprocessors())
     };
-    // A gate of few heads is done meanwhile.
+    // A gate is done meanwhile, but for those of many heads.
+    if let Some((gate, octets)) = verdict.map(gate::of_projected).transpose()?.flatten() {
+        let params = StoreProjectedParams { store: params, gate, gates: octets as i32 };
+        let spread = Spread::new([octets + blocks(STORED), 1, 1], STORED);
+        // SAFETY: as below, and the tensors of the gate have the shapes of its parameters.
+        return unsafe { kernels.launch_following(&format!("{name}_projected"), spread, &params) };
+    }
     let gate = verdict.map(gate::Layer::of_verdict).transpose()?.flatten().filter(|gate| gate.grid[1] == 1);
     if let Some(gate) = gate {
         let (gates, name) = (gate.grid[0], format!("{name}_gate_{}", gate.dtype));

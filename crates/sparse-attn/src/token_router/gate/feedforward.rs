@@ -1,6 +1,6 @@
 use super::rows::{affine, numbers};
 use crate::backend::cuda;
-use crate::token_router::Scores;
+use crate::token_router::{Projected, Scores};
 use candle_core::{DType, Device, Result, Tensor, bail};
 
 /// One or two layers on the attention input: what `train-router` makes. f32, on the host, or all on the model's GPU.
@@ -42,6 +42,21 @@ impl Feedforward {
             None => x.clone(),
         };
         Ok(Some(Scores::Asked { x, weight: self.weight.clone(), bias: self.bias.clone() }))
+    }
+
+    /// What [`Feedforward::score`] is to be, where products with [`Feedforward::projection`] are there.
+    pub(super) fn of_projected(&self, sums: &Tensor) -> Scores {
+        let last = self.hidden.as_ref().map(|_| (self.weight.clone(), self.bias.clone()));
+        let bias = self.hidden.as_ref().map_or(&self.bias, |(_, bias)| bias);
+        Scores::Projected(Projected { sums: sums.clone(), bias: bias.clone(), last })
+    }
+
+    /// The weights of the first layer in bf16, and what they lose by that, `[2 rows, hidden_size]`.
+    pub(super) fn projection(&self) -> Result<Tensor> {
+        let weight = self.hidden.as_ref().map_or(&self.weight, |(weight, _)| weight).to_dtype(DType::F32)?;
+        let high = weight.to_dtype(DType::BF16)?;
+        let low = (weight - high.to_dtype(DType::F32)?)?.to_dtype(DType::BF16)?;
+        Tensor::cat(&[high, low], 0)
     }
 
     /// The same, computed on `device`.

@@ -16,6 +16,7 @@ use candle_core::{Device, Result, Tensor, bail};
 #[derive(Debug, Clone)]
 pub struct Gate {
     layers: Vec<GateLayer>,
+    projections: Vec<Option<Tensor>>, // of each layer, where a GPU multiplies them beside others
     tau: f32,
     kept_fraction: f32,
 }
@@ -81,7 +82,8 @@ impl Gate {
                 bail!("gate of layer {index}: {error}");
             }
         }
-        Ok(Self { layers, tau, kept_fraction: kept_fraction.clamp(0.0, 0.999) })
+        let projections = vec![None; layers.len()];
+        Ok(Self { layers, projections, tau, kept_fraction: kept_fraction.clamp(0.0, 0.999) })
     }
 
     /// The same, computed where the model is, as far as there are kernels: for one layer or two on the attention input.
@@ -93,7 +95,15 @@ impl Gate {
             GateLayer::Feedforward(gate) if device.is_cuda() => gate.to_device(device).map(GateLayer::Feedforward),
             other => Ok(other.clone()),
         };
-        Ok(Self { layers: self.layers.iter().map(of).collect::<Result<_>>()?, ..*self })
+        let projection = |layer: &GateLayer| match layer {
+            GateLayer::Feedforward(gate) if device.is_cuda() => gate.projection()?.to_device(device).map(Some),
+            _ => Ok(None),
+        };
+        Ok(Self {
+            layers: self.layers.iter().map(of).collect::<Result<_>>()?,
+            projections: self.layers.iter().map(projection).collect::<Result<_>>()?,
+            ..*self
+        })
     }
 
     /// The gate of each decoder layer.
@@ -120,9 +130,17 @@ impl TokenRouter for Gate {
         Some(self)
     }
 
+    fn projection(&self, layer: usize) -> Option<&Tensor> {
+        self.projections.get(layer)?.as_ref()
+    }
+
     fn admit(&self, layer: usize, input: RouterInput<'_>) -> Result<Admission> {
         let Some(gate) = self.layers.get(layer) else { bail!("gate: it has {} layers, this is layer {layer}", self.layers.len()) };
-        let asked = if let GateLayer::Feedforward(gate) = gate { gate.ask(input.hidden)? } else { None };
+        let asked = match (gate, input.projected) {
+            (GateLayer::Feedforward(gate), Some(sums)) => Some(gate.of_projected(sums)),
+            (GateLayer::Feedforward(gate), None) => gate.ask(input.hidden)?,
+            _ => None,
+        };
         let scores = match asked {
             Some(scores) => scores,
             None => match gate.score(&input)? {
@@ -213,14 +231,15 @@ mod tests {
             };
             let [hidden, keys, before] = input(0, 50)?;
             let step = Step { start: 0, len: 50 };
-            let scores = layer.score(&RouterInput { hidden: &hidden, k: &keys, k_before_rope: &before, step })?.unwrap();
+            let scores = layer.score(&RouterInput { hidden: &hidden, projected: None, k: &keys, k_before_rope: &before, step })?.unwrap();
             // The middle score: half are kept.
             let mut sorted = scores.flatten_all()?.to_vec1::<f32>()?;
             sorted.sort_by(f32::total_cmp);
             let gate = Gate::new(vec![layer], sorted[75], 0.5)?;
             let admit = |start: usize, len: usize| {
                 let [hidden, k, k_before_rope] = input(start, len)?;
-                let input = RouterInput { hidden: &hidden, k: &k, k_before_rope: &k_before_rope, step: Step { start, len } };
+                let input =
+                    RouterInput { hidden: &hidden, projected: None, k: &k, k_before_rope: &k_before_rope, step: Step { start, len } };
                 match gate.admit(0, input)? {
                     Admission::Some(verdicts) => Ok::<_, candle_core::Error>(verdicts),
                     other => panic!("a gate decides, on the host: {other:?}"),
@@ -230,7 +249,7 @@ mod tests {
             assert_eq!(whole.iter().filter(|kept| **kept).count(), 75);
             let parts: Vec<bool> = (0..50).map(|t| admit(t, 1)).collect::<Result<Vec<_>>>()?.concat();
             assert_eq!(whole, parts);
-            let error = gate.admit(1, RouterInput { hidden: &x, k: &k, k_before_rope: &k, step }).unwrap_err().to_string();
+            let error = gate.admit(1, RouterInput { hidden: &x, projected: None, k: &k, k_before_rope: &k, step }).unwrap_err().to_string();
             assert!(error.contains("1 layers"), "{error}");
         }
         Ok(())
@@ -240,7 +259,7 @@ mod tests {
     fn an_open_layer_keeps_all_and_other_shapes_are_refused() -> Result<()> {
         let gate = Gate::new(vec![GateLayer::Open], f32::MAX, 0.5)?;
         let (x, k) = (random(&[2, 40]), Tensor::zeros((2, 3, 8), DType::F32, &Device::Cpu)?);
-        let input = RouterInput { hidden: &x, k: &k, k_before_rope: &k, step: Step { start: 0, len: 2 } };
+        let input = RouterInput { hidden: &x, projected: None, k: &k, k_before_rope: &k, step: Step { start: 0, len: 2 } };
         assert!(matches!(gate.admit(0, input)?, Admission::Every));
         for layer in layers() {
             let error = layer.check(4, 8, 40).unwrap_err().to_string();
