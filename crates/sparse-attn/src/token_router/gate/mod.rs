@@ -198,6 +198,19 @@ mod tests {
         }
     }
 
+    #[test]
+    fn scores_are_the_same_by_products_that_others_make() {
+        for gate in [feedforward(false), feedforward(true)] {
+            let x = random(&[7, 40]);
+            // Weights in bf16 and what they lose by that: 16 bits.
+            let products = x.matmul(&gate.projection().unwrap().to_dtype(DType::F32).unwrap().t().unwrap()).unwrap();
+            let scores = gate.of_projected(&products);
+            assert_eq!(scores.dims().unwrap(), [7, 3]);
+            let error = (scores.made().unwrap() - gate.score(&x).unwrap()).unwrap().abs().unwrap().max_all().unwrap();
+            assert!(error.to_scalar::<f32>().unwrap() < 2e-3, "{error}");
+        }
+    }
+
     fn layers() -> Vec<GateLayer> {
         vec![
             GateLayer::Feedforward(feedforward(false)),
