@@ -5,7 +5,8 @@
 
 namespace layer {
 
-constexpr int AHEAD = 8, NORM_THREADS = 1024, MOST = 4; // groups of four neighbours that a thread takes
+constexpr int NORM_THREADS = 1024, MOST = 4; // groups of four neighbours that a thread takes
+constexpr int AHEAD = 8;                      // as in NormParams
 constexpr int WRITE_WARPS = 16;
 
 // The sum over a thread block of 1024, in every thread.
