@@ -133,7 +133,7 @@ pub(super) fn of_projected(verdict: Verdict<'_>) -> Result<Option<(ProjectedPara
             "gate: products {:?} of {} tokens for a layer of {rows}, then one {:?}",
             sums.dims(),
             step.len,
-            last.as_ref().map(|(weight, _)| weight)
+            last.as_ref().map(|(weight, _)| weight.dims())
         );
     }
     let (sums, at, apart) = by_tokens(sums)?;
