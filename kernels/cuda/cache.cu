@@ -184,13 +184,15 @@ template <typename T> __device__ void expand(const ExpandParams &p) {
     narrow(to[p.head_dim + d], b / (end - first));
 }
 
+// What a mask says of an octet's tokens before a step's first one.
+__device__ __forceinline__ uint32_t known_before(int start, int octet, const uint8_t *mask) { return *mask & ~(0xffu << max(0, min(OCTET, start - octet * OCTET))); }
+
 // An octet for each thread. grid (octets / 256, kv_heads)
 __device__ __forceinline__ void note_verdicts(const VerdictParams &p) {
     const int octet = p.start / OCTET + blockIdx.x * blockDim.x + threadIdx.x, head = blockIdx.y, end = p.start + p.tokens;
     if (octet * OCTET >= end) return;
     uint8_t *mask = p.masks + (int64_t)head * p.max_pages * (PAGE / OCTET) + octet;
-    // Of tokens before the step, what is known.
-    uint32_t bits = *mask & ~(0xffu << max(0, min(OCTET, p.start - octet * OCTET)));
+    uint32_t bits = known_before(p.start, octet, mask);
     for (int t = max(p.start, octet * OCTET); t < min(end, (octet + 1) * OCTET); ++t) {
         const bool keeps = t < p.sinks || p.scores[(int64_t)(t - p.start) * p.kv_heads + head] >= p.tau;
         bits |= (uint32_t)keeps << t % OCTET;
@@ -297,8 +299,7 @@ template <typename T, int TILES> __device__ __forceinline__ void gate(const Gate
     const int first = p.start / OCTET, end = (p.start + p.tokens + OCTET - 1) / OCTET;
     if (of_block >= OCTETS || row >= p.rows || octet < first || octet >= end) return;
     uint8_t *mask = p.masks + (int64_t)row * p.max_pages * (PAGE / OCTET) + octet;
-    // Of tokens before the step, what is known.
-    uint32_t bits = *mask & ~(0xffu << max(0, min(OCTET, p.start - octet * OCTET)));
+    uint32_t bits = known_before(p.start, octet, mask);
 #pragma unroll
     for (int i = 0; i < OCTET; ++i) bits |= (kept[of_block * 2 + i / 4] >> (i % 4 * GATE_ROWS + threadIdx.x % GATE_ROWS) & 1) << i;
     *mask = bits;
@@ -334,8 +335,7 @@ __device__ __forceinline__ void decide_projected(const ProjectedParams &p, int i
         __syncthreads();
         if (threadIdx.x < heads) {
             uint8_t *mask = p.masks + (int64_t)(from + threadIdx.x) * p.max_pages * (PAGE / OCTET) + octet;
-            // Of tokens before the step, what is known.
-            uint32_t octet_bits = *mask & ~(0xffu << max(0, min(OCTET, p.start - octet * OCTET)));
+            uint32_t octet_bits = known_before(p.start, octet, mask);
 #pragma unroll
             for (int i = 0; i < OCTET; ++i) octet_bits |= (kept[i] >> threadIdx.x & 1) << i;
             *mask = octet_bits;

@@ -5,9 +5,13 @@ use super::{OCTET, PAGE_SIZE, PageTable};
 use candle_core::{DType, Device, Result, Tensor};
 use std::ops::Range;
 
-/// Pages of a head that there is room for beyond those that there are, and a quarter of them: each is some tokens more until all of it
-/// lies elsewhere, and steps are recorded anew.
+/// Pages of a head that there is room for beyond those that there are, and a quarter of them.
 const SPARE: usize = 16;
+
+/// Room for so many pages and some more: until it is full nothing lies elsewhere, and no step is recorded anew.
+fn roomy(pages: usize) -> usize {
+    (pages + pages / 4 + SPARE).next_multiple_of(16)
+}
 
 /// The page tables of all layers in one tensor, which stays where it is until there is no more room: they are brought at once.
 #[derive(Debug, Default)]
@@ -117,21 +121,13 @@ impl Mirrors {
     /// If the device has no memory for it.
     pub(super) fn stage(&self, tables: &[Tables<'_>], device: &Device) -> Result<Staged> {
         let (mut layouts, mut first) = (Vec::with_capacity(tables.len()), 0);
-        let had = |index: usize| self.parts.get(index).map_or([0; 2], |part: &Part| part.layout.rooms);
+        let longest: Vec<[usize; 2]> = tables.iter().map(Tables::longest).collect();
+        let had: Vec<[usize; 2]> = (0..tables.len()).map(|index| self.parts.get(index).map_or([0; 2], |part| part.layout.rooms)).collect();
         // Where one has no room, all get more.
-        let grows = tables
-            .iter()
-            .enumerate()
-            .any(|(index, tables)| tables.longest().into_iter().zip(had(index)).any(|(longest, had)| longest > had));
-        for (index, tables) in tables.iter().enumerate() {
-            let mut rooms = had(index);
-            if grows {
-                rooms
-                    .iter_mut()
-                    .zip(tables.longest())
-                    .for_each(|(room, longest)| *room = (*room).max((longest + longest / 4 + SPARE).next_multiple_of(16)));
-            }
-            let layout = Layout { first, rooms, kv_heads: tables.kv_heads, is_routed: tables.admitted.is_some() };
+        let grows = longest.as_flattened().iter().zip(had.as_flattened()).any(|(longest, had)| longest > had);
+        for ((tables, longest), had) in tables.iter().zip(longest).zip(had) {
+            let room = |kind: usize| if grows { had[kind].max(roomy(longest[kind])) } else { had[kind] };
+            let layout = Layout { first, rooms: [room(0), room(1)], kv_heads: tables.kv_heads, is_routed: tables.admitted.is_some() };
             first = layout.counts().end;
             layouts.push(layout);
         }

@@ -147,7 +147,7 @@ impl DeviceMatrix {
         let products = matrices.iter().zip(&outs).map(|(matrix, out)| Ok(Product { matrix, out: address(out)?, bias: 0 }));
         let products = products.collect::<Result<Vec<_>>>()?;
         // SAFETY: as above.
-        unsafe { product(&first.kernels, &products, address(x)?, address(&x_q8)?, columns, tokens) }?;
+        unsafe { product(&first.kernels, &products, [address(x)?, address(&x_q8)?], columns, tokens, Decisions::default()) }?;
         Ok(outs)
     }
 
@@ -249,20 +249,11 @@ pub(super) struct Product<'a> {
     pub(super) bias: u64,
 }
 
-/// Products of up to four matrices with few tokens.
+/// Products of up to four matrices with few tokens, `x` as it is and in 8 bits, and verdicts beside them that need nothing of them.
 ///
 /// # Safety
 /// The addresses must be of what layer_params.h says, and live until the kernel has run.
-pub(super) unsafe fn product(kernels: &Kernels, products: &[Product<'_>], x: u64, x_q8: u64, columns: usize, tokens: usize) -> Result<()> {
-    // SAFETY: the caller's.
-    unsafe { product_deciding(kernels, products, [x, x_q8], columns, tokens, Decisions::default()) }
-}
-
-/// The same, and beside it verdicts that need nothing of it.
-///
-/// # Safety
-/// As there.
-pub(super) unsafe fn product_deciding(
+pub(super) unsafe fn product(
     kernels: &Kernels,
     products: &[Product<'_>],
     [x, x_q8]: [u64; 2],

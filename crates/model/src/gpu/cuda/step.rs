@@ -2,7 +2,7 @@
 //! are. What changes from token to token (its id, its position, how many blocks it may read) is in device memory.
 
 use super::super::{DecoderParts, LayerParts};
-use super::matrix::{Product, activation_bytes, product, product_deciding};
+use super::matrix::{Product, activation_bytes, product};
 use super::norm::WIDEST;
 use super::pack::Format;
 use super::params::{Ahead, BestParams, Decisions, FetchParams, GatedParams, LikeliestParams, NormParams, Verdict, WriteParams};
@@ -450,14 +450,15 @@ impl CudaStep {
             };
             // SAFETY: as above.
             unsafe { decode(&self.kernels, call, scratch, store) }?;
-            self.project_deciding(&layer.output, attended, projected, self.decisions(index, layer, store, position)?)?;
+            self.project(&layer.output, attended, projected, self.decisions(index, layer, store, position)?)?;
             self.add_norm(Some(layer.post_attention_norm.as_ref()), &layer.mlp_norm, &[])?;
             self.feed(layer)?;
-            self.project(&layer.down, &self.buffers.inner, projected)?;
+            self.project(&layer.down, &self.buffers.inner, projected, Decisions::default())?;
             pending = Some(layer.post_mlp_norm.as_ref());
         }
         self.add_norm(pending, &self.norm, &[])?;
-        self.multiply(&[Product { matrix: &self.head, out: address(logits)?, bias: 0 }], normed, self.head.columns())?;
+        let products = [Product { matrix: &self.head, out: address(logits)?, bias: 0 }];
+        self.multiply(&products, normed, self.head.columns(), Decisions::default())?;
         let tells = select.is_some() || self.routes_tokens();
         let params = LikeliestParams {
             logits: address(logits)?,
@@ -520,24 +521,18 @@ impl CudaStep {
             products.push(Product { matrix: &projection.weight, out, bias });
             out += (projection.weight.height() * size_of::<f32>()) as u64;
         }
-        self.multiply(&products, &self.buffers.normed, layer.qkv[0].weight.columns())
+        self.multiply(&products, &self.buffers.normed, layer.qkv[0].weight.columns(), Decisions::default())
     }
 
-    fn project(&self, projection: &Projection, x: &[Tensor; 2], out: &Tensor) -> Result<()> {
-        self.project_deciding(projection, x, out, Decisions::default())
-    }
-
-    fn project_deciding(&self, projection: &Projection, x: &[Tensor; 2], out: &Tensor, decisions: Decisions) -> Result<()> {
+    fn project(&self, projection: &Projection, x: &[Tensor; 2], out: &Tensor, decisions: Decisions) -> Result<()> {
         let bias = projection.bias.as_ref().map_or(Ok(0), address)?;
         let product = Product { matrix: &projection.weight, out: address(out)?, bias };
-        let x = [address(&x[0])?, address(&x[1])?];
-        // SAFETY: as in `launch_all`.
-        unsafe { product_deciding(&self.kernels, &[product], x, projection.weight.columns(), 1, decisions) }
+        self.multiply(&[product], x, projection.weight.columns(), decisions)
     }
 
-    fn multiply(&self, products: &[Product<'_>], x: &[Tensor; 2], columns: usize) -> Result<()> {
+    fn multiply(&self, products: &[Product<'_>], x: &[Tensor; 2], columns: usize, decisions: Decisions) -> Result<()> {
         // SAFETY: as in `launch_all`.
-        unsafe { product(&self.kernels, products, address(&x[0])?, address(&x[1])?, columns, 1) }
+        unsafe { product(&self.kernels, products, [address(&x[0])?, address(&x[1])?], columns, 1, decisions) }
     }
 
     /// Norms, rotates and stores the token's query, key and value.
