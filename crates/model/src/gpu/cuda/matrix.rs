@@ -1,13 +1,12 @@
 //! A matrix on the GPU: multiplied as it is with few tokens, unpacked to 16 bits with many.
 
+use super::gemm::{Arithmetic, Gemm};
 use super::pack::{self, Format};
 use super::params::{Decisions, Matrix, ProductParams, QuantizeParams, RoundParams, RowsParams, UnpackParams};
-use candle_core::cuda_backend::cudarc::cublas::{result::gemm_ex, sys as cublas};
 use candle_core::quantized::{GgmlDType, QStorage, QTensor};
 use candle_core::{DType, Device, Result, Tensor, bail};
 use sparse_attn::backend::cuda::{Kernels, Spread, address, uninitialised};
 use std::borrow::Cow;
-use std::ffi::c_void;
 use std::sync::Arc;
 
 /// Tokens up to which blocks are multiplied as they are: more are faster through the tensor cores.
@@ -36,6 +35,7 @@ pub struct DeviceMatrix {
     rows: usize,
     columns: usize,
     kernels: Arc<Kernels>,
+    gemm: Arc<Gemm>,
 }
 
 impl DeviceMatrix {
@@ -84,7 +84,7 @@ impl DeviceMatrix {
         if !columns.is_multiple_of(UNIT) {
             bail!("cuda: rows of {columns} weights, there are kernels for multiples of {UNIT}");
         }
-        Ok(Self { format, planes, rows, columns, kernels: Kernels::of(device)? })
+        Ok(Self { format, planes, rows, columns, kernels: Kernels::of(device)?, gemm: Gemm::of(device)? })
     }
 
     pub(super) fn height(&self) -> usize {
@@ -175,16 +175,17 @@ impl DeviceMatrix {
         }
         let beside = beside.map(Self::from_tensor).transpose()?;
         let all: Vec<&Self> = matrices.iter().copied().chain(&beside).collect();
-        multiply(&Self::unpacked(&all, rows)?, &x.contiguous()?, Arithmetic::Bf16).map(Some)
+        let Some(first) = all.first() else { return Ok(None) };
+        first.gemm.multiply(&Self::unpacked(&all, rows)?, &x.contiguous()?, Arithmetic::Bf16).map(Some)
     }
 
     fn multiply_many(&self, x: &Tensor, rounded: Option<&Tensor>) -> Result<Tensor> {
         match (self.format, rounded) {
-            (Format::F32, _) => multiply(&self.planes[0], x, Arithmetic::F32),
+            (Format::F32, _) => self.gemm.multiply(&self.planes[0], x, Arithmetic::F32),
             // The 10 bits of f16 are those of tf32, whose exponents are f32's.
-            (Format::F16, _) => multiply(&self.planes[0].to_dtype(DType::F32)?, x, Arithmetic::Tf32),
-            (Format::Bf16, Some(rounded)) => multiply(&self.planes[0], rounded, Arithmetic::Bf16),
-            (_, Some(rounded)) => multiply(&Self::unpacked(&[self], self.rows)?, rounded, Arithmetic::Bf16),
+            (Format::F16, _) => self.gemm.multiply(&self.planes[0].to_dtype(DType::F32)?, x, Arithmetic::Tf32),
+            (Format::Bf16, Some(rounded)) => self.gemm.multiply(&self.planes[0], rounded, Arithmetic::Bf16),
+            (_, Some(rounded)) => self.gemm.multiply(&Self::unpacked(&[self], self.rows)?, rounded, Arithmetic::Bf16),
             (_, None) => bail!("cuda: activations were not rounded"),
         }
     }
@@ -276,60 +277,6 @@ pub(super) unsafe fn product(
     let spread = Spread::new([blocks, tokens, 1], WARPS * 32);
     // SAFETY: the caller's.
     unsafe { kernels.launch_following(&name, spread, &params) }
-}
-
-/// What cuBLAS multiplies and adds in; sums are f32.
-#[derive(Debug, Clone, Copy)]
-enum Arithmetic {
-    F32,
-    Tf32,
-    Bf16,
-}
-
-/// `x W'`: `[tokens, columns]` and `[rows, columns]` -> `[tokens, rows]` f32.
-fn multiply(weight: &Tensor, x: &Tensor, arithmetic: Arithmetic) -> Result<Tensor> {
-    let ((rows, columns), (tokens, width)) = (weight.dims2()?, x.dims2()?);
-    let (dtype, kind, compute) = match arithmetic {
-        Arithmetic::F32 => (DType::F32, cublas::cudaDataType::CUDA_R_32F, cublas::cublasComputeType_t::CUBLAS_COMPUTE_32F),
-        Arithmetic::Tf32 => (DType::F32, cublas::cudaDataType::CUDA_R_32F, cublas::cublasComputeType_t::CUBLAS_COMPUTE_32F_FAST_TF32),
-        Arithmetic::Bf16 => (DType::BF16, cublas::cudaDataType::CUDA_R_16BF, cublas::cublasComputeType_t::CUBLAS_COMPUTE_32F),
-    };
-    if columns != width || weight.dtype() != dtype || x.dtype() != dtype {
-        bail!("cuda: product of {:?} {:?} and {:?} {:?} in {arithmetic:?}", x.dims(), x.dtype(), weight.dims(), weight.dtype());
-    }
-    let device = x.device();
-    let out = uninitialised((tokens, rows), DType::F32, device)?;
-    let (one, zero) = (1f32, 0f32);
-    let blas = device.as_cuda_device()?.cublas_handle();
-    // In cuBLAS's order of columns: out' [rows, tokens] = weight'' x'.
-    // SAFETY: the three matrices have these shapes, and live until the stream frees them.
-    let done = unsafe {
-        gemm_ex(
-            *blas.handle(),
-            cublas::cublasOperation_t::CUBLAS_OP_T,
-            cublas::cublasOperation_t::CUBLAS_OP_N,
-            rows as i32,
-            tokens as i32,
-            columns as i32,
-            (&raw const one).cast(),
-            address(weight)? as *const c_void,
-            kind,
-            columns as i32,
-            address(x)? as *const c_void,
-            kind,
-            columns as i32,
-            (&raw const zero).cast(),
-            address(&out)? as *mut c_void,
-            cublas::cudaDataType::CUDA_R_32F,
-            rows as i32,
-            compute,
-            cublas::cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT,
-        )
-    };
-    match done {
-        Ok(()) => Ok(out),
-        Err(error) => bail!("cuda: product of {:?} and {:?}: {error:?}", x.dims(), weight.dims()),
-    }
 }
 
 /// `x` as bf16.

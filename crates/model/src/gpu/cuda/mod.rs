@@ -1,6 +1,7 @@
 //! The model on an NVIDIA GPU: matrices that kernels/cuda multiplies, and a decode step recorded as a CUDA graph.
 
 mod gated;
+mod gemm;
 mod matrix;
 mod norm;
 mod pack;

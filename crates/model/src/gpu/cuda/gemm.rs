@@ -1,0 +1,238 @@
+//! Products of plain matrices with many tokens, by cuBLASLt: which of its kernels takes a shape is asked once. cuBLAS itself asks with every
+//! product, for longer than small ones take.
+
+use candle_core::cuda_backend::cudarc::cublas::sys::cublasOperation_t;
+use candle_core::cuda_backend::cudarc::cublaslt::{result, sys};
+use candle_core::cuda_backend::cudarc::driver::sys::CUdevice_attribute;
+use candle_core::cuda_backend::{DeviceId, WrapErr};
+use candle_core::{DType, Device, Result, Tensor, bail};
+use sparse_attn::backend::cuda::{Kernels, address, uninitialised};
+use std::collections::HashMap;
+use std::ffi::c_void;
+use std::mem::size_of_val;
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// Bytes that cuBLASLt's kernels may work in, as NVIDIA recommends: from compute capability 9 on, and before.
+const WORKSPACE: [usize; 2] = [32 << 20, 4 << 20];
+
+/// Bytes of which all addresses are multiples.
+const ALIGNED: u32 = 16;
+
+/// Most shapes whose kernels are remembered: prompts have many lengths.
+const MOST_PLANS: usize = 512;
+
+/// What each device multiplies with, once for a process.
+static MADE: Mutex<Vec<(DeviceId, Arc<Gemm>)>> = Mutex::new(Vec::new());
+
+/// What is multiplied and added in; sums are f32.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) enum Arithmetic {
+    F32,
+    Tf32,
+    Bf16,
+}
+
+/// `x W'`: `[tokens, columns]` and `[rows, columns]` -> `[tokens, rows]`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+struct Shape {
+    tokens: usize,
+    rows: usize,
+    columns: usize,
+    arithmetic: Arithmetic,
+}
+
+/// The products of a device.
+pub(super) struct Gemm {
+    handle: sys::cublasLtHandle_t,
+    kernels: Arc<Kernels>,
+    workspace: Tensor, // u8
+    plans: Mutex<HashMap<Shape, Arc<Plan>>>,
+}
+
+// SAFETY: cuBLASLt's handles may be used by several threads at once.
+unsafe impl Send for Gemm {}
+// SAFETY: as above.
+unsafe impl Sync for Gemm {}
+
+impl std::fmt::Debug for Gemm {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Gemm").finish_non_exhaustive()
+    }
+}
+
+/// How a shape is multiplied.
+struct Plan {
+    operation: sys::cublasLtMatmulDesc_t,
+    weight: sys::cublasLtMatrixLayout_t,
+    x: sys::cublasLtMatrixLayout_t,
+    out: sys::cublasLtMatrixLayout_t,
+    algorithm: sys::cublasLtMatmulAlgo_t,
+}
+
+impl Gemm {
+    /// The products of `device`.
+    ///
+    /// # Errors
+    /// If it is no CUDA device, or has no memory to work in.
+    pub(super) fn of(device: &Device) -> Result<Arc<Self>> {
+        let id = device.as_cuda_device()?.id();
+        let mut made = MADE.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, gemm)) = made.iter().find(|(other, _)| *other == id) {
+            return Ok(gemm.clone());
+        }
+        let kernels = Kernels::of(device)?;
+        let context = kernels.stream().context();
+        context.bind_to_thread().w()?;
+        let capability = context.attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR).w()?;
+        let workspace = uninitialised(WORKSPACE[usize::from(capability < 9)], DType::U8, device)?;
+        let handle = result::create_handle().map_err(|error| failed("cuBLASLt cannot be used", error))?;
+        let gemm = Arc::new(Self { handle, kernels, workspace, plans: Mutex::default() });
+        made.push((id, gemm.clone()));
+        Ok(gemm)
+    }
+
+    /// `x W'`: `[tokens, columns]` and `[rows, columns]` -> `[tokens, rows]` f32.
+    ///
+    /// # Errors
+    /// If shapes or dtypes do not fit each other, or the device is out of memory.
+    pub(super) fn multiply(&self, weight: &Tensor, x: &Tensor, arithmetic: Arithmetic) -> Result<Tensor> {
+        let ((rows, columns), (tokens, width)) = (weight.dims2()?, x.dims2()?);
+        let dtype = arithmetic.dtype();
+        if columns != width || weight.dtype() != dtype || x.dtype() != dtype {
+            bail!("cuda: product of {:?} {:?} and {:?} {:?} in {arithmetic:?}", x.dims(), x.dtype(), weight.dims(), weight.dtype());
+        }
+        let out = uninitialised((tokens, rows), DType::F32, x.device())?;
+        let [weight_at, x_at, out_at] = [address(weight)?, address(x)?, address(&out)?];
+        if [weight_at, x_at, out_at].iter().any(|at| !at.is_multiple_of(ALIGNED.into())) {
+            bail!("cuda: product of {:?} and {:?}, which do not begin at multiples of {ALIGNED} bytes", x.dims(), weight.dims());
+        }
+        let plan = self.plan(Shape { tokens, rows, columns, arithmetic })?;
+        let (one, zero) = (1f32, 0f32);
+        self.kernels.stream().context().bind_to_thread().w()?;
+        // SAFETY: the plan is of these shapes; the tensors live until the stream frees them, and the workspace is used by one product at a time.
+        let done = unsafe {
+            result::matmul(
+                self.handle,
+                plan.operation,
+                (&raw const one).cast(),
+                (&raw const zero).cast(),
+                weight_at as *const c_void,
+                plan.weight,
+                x_at as *const c_void,
+                plan.x,
+                out_at as *const c_void,
+                plan.out,
+                out_at as *mut c_void,
+                plan.out,
+                &raw const plan.algorithm,
+                address(&self.workspace)? as *mut c_void,
+                self.workspace.elem_count(),
+                self.kernels.stream().cu_stream().cast(),
+            )
+        };
+        match done {
+            Ok(()) => Ok(out),
+            Err(error) => Err(failed(&format!("product of {:?} and {:?}", x.dims(), weight.dims()), error)),
+        }
+    }
+
+    fn plan(&self, shape: Shape) -> Result<Arc<Plan>> {
+        let mut plans = self.plans.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(plan) = plans.get(&shape) {
+            return Ok(plan.clone());
+        }
+        if plans.len() >= MOST_PLANS {
+            plans.clear();
+        }
+        let plan = Plan::new(self.handle, shape, self.workspace.elem_count()).map(Arc::new);
+        let plan = plan.map_err(|error| failed(&format!("product of {shape:?}"), error))?;
+        plans.insert(shape, plan.clone());
+        Ok(plan)
+    }
+}
+
+impl Arithmetic {
+    fn dtype(self) -> DType {
+        match self {
+            Self::F32 | Self::Tf32 => DType::F32,
+            Self::Bf16 => DType::BF16,
+        }
+    }
+}
+
+impl Plan {
+    /// In cuBLAS's order of columns: out' `[rows, tokens]` = weight'' x'.
+    fn new(handle: sys::cublasLtHandle_t, shape: Shape, workspace: usize) -> std::result::Result<Self, result::CublasError> {
+        use sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_TRANSA;
+        use sys::cublasLtMatmulPreferenceAttributes_t as Preferred;
+        let Shape { tokens, rows, columns, arithmetic } = shape;
+        let (kind, compute) = match arithmetic {
+            Arithmetic::F32 => (sys::cudaDataType::CUDA_R_32F, sys::cublasComputeType_t::CUBLAS_COMPUTE_32F),
+            Arithmetic::Tf32 => (sys::cudaDataType::CUDA_R_32F, sys::cublasComputeType_t::CUBLAS_COMPUTE_32F_FAST_TF32),
+            Arithmetic::Bf16 => (sys::cudaDataType::CUDA_R_16BF, sys::cublasComputeType_t::CUBLAS_COMPUTE_32F),
+        };
+        let mut plan = Self {
+            operation: std::ptr::null_mut(),
+            weight: std::ptr::null_mut(),
+            x: std::ptr::null_mut(),
+            out: std::ptr::null_mut(),
+            algorithm: sys::cublasLtMatmulAlgo_t { data: [0; 8] },
+        };
+        plan.operation = result::create_matmul_desc(compute, sys::cudaDataType::CUDA_R_32F)?;
+        plan.weight = result::create_matrix_layout(kind, columns as u64, rows as u64, columns as i64)?;
+        plan.x = result::create_matrix_layout(kind, columns as u64, tokens as u64, columns as i64)?;
+        plan.out = result::create_matrix_layout(sys::cudaDataType::CUDA_R_32F, rows as u64, tokens as u64, rows as i64)?;
+        let (transposed, aligned) = (cublasOperation_t::CUBLAS_OP_T, ALIGNED);
+        let preference = Preference(result::create_matmul_pref()?);
+        // SAFETY: the descriptors are there, and each attribute is a number of this size.
+        unsafe {
+            result::set_matmul_desc_attribute(
+                plan.operation,
+                CUBLASLT_MATMUL_DESC_TRANSA,
+                (&raw const transposed).cast(),
+                size_of_val(&transposed),
+            )?;
+            let set = |attribute, at: *const c_void, bytes| result::set_matmul_pref_attribute(preference.0, attribute, at, bytes);
+            set(Preferred::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, (&raw const workspace).cast(), size_of_val(&workspace))?;
+            for matrix in [
+                Preferred::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES,
+                Preferred::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
+                Preferred::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES,
+                Preferred::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES,
+            ] {
+                set(matrix, (&raw const aligned).cast(), size_of_val(&aligned))?;
+            }
+            let found = result::get_matmul_algo_heuristic(handle, plan.operation, plan.weight, plan.x, plan.out, plan.out, preference.0)?;
+            plan.algorithm = found.algo;
+        }
+        Ok(plan)
+    }
+}
+
+impl Drop for Plan {
+    fn drop(&mut self) {
+        // SAFETY: each is null or was made by `new`, and nothing uses it any more: the driver copies what a product needs.
+        unsafe {
+            for layout in [self.weight, self.x, self.out].into_iter().filter(|layout| !layout.is_null()) {
+                let _ = result::destroy_matrix_layout(layout);
+            }
+            if !self.operation.is_null() {
+                let _ = result::destroy_matmul_desc(self.operation);
+            }
+        }
+    }
+}
+
+/// What a kernel is chosen by.
+struct Preference(sys::cublasLtMatmulPreference_t);
+
+impl Drop for Preference {
+    fn drop(&mut self) {
+        // SAFETY: it is there, and nothing uses it any more.
+        let _ = unsafe { result::destroy_matmul_pref(self.0) };
+    }
+}
+
+fn failed(what: &str, error: result::CublasError) -> candle_core::Error {
+    candle_core::Error::Msg(format!("cuda: {what}: {error}"))
+}
