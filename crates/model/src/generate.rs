@@ -4,7 +4,7 @@ use crate::CausalLm;
 use crate::arch::TokenStep;
 use crate::sampler::{Sampler, logprobs};
 use crate::weights::MANY_TOKENS;
-use candle_core::{DType, Device, Result, bail};
+use candle_core::{Device, Result, bail};
 use sparse_attn::cache::ReadCount;
 use sparse_attn::{KvCache, KvDtypes, RoutedAttention};
 use std::ops::ControlFlow;
@@ -164,16 +164,13 @@ impl Session {
             let part = &waiting[done..done + next_chunk(waiting.len() - done, chunk)];
             self.next_logits = None;
             let is_last = done + part.len() == waiting.len();
-            let made = if is_last {
-                self.model.forward_last(part, &self.attention, &mut self.cache)?
+            if is_last {
+                self.next_logits = Some(self.model.forward_last(part, &self.attention, &mut self.cache)?);
             } else {
-                self.model.forward(part, &self.attention, &mut self.cache)?
-            };
+                self.model.forward(part, &self.attention, &mut self.cache)?;
+            }
             self.tokens.extend_from_slice(part);
             done += part.len();
-            if is_last {
-                self.next_logits = Some(made.flatten_all()?.to_dtype(DType::F32)?.to_vec1()?);
-            }
         }
         self.is_roomy = true;
         if self.cache.device().is_cpu() {

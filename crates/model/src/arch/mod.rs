@@ -6,6 +6,7 @@ mod mistral;
 mod qwen2;
 mod qwen3;
 
+use crate::gpu;
 use crate::{Config, Weights};
 use candle_core::{Device, Result, Tensor, bail};
 use sparse_attn::{KvCache, RoutedAttention, Step};
@@ -49,37 +50,38 @@ pub trait CausalLm: std::fmt::Debug + Send + Sync {
     /// # Errors
     /// If `tokens` is empty, an id is beyond the vocabulary, or memory runs out.
     fn forward(&self, tokens: &[u32], attention: &RoutedAttention, cache: &mut KvCache) -> Result<Tensor> {
-        self.forward_to(tokens, attention, cache, &|hidden| Ok(hidden))
+        let (step, hidden) = self.feed(tokens, attention, cache)?;
+        cache.commit(step)?;
+        Ok(hidden)
     }
 
-    /// Feeds `tokens` and returns the scores of the token that follows, `[1, vocab_size]`. On an error the cache is as it was.
+    /// Feeds `tokens` and returns the scores of the token that follows, `[vocab_size]`. On an error the cache is as it was.
     ///
     /// # Errors
     /// As [`CausalLm::forward`].
-    fn forward_last(&self, tokens: &[u32], attention: &RoutedAttention, cache: &mut KvCache) -> Result<Tensor> {
-        self.forward_to(tokens, attention, cache, &|hidden| self.logits(&hidden.narrow(0, hidden.dim(0)? - 1, 1)?.contiguous()?))
+    fn forward_last(&self, tokens: &[u32], attention: &RoutedAttention, cache: &mut KvCache) -> Result<Vec<f32>> {
+        let (step, hidden) = self.feed(tokens, attention, cache)?;
+        let logits = self.logits(&hidden.narrow(0, step.len - 1, 1)?.contiguous()?)?;
+        let logits = if logits.device().is_cuda() { gpu::fetch(&logits)? } else { logits.flatten_all()?.to_vec1()? };
+        // Now that the host has waited once.
+        cache.commit(step)?;
+        Ok(logits)
     }
 
-    /// Feeds `tokens` and returns what `last` makes of the residual stream, before the host waits for anything.
+    /// [`CausalLm::hidden`] of tokens that are checked, and places made for them: the step is to be committed.
     ///
     /// # Errors
-    /// As [`CausalLm::forward`], or if `last` fails.
-    fn forward_to(
-        &self,
-        tokens: &[u32],
-        attention: &RoutedAttention,
-        cache: &mut KvCache,
-        last: &dyn Fn(Tensor) -> Result<Tensor>,
-    ) -> Result<Tensor> {
+    /// As [`CausalLm::forward`].
+    fn feed(&self, tokens: &[u32], attention: &RoutedAttention, cache: &mut KvCache) -> Result<(Step, Tensor)> {
         let vocab_size = self.config().vocab_size;
         if let Some(id) = tokens.iter().find(|id| **id as usize >= vocab_size) {
             bail!("token id {id} is beyond the vocabulary of {vocab_size}");
         }
         let step = cache.reserve(tokens.len())?;
         let device = cache.device().clone();
-        let made = last(self.hidden(&Tensor::new(tokens, &device)?, attention, step, cache)?)?;
-        cache.commit(step)?;
-        Ok(made)
+        let hidden = self.hidden(&Tensor::new(tokens, &device)?, attention, step, cache)?;
+        cache.tell(step)?;
+        Ok((step, hidden))
     }
 }
 

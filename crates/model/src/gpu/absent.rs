@@ -57,6 +57,11 @@ pub(crate) fn rotated(_q: &Tensor, _k: &Tensor, _angles: [&Tensor; 2], _dtype: D
     bail!("this build has no CUDA: build with --features cuda")
 }
 
+/// Only tensors of a GPU get there.
+pub(crate) fn fetch(_tensor: &Tensor) -> Result<Vec<f32>> {
+    bail!("this build has no CUDA: build with --features cuda")
+}
+
 /// No step runs as a whole on the host.
 pub(crate) fn record(_parts: &DecoderParts<'_>, _attention: &RoutedAttention, _cache: &KvCache) -> Result<Option<Box<dyn TokenStep>>> {
     Ok(None)

@@ -69,11 +69,15 @@ pub struct KvCache {
     slabs: Slabs,
     device: Device,
     len: usize,
+    /// What the newest step read, but for layers of which that was not counted yet: they read all that is visible.
     read: ReadCount,
+    uncounted: Option<(Step, Vec<usize>)>,
     /// The page tables, where a device has the pools.
     mirrors: Mirrors,
     /// Where a device tells the host verdicts of token routers: every layer's of a step.
     noted: Option<Arc<Pinned<u8>>>,
+    /// Whether it does, of the running step.
+    is_told: bool,
 }
 
 /// Keys that a step read, over all its queries, layers and heads.
@@ -108,7 +112,7 @@ impl KvCache {
 
     fn of(layers: Vec<LayerStore>, slabs: Slabs, device: &Device, len: usize) -> Self {
         let (read, mirrors) = (ReadCount::default(), Mirrors::default());
-        Self { layers, slabs, device: device.clone(), len, read, mirrors, noted: None }
+        Self { layers, slabs, device: device.clone(), len, read, uncounted: None, mirrors, noted: None, is_told: false }
     }
 
     /// Bytes that [`KvCache::new`] allocates, without allocating them.
@@ -155,7 +159,7 @@ impl KvCache {
         let places: Vec<_> = self.layers.iter_mut().map(|layer| layer.begin(step)).collect();
         self.make_places(places, step.start > 0, step.len == 1)?;
         self.make_room_for_verdicts(step)?;
-        self.read = ReadCount::default();
+        (self.read, self.uncounted, self.is_told) = (ReadCount::default(), None, false);
         Ok(step)
     }
 
@@ -235,7 +239,11 @@ impl KvCache {
 
     /// What the newest step read.
     pub fn read_count(&self) -> ReadCount {
-        self.read
+        let mut read = self.read;
+        if let Some((step, layers)) = &self.uncounted {
+            layers.iter().for_each(|layer| read.add(self.layers[*layer].count_visible(*step)));
+        }
+        read
     }
 
     /// Adds what a layer read in the running step.
@@ -243,31 +251,36 @@ impl KvCache {
         self.read.add(count);
     }
 
-    /// Makes the tokens of `step` part of the cache.
+    /// Has the device tell the host, once it made them all, the verdicts of a token router that only the device knows: [`KvCache::commit`] waits for
+    /// them.
     ///
     /// # Errors
-    /// If `step` is not the one that follows the committed tokens.
+    /// If the device fails.
+    pub fn tell(&mut self, step: Step) -> Result<()> {
+        let told: Vec<_> = self.layers.iter().filter_map(LayerStore::told).collect();
+        if !self.is_told && !told.is_empty() {
+            cuda::tell(&told, step)?;
+            self.is_told = true;
+        }
+        Ok(())
+    }
+
+    /// Makes the tokens of `step` part of the cache, and learns what a token router decided on them where a device did.
+    ///
+    /// # Errors
+    /// If `step` is not the one that follows the committed tokens, or the device fails.
     pub fn commit(&mut self, step: Step) -> Result<()> {
         if step.start != self.len {
             bail!("kv cache: the step starts at {}, but {} tokens are committed", step.start, self.len);
         }
-        self.settle(step)?;
+        let undecided: Vec<usize> = (0..self.layers.len()).filter(|layer| !self.layers[*layer].is_decided()).collect();
+        if !undecided.is_empty() {
+            self.tell(step)?;
+            self.device.synchronize()?;
+            undecided.iter().for_each(|layer| self.layers[*layer].settle());
+            self.uncounted = Some((step, undecided));
+        }
         self.len = step.end();
-        Ok(())
-    }
-
-    /// Learns the token router's verdicts that only the device knows, once it made them all, and counts what their layers read: everything
-    /// that is visible.
-    fn settle(&mut self, step: Step) -> Result<()> {
-        if self.layers.iter().all(LayerStore::is_decided) {
-            return Ok(());
-        }
-        cuda::tell(&self.layers.iter().filter_map(LayerStore::told).collect::<Vec<_>>(), step)?;
-        self.device.synchronize()?;
-        for layer in self.layers.iter_mut().filter(|layer| !layer.is_decided()) {
-            layer.settle();
-            self.read.add(layer.count_visible(step));
-        }
         Ok(())
     }
 
@@ -309,6 +322,7 @@ impl KvCache {
         if len != 0 && len < oldest {
             bail!("kv cache: cannot go back to {len} tokens, sliding layers keep what {oldest} and more need");
         }
+        (self.read, self.uncounted) = (self.read_count(), None);
         for layer in &mut self.layers {
             layer.truncate(len);
         }

@@ -361,7 +361,7 @@ impl TokenStep for CudaStep {
     }
 
     fn logits(&mut self) -> Result<Vec<f32>> {
-        self.buffers.logits.to_vec1()
+        self.kernels.fetch(&self.buffers.logits)
     }
 }
 

@@ -1,10 +1,11 @@
 //! The code of kernels/cuda on a GPU: loaded once, launched by name.
 
+use super::Pinned;
 use candle_core::cuda_backend::cudarc::driver::{CudaContext, CudaFunction, CudaModule, CudaStream, DevicePtr};
 use candle_core::cuda_backend::cudarc::driver::{result, sys};
 use candle_core::cuda_backend::cudarc::nvrtc::Ptx;
 use candle_core::cuda_backend::{CudaStorageSlice, DeviceId, WrapErr};
-use candle_core::{Device, Result, Storage, Tensor, bail};
+use candle_core::{DType, Device, Result, Storage, Tensor, bail};
 use std::collections::HashMap;
 use std::ffi::c_void;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -30,6 +31,8 @@ pub struct Kernels {
     /// By name, with the shared memory that each may have beside what it declares.
     functions: Mutex<HashMap<String, (CudaFunction, usize)>>,
     multiprocessors: usize,
+    /// What is fetched comes here first: memory that is not page-locked costs the driver copies of its own.
+    landing: Mutex<Option<Pinned<f32>>>,
 }
 
 /// How a kernel is spread over the device.
@@ -66,7 +69,7 @@ impl Kernels {
         hold_memory(context)?;
         let module = context.load_module(Ptx::from_binary(BINARY.to_vec())).w()?;
         let multiprocessors = context.attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT).w()? as usize;
-        let kernels = Arc::new(Self { module, stream, functions: Mutex::default(), multiprocessors });
+        let kernels = Arc::new(Self { module, stream, functions: Mutex::default(), multiprocessors, landing: Mutex::default() });
         loaded.push((cuda.id(), kernels.clone()));
         Ok(kernels)
     }
@@ -79,6 +82,27 @@ impl Kernels {
     /// Multiprocessors of the device.
     pub fn multiprocessors(&self) -> usize {
         self.multiprocessors
+    }
+
+    /// What a contiguous tensor of f32 holds, once everything before it in the stream is done.
+    ///
+    /// # Errors
+    /// If it is no such tensor, or the host cannot lock as much memory.
+    pub fn fetch(&self, tensor: &Tensor) -> Result<Vec<f32>> {
+        let (from, count) = (address(tensor)?, tensor.elem_count());
+        if tensor.dtype() != DType::F32 {
+            bail!("cuda: a tensor of {:?} is fetched as f32", tensor.dtype());
+        }
+        let mut landing = self.landing.lock().unwrap_or_else(PoisonError::into_inner);
+        if landing.as_ref().is_none_or(|landing| landing.len() < count) {
+            *landing = Some(Pinned::of_stream(&self.stream, count)?);
+        }
+        let Some(landing) = landing.as_mut() else { return Ok(Vec::new()) };
+        self.stream.context().bind_to_thread().w()?;
+        // SAFETY: the tensor has so many numbers, and the memory is there until after the device was waited for.
+        unsafe { result::memcpy_dtoh_async(&mut landing.numbers_mut()[..count], from, self.stream.cu_stream()) }.w()?;
+        self.stream.synchronize().w()?;
+        Ok(landing.numbers()[..count].to_vec())
     }
 
     /// Whether the code for this device has a kernel of that name: some are for certain devices only.

@@ -2,7 +2,7 @@
 
 use super::Kernels;
 use candle_core::cuda_backend::WrapErr;
-use candle_core::cuda_backend::cudarc::driver::{ValidAsZeroBits, result};
+use candle_core::cuda_backend::cudarc::driver::{CudaStream, ValidAsZeroBits, result};
 use candle_core::{Device, Result};
 use std::sync::Arc;
 
@@ -11,7 +11,7 @@ use std::sync::Arc;
 pub struct Pinned<T> {
     first: *mut T,
     len: usize,
-    kernels: Arc<Kernels>,
+    stream: Arc<CudaStream>,
 }
 
 // SAFETY: it is plain memory that this owns.
@@ -25,15 +25,18 @@ impl<T: ValidAsZeroBits> Pinned<T> {
     /// # Errors
     /// If the host cannot lock that much memory, or `device` is no CUDA device.
     pub fn zeros(device: &Device, len: usize) -> Result<Self> {
-        let kernels = Kernels::of(device)?;
-        kernels.stream().context().bind_to_thread().w()?;
+        Self::of_stream(Kernels::of(device)?.stream(), len)
+    }
+
+    pub(super) fn of_stream(stream: &Arc<CudaStream>, len: usize) -> Result<Self> {
+        stream.context().bind_to_thread().w()?;
         // SAFETY: the context is this thread's; what is returned has room for as many bytes, and zeros are numbers.
         let first = unsafe {
             let first = result::malloc_host(len * size_of::<T>(), 0).w()?.cast::<T>();
             first.write_bytes(0, len);
             first
         };
-        Ok(Self { first, len, kernels })
+        Ok(Self { first, len, stream: stream.clone() })
     }
 
     /// Where kernels find them.
@@ -66,9 +69,8 @@ impl<T: ValidAsZeroBits> Pinned<T> {
 
 impl<T> Drop for Pinned<T> {
     fn drop(&mut self) {
-        let stream = self.kernels.stream();
         // Kernels may still use it. Where the device fails there is nobody to tell.
-        if stream.synchronize().is_ok() && stream.context().bind_to_thread().is_ok() {
+        if self.stream.synchronize().is_ok() && self.stream.context().bind_to_thread().is_ok() {
             // SAFETY: it came from `malloc_host`, and nothing uses it any more.
             let _ = unsafe { result::free_host(self.first.cast()) };
         }
