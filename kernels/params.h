@@ -138,19 +138,26 @@ struct SelectParams {
     int first_tile;        // tiles before these in the step
 };
 
-// Keys and values of a step that are written to the places that the page table gives them, rounded; keys in 8 bits as their Hadamard
-// transform.
+// Queries, keys and values of a step, made of rows of products: with a bias, normed, rotated, as far as there is by what. Keys and values are
+// written to the places that the page table gives them, rounded; keys in 8 bits as their Hadamard transform.
 struct StoreParams {
-    const float *rows[2];  // keys, values: [tokens, kv_heads, head_dim], tokens so many numbers apart
-    int apart[2];          // even
-    void *pools[2];        // S
-    void *scales[2];       // as in DecodeParams
-    const int *pages;      // [kv_heads, max_pages]
+    const float *rows[3];   // queries, keys, values: [tokens, heads, head_dim], tokens so many numbers apart
+    const float *biases[3]; // [heads, head_dim]; null: none
+    const float *norms[2];  // of queries and keys, [head_dim]: x / sqrt(mean(x^2) + eps) * norm; null: none
+    const float *cos;       // of queries and keys, [tokens, head_dim / 2]: of pairs x[i], x[i + head_dim / 2]; null: none is rotated
+    const float *sin;
+    void *q;                // [tokens, q_heads, head_dim] T
+    void *pools[2];         // S
+    void *scales[2];        // as in DecodeParams
+    const int *pages;       // [kv_heads, max_pages]
+    int apart[3];
     int max_pages;
-    int start;             // position of the first token
+    int start;              // position of the first token
     int tokens;
+    int q_heads;            // 0: there are no queries
     int kv_heads;
-    int head_dim;
+    int head_dim;           // 64, 128 or 256
+    float eps;
 };
 
 // Rows that are written into a pool, rounded.

@@ -11,23 +11,61 @@ template <typename S> __device__ void scatter(const ScatterParams &p) {
         store_at<S>(p.pool, p.scales, p.slots[blockIdx.x], p.width, i, p.transforms ? hadamard(from[i]) : from[i]);
 }
 
-// Rows one after the other: a token's keys, then its values; a warp takes one at a time, of so many thread blocks.
+// Rows of a step, by what they are made of.
+enum Row { QUERY, KEY, VALUE };
+
+// A row of N groups of 32 numbers: a lane has one of each.
+template <typename S, int N> __device__ __forceinline__ void store_row(const StoreParams &p, int token, Row kind, int head) {
+    using T = typename ComputedAs<S>::T;
+    constexpr int HEAD_DIM = 32 * N;
+    const int lane = threadIdx.x % 32, t = p.start + token;
+    const float *from = p.rows[kind] + (int64_t)token * p.apart[kind] + head * HEAD_DIM + lane;
+    float x[N];
+#pragma unroll
+    for (int i = 0; i < N; ++i) x[i] = from[32 * i];
+    if (const float *bias = p.biases[kind]) {
+#pragma unroll
+        for (int i = 0; i < N; ++i) x[i] += bias[head * HEAD_DIM + lane + 32 * i];
+    }
+    if (const float *weight = kind == VALUE ? nullptr : p.norms[kind]) {
+        float squares = 0.f;
+#pragma unroll
+        for (int i = 0; i < N; ++i) squares += x[i] * x[i];
+        const float factor = 1.f / sqrtf(sum_of_warp(squares) / HEAD_DIM + p.eps);
+#pragma unroll
+        for (int i = 0; i < N; ++i) x[i] *= factor * weight[lane + 32 * i];
+    }
+    if (kind != VALUE && p.cos) {
+        const int64_t at = (int64_t)token * (HEAD_DIM / 2) + lane;
+#pragma unroll
+        for (int i = 0; i < N / 2; ++i) {
+            const float cos = p.cos[at + 32 * i], sin = p.sin[at + 32 * i], a = x[i], b = x[i + N / 2];
+            x[i] = a * cos - b * sin, x[i + N / 2] = a * sin + b * cos;
+        }
+    }
+    if (kind == QUERY) {
+        T *to = (T *)p.q + ((int64_t)token * p.q_heads + head) * HEAD_DIM + lane;
+#pragma unroll
+        for (int i = 0; i < N; ++i) narrow(to[32 * i], x[i]);
+        return;
+    }
+    const int64_t slot = (int64_t)p.pages[(int64_t)head * p.max_pages + t / PAGE] * PAGE + t % PAGE;
+    void *pool = p.pools[kind == VALUE], *scales = p.scales[kind == VALUE];
+#pragma unroll
+    for (int i = 0; i < N; ++i) store_at<S>(pool, scales, slot, HEAD_DIM, lane + 32 * i, std::is_same_v<S, Bytes> && kind == KEY ? hadamard(x[i]) : x[i]);
+}
+
+// Rows one after the other, as a token has them: a warp takes one at a time, of so many thread blocks.
 template <typename S> __device__ __forceinline__ void store(const StoreParams &p, int block, int blocks) {
-    const int lane = threadIdx.x % 32, warps = blocks * blockDim.x / 32, rows = 2 * p.tokens * p.kv_heads;
-    for (int row = (block * blockDim.x + threadIdx.x) / 32; row < rows; row += warps) {
-        const int head = row % p.kv_heads, token = row / p.kv_heads % p.tokens, t = p.start + token;
-        const bool of_values = row >= p.tokens * p.kv_heads;
-        const int64_t slot = (int64_t)p.pages[(int64_t)head * p.max_pages + t / PAGE] * PAGE + t % PAGE;
-        const float *from = (of_values ? p.rows[1] : p.rows[0]) + (int64_t)token * (of_values ? p.apart[1] : p.apart[0]) + head * p.head_dim;
-        void *pool = of_values ? p.pools[1] : p.pools[0], *scales = of_values ? p.scales[1] : p.scales[0];
-        if constexpr (std::is_same_v<S, Bytes>) {
-            for (int d = lane; d < p.head_dim; d += 32)
-                store_at<S>(pool, scales, slot, p.head_dim, d, of_values ? from[d] : hadamard(from[d]));
-        } else {
-            for (int d = 2 * lane; d < p.head_dim; d += 64) {
-                const float2 x = *(const float2 *)(from + d);
-                *(uint32_t *)((S *)pool + slot * p.head_dim + d) = pack<S>(x.x, x.y);
-            }
+    const int warps = blocks * blockDim.x / 32, heads = p.q_heads + 2 * p.kv_heads;
+    for (int row = (block * blockDim.x + threadIdx.x) / 32; row < p.tokens * heads; row += warps) {
+        const int token = row / heads, of_all = row % heads;
+        const Row kind = of_all < p.q_heads ? QUERY : of_all < p.q_heads + p.kv_heads ? KEY : VALUE;
+        const int head = of_all - (kind == QUERY ? 0 : kind == KEY ? p.q_heads : p.q_heads + p.kv_heads);
+        switch (p.head_dim) {
+        case 64: store_row<S, 2>(p, token, kind, head); break;
+        case 128: store_row<S, 4>(p, token, kind, head); break;
+        default: store_row<S, 8>(p, token, kind, head);
         }
     }
 }

@@ -28,6 +28,36 @@ pub struct AttentionInput<'a> {
     pub scale: f32,
 }
 
+/// What a model's products gave for the tokens of a step, f32: a backend may make queries, keys and values of it while it stores them.
+#[derive(Debug, Clone, Copy)]
+pub struct Products<'a> {
+    /// Of queries, `[tokens, q_heads, head_dim]`. What there is of a token is contiguous, here and below.
+    pub q: &'a Tensor,
+    /// Of keys, `[tokens, kv_heads, head_dim]`.
+    pub k: &'a Tensor,
+    /// Of values, `[tokens, kv_heads, head_dim]`.
+    pub v: &'a Tensor,
+    /// What is added to each token's, `[heads * head_dim]`.
+    pub biases: [Option<&'a Tensor>; 3],
+    /// Weights of the norms of queries and of keys, `[head_dim]`, and what those add to mean squares.
+    pub norms: Option<([&'a Tensor; 2], f32)>,
+    /// cos and sin, `[tokens, head_dim / 2]`, of the angles that pairs `(x[i], x[i + head_dim / 2])` of queries and keys are rotated by.
+    pub angles: [&'a Tensor; 2],
+}
+
+/// The tensors of one layer in one step, where the backend makes queries, keys and values.
+#[derive(Debug, Clone, Copy)]
+pub struct ProductsInput<'a> {
+    /// As in [`AttentionInput`], here and below.
+    pub hidden: &'a Tensor,
+    /// Products of a token router.
+    pub projected: Option<&'a Tensor>,
+    /// What queries, keys and values are made of.
+    pub products: Products<'a>,
+    /// Factor of `q . k`.
+    pub scale: f32,
+}
+
 /// What is routed, and how far.
 #[derive(Debug, Clone)]
 pub struct Routing {
@@ -71,6 +101,14 @@ impl Routing {
             layer_budgets: Vec::new(),
         }
     }
+}
+
+/// What attends in a layer, once the step's keys and values are written.
+#[derive(Debug, Clone, Copy)]
+struct Written<'a> {
+    hidden: &'a Tensor,
+    q: &'a Tensor,
+    scale: f32,
 }
 
 /// What a layer read in a step.
@@ -219,16 +257,50 @@ impl RoutedAttention {
     /// # Errors
     /// As there.
     pub fn forward_as(&self, layer: usize, input: AttentionInput<'_>, step: Step, cache: &mut KvCache, dtype: DType) -> Result<Tensor> {
-        let Routing { token_router, block_router, .. } = &self.routing;
-        let limits = self.routing.limits_of(layer);
+        let AttentionInput { hidden, projected, q, k, k_before_rope, v, scale } = input;
         let store = cache.layer_mut(layer);
+        self.admit(layer, RouterInput { hidden, projected, k, k_before_rope, step }, store)?;
+        // A device may decide while it writes.
+        self.backend.write(k, v, step, store)?;
+        self.attend_written(layer, Written { hidden, q, scale }, step, cache, dtype)
+    }
+
+    /// [`RoutedAttention::forward_as`] where the backend makes queries, keys and values by itself and nobody else asks for them; `None`: they are to be
+    /// made first.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn forward_products(
+        &self,
+        layer: usize,
+        input: ProductsInput<'_>,
+        step: Step,
+        cache: &mut KvCache,
+        dtype: DType,
+    ) -> Result<Option<Tensor>> {
+        if !self.backend.takes_products() || self.is_observed() || self.routing.token_router.reads_keys(layer) {
+            return Ok(None);
+        }
+        let ProductsInput { hidden, projected, products, scale } = input;
+        let store = cache.layer_mut(layer);
+        self.admit(layer, RouterInput { hidden, projected, k: products.k, k_before_rope: products.k, step }, store)?;
+        let q = self.backend.write_products(&products, step, store)?;
+        self.attend_written(layer, Written { hidden, q: &q, scale }, step, cache, dtype).map(Some)
+    }
+
+    /// Has the token router decide on the tokens of a step.
+    fn admit(&self, layer: usize, input: RouterInput<'_>, store: &mut LayerStore) -> Result<()> {
         // First, so that a device is at work while the host waits for the verdict.
         store.apply_moves()?;
-        let AttentionInput { hidden, projected, k, k_before_rope, .. } = input;
-        let admission = token_router.admit(layer, RouterInput { hidden, projected, k, k_before_rope, step })?;
-        store.admit(step, admission, limits.sinks)?;
-        // A device may decide while it writes.
-        self.backend.write(input.k, input.v, step, store)?;
+        let admission = self.routing.token_router.admit(layer, input)?;
+        store.admit(input.step, admission, self.routing.limits_of(layer).sinks)
+    }
+
+    /// Attends to what is written, the step's own keys and values included.
+    fn attend_written(&self, layer: usize, input: Written<'_>, step: Step, cache: &mut KvCache, dtype: DType) -> Result<Tensor> {
+        let block_router = &self.routing.block_router;
+        let limits = self.routing.limits_of(layer);
+        let store = cache.layer_mut(layer);
         store.ask(step)?;
         // Layers with a sliding window read no more than that anyway.
         let routed = self.is_routed(layer, store);
@@ -276,9 +348,9 @@ impl RoutedAttention {
         step.end() > self.routing.limits_of(layer).dense_len
     }
 
-    fn show(&self, layer: usize, input: &AttentionInput<'_>, step: Step, store: &LayerStore, selection: &Selection) -> Result<()> {
+    fn show(&self, layer: usize, input: &Written<'_>, step: Step, store: &LayerStore, selection: &Selection) -> Result<()> {
         let Some(observer) = &self.observer else { return Ok(()) };
-        let AttentionInput { hidden, q, scale, .. } = *input;
+        let Written { hidden, q, scale } = *input;
         observer.attended(Attended { layer, step, hidden, q, scale, store, selection })
     }
 

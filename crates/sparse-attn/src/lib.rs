@@ -25,6 +25,6 @@ pub mod shape;
 pub mod simd;
 pub mod token_router;
 
-pub use attention::{Attended, AttentionInput, Observer, RoutedAttention, Routing};
+pub use attention::{Attended, AttentionInput, Observer, Products, ProductsInput, RoutedAttention, Routing};
 pub use cache::{KvCache, KvDtype, KvDtypes, LayerSpec, LayerStore, Step};
 pub use shape::HeadShape;

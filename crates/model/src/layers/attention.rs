@@ -2,7 +2,7 @@ use super::{Linear, RmsNorm, RopeTables, name};
 use crate::config::Config;
 use crate::weights::{Name, Scope};
 use candle_core::{DType, Result, Tensor};
-use sparse_attn::{AttentionInput, HeadShape, KvCache, RoutedAttention, Step};
+use sparse_attn::{AttentionInput, HeadShape, KvCache, Products, ProductsInput, RoutedAttention, Step};
 
 /// Projections around [`RoutedAttention`].
 #[derive(Debug, Clone)]
@@ -76,14 +76,27 @@ impl SelfAttention {
         let parts = &self.parts;
         let projections = [&parts.q_proj, &parts.k_proj, &parts.v_proj];
         let (heads, asked) = ([q_heads, kv_heads, kv_heads], attention.routing().token_router.projection(self.layer));
-        let ([mut q, mut k, v], projected) = Linear::forward_each_beside(projections, asked, x, heads, head_dim)?;
+        let (products, projected) = Linear::products(projections, asked, x, heads, head_dim)?;
+        let dtype = parts.o_proj.weight().dtype_of_activations(step.len);
+        let (hidden, projected, scale) = (x, projected.as_ref(), self.scale);
+        let input = ProductsInput { hidden, projected, products: self.products(&products, rope), scale };
+        if let Some(out) = attention.forward_products(self.layer, input, step, cache, dtype)? {
+            return parts.o_proj.forward(&out.reshape((step.len, q_heads * head_dim))?);
+        }
+        let [mut q, mut k, v] = Linear::add_biases(projections, products)?;
         if let Some((q_norm, k_norm)) = &parts.qk_norm {
             (q, k) = (q_norm.forward(&q)?, k_norm.forward(&k)?);
         }
         let (q, rotated) = rope.apply(&q, &k, attention.dtype_of_queries(cache.layer(self.layer)))?;
-        let input =
-            AttentionInput { hidden: x, projected: projected.as_ref(), q: &q, k: &rotated, k_before_rope: &k, v: &v, scale: self.scale };
-        let out = attention.forward_as(self.layer, input, step, cache, parts.o_proj.weight().dtype_of_activations(step.len))?;
+        let input = AttentionInput { hidden, projected, q: &q, k: &rotated, k_before_rope: &k, v: &v, scale };
+        let out = attention.forward_as(self.layer, input, step, cache, dtype)?;
         parts.o_proj.forward(&out.reshape((step.len, q_heads * head_dim))?)
+    }
+
+    /// What queries, keys and values are made of.
+    fn products<'a>(&'a self, [q, k, v]: &'a [Tensor; 3], rope: &'a RopeTables) -> Products<'a> {
+        let AttentionParts { q_proj, k_proj, v_proj, qk_norm, .. } = &self.parts;
+        let norms = qk_norm.as_ref().map(|(q, k)| ([q.weight(), k.weight()], q.eps()));
+        Products { q, k, v, biases: [q_proj, k_proj, v_proj].map(Linear::bias), norms, angles: rope.angles() }
     }
 }

@@ -55,14 +55,15 @@ impl Linear {
     /// # Errors
     /// If a width differs.
     pub fn forward_each<const N: usize>(projections: [&Self; N], x: &Tensor, heads: [usize; N], width: usize) -> Result<[Tensor; N]> {
-        Self::forward_each_beside(projections, None, x, heads, width).map(|(products, _)| products)
+        Self::add_biases(projections, Self::products(projections, None, x, heads, width)?.0)
     }
 
-    /// The same, and the product with a matrix `beside` them, bf16 `[rows, in]`: `[tokens, rows]`. `None`: there is none, or it would have been a product by itself.
+    /// The same before biases are added, and the product with a matrix `beside` them, bf16 `[rows, in]`: `[tokens, rows]`. `None`: there is none, or
+    /// it would have been a product by itself.
     ///
     /// # Errors
     /// If a width differs.
-    pub fn forward_each_beside<const N: usize>(
+    pub fn products<const N: usize>(
         projections: [&Self; N],
         beside: Option<&Tensor>,
         x: &Tensor,
@@ -90,9 +91,15 @@ impl Linear {
                 (each.iter().zip(heads).map(|(y, heads)| y.reshape((tokens, heads, width))).collect::<Result<_>>()?, None)
             }
         };
-        let outputs = projections.iter().zip(products).map(|(projection, y)| projection.add_bias(y)).collect::<Result<Vec<_>>>()?;
-        let outputs = outputs.try_into().map_err(|_| candle_core::Error::Msg("linear: a product is missing".into()))?;
-        Ok((outputs, beside))
+        Ok((all_of(products)?, beside))
+    }
+
+    /// Adds to [`Linear::products`] what is left of [`Linear::forward_each`].
+    ///
+    /// # Errors
+    /// If a shape differs.
+    pub fn add_biases<const N: usize>(projections: [&Self; N], products: [Tensor; N]) -> Result<[Tensor; N]> {
+        all_of(projections.iter().zip(products).map(|(projection, y)| projection.add_bias(y)).collect::<Result<Vec<_>>>()?)
     }
 
     /// How so many tokens may come that all of these multiply: bf16 where all round to it, f32 otherwise.
@@ -108,6 +115,11 @@ impl Linear {
             None => Ok(y),
         }
     }
+}
+
+/// One tensor for each projection.
+fn all_of<const N: usize>(tensors: Vec<Tensor>) -> Result<[Tensor; N]> {
+    tensors.try_into().map_err(|_| candle_core::Error::Msg("linear: a product is missing".into()))
 }
 
 /// Both names with `.suffix` appended.

@@ -85,6 +85,11 @@ impl Rope {
 }
 
 impl RopeTables {
+    /// cos and sin.
+    pub fn angles(&self) -> [&Tensor; 2] {
+        [&self.cos, &self.sin]
+    }
+
     /// Rotates queries and keys `[tokens, heads, head_dim]`, f32: the pair `(x[i], x[i + head_dim / 2])` by the i-th angle. A GPU rounds queries to
     /// `dtype`.
     ///

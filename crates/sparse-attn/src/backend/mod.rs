@@ -13,6 +13,7 @@ pub use cpu::Cpu;
 pub use reference::Reference;
 
 use crate::HeadShape;
+use crate::attention::Products;
 use crate::block_router::BlockRouter;
 use crate::cache::{KvDtypes, LayerStore, ReadCount, Step};
 use crate::select::{Limits, Selection, TILE};
@@ -30,6 +31,20 @@ pub trait AttentionBackend: std::fmt::Debug + Send + Sync {
     /// # Errors
     /// If a shape does not fit the store.
     fn write(&self, k: &Tensor, v: &Tensor, step: Step, store: &mut LayerStore) -> Result<()>;
+
+    /// Whether it makes queries, keys and values of products by itself.
+    fn takes_products(&self) -> bool {
+        false
+    }
+
+    /// Makes queries, keys and values of what products gave, and stores keys and values as [`AttentionBackend::write`] does. Returns the queries,
+    /// `[step.len, q_heads, head_dim]`, as [`AttentionBackend::dtype_of_queries`] says.
+    ///
+    /// # Errors
+    /// If a shape does not fit the store, or this backend does not take products.
+    fn write_products(&self, _products: &Products<'_>, _step: Step, _store: &mut LayerStore) -> Result<Tensor> {
+        bail!("{}: it takes queries, keys and values, not what they are made of", self.name())
+    }
 
     /// Attention of the queries of `step`, `[step.len, q_heads, head_dim]`, over what `selection` lets
     /// them read. Returns the same shape, f32.

@@ -146,6 +146,11 @@ pub trait TokenRouter: std::fmt::Debug + Send + Sync {
         None
     }
 
+    /// Whether it looks at keys in a layer. If not, those of its input may be no keys, but tensors of their shape.
+    fn reads_keys(&self, _layer: usize) -> bool {
+        false
+    }
+
     /// # Errors
     /// If the tensors do not fit this router.
     fn admit(&self, layer: usize, input: RouterInput<'_>) -> Result<Admission>;

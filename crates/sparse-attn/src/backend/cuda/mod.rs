@@ -21,6 +21,7 @@ pub use select::{Budgeted, SelectCall, SelectScratch, kind_of, score_and_select}
 
 use super::{AttentionBackend, Routed, RoutedJob};
 use crate::HeadShape;
+use crate::attention::Products;
 use crate::cache::{KvDtype, KvDtypes, LayerStore, Pool, Step, Summary};
 use crate::select::Selection;
 use candle_core::{DType, Device, Result, Tensor, bail};
@@ -152,6 +153,17 @@ impl AttentionBackend for Cuda {
         store.apply_moves()?;
         let asked = store.take_asked();
         rows::store_step(k, v, step, store, asked.as_ref().and_then(|asked| store.verdict(step, asked)))
+    }
+
+    fn takes_products(&self) -> bool {
+        true
+    }
+
+    fn write_products(&self, products: &Products<'_>, step: Step, store: &mut LayerStore) -> Result<Tensor> {
+        check_store(store)?;
+        store.apply_moves()?;
+        let asked = store.take_asked();
+        rows::store_products(products, step, store, asked.as_ref().and_then(|asked| store.verdict(step, asked)))
     }
 
     fn attend(&self, q: &Tensor, scale: f32, store: &LayerStore, step: Step, selection: &Selection) -> Result<Tensor> {

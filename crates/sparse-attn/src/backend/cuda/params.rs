@@ -90,8 +90,11 @@ crate::mirrors! { "params.h":
     TransformParams { x: u64, out: u64, count: i64 }
     /// Bytes and scales as 16-bit numbers.
     WidenParams { values: u64, scales: u64, out: u64, count: i64 }
-    /// A step's keys and values.
-    StoreParams { rows: [u64; 2], apart: [i32; 2], pools: [u64; 2], scales: [u64; 2], pages: u64, max_pages: i32, start: i32, tokens: i32, kv_heads: i32, head_dim: i32 }
+    /// A step's queries, keys and values.
+    StoreParams {
+        rows: [u64; 3], biases: [u64; 3], norms: [u64; 2], cos: u64, sin: u64, q: u64, pools: [u64; 2], scales: [u64; 2], pages: u64,
+        apart: [i32; 3], max_pages: i32, start: i32, tokens: i32, q_heads: i32, kv_heads: i32, head_dim: i32, eps: f32,
+    }
     /// All tokens of a layer to new pools.
     CompactedLayer {
         from: [u64; 4], to: [u64; 4], words: [i32; 4], old_pages: u64, old: Kept, pages: u64, kept: Kept,

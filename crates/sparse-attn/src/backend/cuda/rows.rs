@@ -4,7 +4,8 @@ use super::params::{
     CompactParams, CompactedLayer, Kept, PackParams, ScatterParams, StoreGatedParams, StoreParams, StoreProjectedParams, SummaryParams,
     TransformParams, WidenParams,
 };
-use super::{Kernels, Spread, Verdict, address, by_tokens, gate, summary_code, uninitialised};
+use super::{Kernels, Spread, Verdict, address, by_tokens, gate, queries_of, summary_code, uninitialised};
+use crate::attention::Products;
 use crate::cache::{KvDtype, LayerStore, Layout, OCTET, PAGE_SIZE, Pool, Step, Summaries, Summary};
 use candle_core::{DType, Result, Tensor, bail};
 use std::ops::Range;
@@ -23,7 +24,7 @@ pub fn scales_of(pool: &Pool) -> Result<u64> {
 
 /// Threads of a thread block that stores rows, and most such thread blocks of a multiprocessor.
 const STORED: usize = 256;
-const STORING: usize = 4;
+const STORING: usize = 8;
 
 /// Words that are copied by a thread block at a time.
 const COPIED: usize = 256;
@@ -58,12 +59,50 @@ pub(super) fn transformed(q: &Tensor) -> Result<Tensor> {
 
 /// Stores `k` and `v` `[step.len, kv_heads, head_dim]` in the places that the page table gives them, and makes a verdict on them.
 pub(super) fn store_step(k: &Tensor, v: &Tensor, step: Step, store: &LayerStore, verdict: Option<Verdict<'_>>) -> Result<()> {
-    let (pages, shape) = (store.device_pages()?, store.shape());
     let rows = |rows: &Tensor| by_tokens(&rows.to_dtype(DType::F32)?);
-    let ((k, k_rows, k_apart), (_v, v_rows, v_apart)) = (rows(k)?, rows(v)?);
+    let ((_k, k_rows, k_apart), (_v, v_rows, v_apart)) = (rows(k)?, rows(v)?);
+    let params = StoreParams { rows: [0, k_rows, v_rows], apart: [0, k_apart as i32, v_apart as i32], ..StoreParams::default() };
+    launch_store(params, step, store, verdict)
+}
+
+/// Makes queries, keys and values of `products`, stores as [`store_step`] does, and returns the queries, `[step.len, q_heads, head_dim]`.
+pub(super) fn store_products(products: &Products<'_>, step: Step, store: &LayerStore, verdict: Option<Verdict<'_>>) -> Result<Tensor> {
+    let Products { q, k, v, biases, norms, angles: [cos, sin] } = *products;
+    let shape = store.shape();
+    let (q_heads, kv_heads, head_dim) = (shape.q_heads(), shape.kv_heads(), shape.head_dim());
+    let heads = [q_heads, kv_heads, kv_heads];
+    let fits = |rows: &Tensor, dims: &[usize]| rows.dims() == dims && rows.dtype() == DType::F32;
+    let rows_fit = [q, k, v].iter().zip(heads).all(|(rows, heads)| fits(rows, &[step.len, heads, head_dim]));
+    let biases_fit = biases.iter().zip(heads).all(|(bias, heads)| bias.is_none_or(|bias| fits(bias, &[heads * head_dim])));
+    let norms_fit = norms.is_none_or(|(norms, _)| norms.iter().all(|norm| fits(norm, &[head_dim])));
+    if !(rows_fit && biases_fit && norms_fit && [cos, sin].iter().all(|table| fits(table, &[step.len, head_dim / 2]))) {
+        bail!("cuda: {products:?} of {} tokens for {shape:?}", step.len);
+    }
+    let ((_q, q_rows, q_apart), (_k, k_rows, k_apart), (_v, v_rows, v_apart)) = (by_tokens(q)?, by_tokens(k)?, by_tokens(v)?);
+    let out = uninitialised((step.len, q_heads, head_dim), queries_of(store).tensor_dtype(), q.device())?;
+    let mut params = StoreParams {
+        rows: [q_rows, k_rows, v_rows],
+        cos: address(cos)?,
+        sin: address(sin)?,
+        q: address(&out)?,
+        apart: [q_apart, k_apart, v_apart].map(|apart| apart as i32),
+        q_heads: q_heads as i32,
+        ..StoreParams::default()
+    };
+    for (to, bias) in params.biases.iter_mut().zip(biases) {
+        *to = bias.map_or(Ok(0), address)?;
+    }
+    if let Some(([q_norm, k_norm], eps)) = norms {
+        (params.norms, params.eps) = ([address(q_norm)?, address(k_norm)?], eps);
+    }
+    launch_store(params, step, store, verdict)?;
+    Ok(out)
+}
+
+/// Stores the rows of `params`, which says what there is of queries.
+fn launch_store(params: StoreParams, step: Step, store: &LayerStore, verdict: Option<Verdict<'_>>) -> Result<()> {
+    let (pages, shape) = (store.device_pages()?, store.shape());
     let params = StoreParams {
-        rows: [k_rows, v_rows],
-        apart: [k_apart as i32, v_apart as i32],
         pools: [address(store.k().values())?, address(store.v().values())?],
         scales: [scales_of(store.k())?, scales_of(store.v())?],
         pages: address(pages)?,
@@ -72,10 +111,12 @@ pub(super) fn store_step(k: &Tensor, v: &Tensor, step: Step, store: &LayerStore,
         tokens: step.len as i32,
         kv_heads: shape.kv_heads() as i32,
         head_dim: shape.head_dim() as i32,
+        ..params
     };
-    let (kernels, name) = (Kernels::of(k.device())?, name("store_step", store.k())?);
+    let (kernels, name) = (Kernels::of(pages.device())?, name("store_step", store.k())?);
     let blocks = |threads: usize| {
-        (2 * step.len * shape.kv_heads()).div_ceil(threads / 32).min(STORING * STORED / threads * kernels.multiprocessors())
+        let rows = step.len * (params.q_heads + 2 * params.kv_heads) as usize;
+        rows.div_ceil(threads / 32).min(STORING * STORED / threads * kernels.multiprocessors())
     };
     // A gate is done meanwhile, but for those of many heads.
     if let Some((gate, octets)) = verdict.map(gate::of_projected).transpose()?.flatten() {

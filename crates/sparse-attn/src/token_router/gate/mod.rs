@@ -134,6 +134,10 @@ impl TokenRouter for Gate {
         self.projections.get(layer)?.as_ref()
     }
 
+    fn reads_keys(&self, layer: usize) -> bool {
+        matches!(self.layers.get(layer), Some(GateLayer::Keys(_)))
+    }
+
     fn admit(&self, layer: usize, input: RouterInput<'_>) -> Result<Admission> {
         let Some(gate) = self.layers.get(layer) else { bail!("gate: it has {} layers, this is layer {layer}", self.layers.len()) };
         let asked = match (gate, input.projected) {
