@@ -2,6 +2,7 @@
 
 mod gated;
 mod gemm;
+mod graph;
 mod matrix;
 mod norm;
 mod pack;

@@ -2,6 +2,7 @@
 //! are. What changes from token to token (its id, its position, how many blocks it may read) is in device memory.
 
 use super::super::{DecoderParts, LayerParts};
+use super::graph::Graph;
 use super::matrix::{Product, activation_bytes, product};
 use super::norm::WIDEST;
 use super::pack::Format;
@@ -11,7 +12,6 @@ use crate::arch::TokenStep;
 use crate::layers::{Linear, RmsNorm};
 use crate::weights::Matrix;
 use candle_core::cuda_backend::WrapErr;
-use candle_core::cuda_backend::cudarc::driver::{CudaGraph, sys};
 use candle_core::{DType, Device, Result, Tensor, TensorId, bail};
 use sparse_attn::backend::cuda::{
     Budgeted, DecodeCall, DecodeLists, DecodeScratch, Kernels, Pinned, SelectCall, SelectScratch, Spread, address, decode, kind_of,
@@ -134,7 +134,7 @@ impl<'a> Report<'a> {
 
 /// A graph, and what it holds for.
 struct Recorded {
-    graph: CudaGraph,
+    graph: Graph,
     key: Key,
     // Memory of the graph's own.
     _scratch: DecodeScratch,
@@ -305,11 +305,11 @@ impl TokenStep for CudaStep {
         self.buffers.orders.numbers_mut().copy_from_slice(&state);
         let key = self.key(cache, calls.iter().map(Option::is_some).collect(), step);
         if self.recorded.as_ref().is_none_or(|recorded| recorded.key != key) {
-            self.recorded = None;
-            self.recorded = Some(self.record(key, cache)?);
+            let last = self.recorded.take().map(|recorded| recorded.graph);
+            self.recorded = Some(self.record(key, cache, last)?);
         }
         let Some(recorded) = &self.recorded else { bail!("cuda: no step was recorded") };
-        recorded.graph.launch().w()?;
+        recorded.graph.launch()?;
         self.is_running = true;
         // While it runs. What there is no memory for is asked for again by the next step, which then fails.
         let _ = cache.reserve_next(step);
@@ -387,8 +387,8 @@ impl CudaStep {
         Key { tensors, selects, room: (step.end() + 1).next_multiple_of(ROOM) }
     }
 
-    /// Records the kernels of a step.
-    fn record(&mut self, key: Key, cache: &KvCache) -> Result<Recorded> {
+    /// Records the kernels of a step. `last` is what was recorded before.
+    fn record(&mut self, key: Key, cache: &KvCache, last: Option<Graph>) -> Result<Recorded> {
         let first = cache.layer(0);
         let q = match &self.buffers.q {
             Some(q) => q.clone(),
@@ -408,14 +408,8 @@ impl CudaStep {
             self.launch_all(&key, cache, &q, &scratch, select.as_ref())?;
             self.device.synchronize()?;
         }
-        let stream = self.kernels.stream();
-        stream.begin_capture(sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).w()?;
-        let launched = self.launch_all(&key, cache, &q, &scratch, select.as_ref());
-        // Ends the recording whatever came of it, or the stream could do nothing else.
-        let graph = stream.end_capture(sys::CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH).w();
-        launched?;
-        let Some(graph) = graph? else { bail!("cuda: the recorded step is empty") };
-        graph.upload().w()?;
+        let launch = || self.launch_all(&key, cache, &q, &scratch, select.as_ref());
+        let graph = Graph::record(self.kernels.stream(), last, launch)?;
         self.loaded.push(kind);
         Ok(Recorded { graph, key, _scratch: scratch, _select: select })
     }
