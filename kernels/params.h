@@ -301,7 +301,8 @@ struct ProjectedParams {
 struct StoreProjectedParams {
     StoreParams store;
     ProjectedParams gate;
-    int gates;             // thread blocks of the gate: the first ones, one for each octet of positions; 256 threads
+    int gates;             // thread blocks of the gate: the first ones, of 256 threads: one for each octet of positions, or, without a second
+                           // layer, for 256 positions from the first octet on
 };
 
 // A step's keys and values, and a gate's verdict on its tokens.

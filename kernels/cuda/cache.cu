@@ -113,31 +113,39 @@ __device__ __forceinline__ void compact(const CompactedLayer &p, int tensor) {
     }
 }
 
-// The kept tokens of a page of recent ones, behind those of the pages before it.
+// The kept tokens of a page of recent ones, behind those of the pages before it. 256 threads.
 __device__ __forceinline__ void pack_kept(const PackParams &p) {
-    __shared__ int before, from[PAGE];
-    follow();
-    const int head = blockIdx.y, page = blockIdx.x, first = p.kept.counts[0] / PAGE, thread = threadIdx.x;
-    const uint64_t *masks = (const uint64_t *)(p.kept.masks + (int64_t)head * p.max_pages * (PAGE / OCTET)) + first;
-    if (thread == 0) before = 0;
-    __syncthreads();
-    int sum = 0;
-    for (int i = thread; i < page; i += blockDim.x) sum += __popcll(masks[i]);
-    sum = __reduce_add_sync(~0u, sum);
-    if (thread % 32 == 0) atomicAdd(&before, sum);
+    constexpr int OCTETS = PAGE / OCTET, EACH = 2;
+    const int head = blockIdx.y, page = blockIdx.x, thread = threadIdx.x, chunks = p.head_dim / 8; // of 16 bytes in a row
+    let_next_begin();
+    // Tables are older than what this kernel follows.
+    const int first = p.kept.counts[0] / PAGE;
+    const int64_t from = (int64_t)p.pages[(int64_t)head * p.max_pages + first + page] * PAGE * chunks;
+    const uint64_t *masks = (const uint64_t *)(p.kept.masks + (int64_t)head * p.max_pages * OCTETS) + first;
+    wait_for_last();
     const uint64_t mask = masks[page];
+    int before = 0; // of all pages before, by each warp
+    for (int i = thread % 32; i < page; i += 32) before += __popcll(masks[i]);
     const auto rank = [&](int slot) { return __popcll(mask & ((uint64_t(1) << slot) - 1)); };
-    if (thread < PAGE && (mask >> thread & 1)) from[rank(thread)] = p.pages[(int64_t)head * p.max_pages + first + page] * PAGE + thread;
-    __syncthreads();
-    constexpr int OCTETS = PAGE / OCTET;
-    if (thread < OCTETS) p.packed[(head * (p.max_packed / PAGE) + page) * OCTETS + thread] = before + rank(OCTET * thread);
-    // 16 bytes at a time.
-    const int chunks = p.head_dim / 8;
-    for (int i = thread; i < __popcll(mask) * chunks; i += blockDim.x) {
-        const int64_t at = (int64_t)from[i / chunks] * chunks + i % chunks, to = ((int64_t)head * p.max_packed + before) * chunks + i;
-        ((uint4 *)p.packed_k)[to] = ((const uint4 *)p.k)[at];
-        ((uint4 *)p.packed_v)[to] = ((const uint4 *)p.v)[at];
+    // All rows are brought at once, whichever are kept.
+    for (int at = thread; at < PAGE * chunks; at += EACH * 256) {
+        uint4 k[EACH], v[EACH];
+#pragma unroll
+        for (int i = 0; i < EACH; ++i) {
+            k[i] = ((const uint4 *)p.k)[from + at + 256 * i];
+            v[i] = ((const uint4 *)p.v)[from + at + 256 * i];
+        }
+        if (at == thread) before = __reduce_add_sync(~0u, before);
+#pragma unroll
+        for (int i = 0; i < EACH; ++i) {
+            const int slot = (at + 256 * i) / chunks, chunk = (at + 256 * i) % chunks;
+            if (!(mask >> slot & 1)) continue;
+            const int64_t to = ((int64_t)head * p.max_packed + before + rank(slot)) * chunks + chunk;
+            ((uint4 *)p.packed_k)[to] = k[i];
+            ((uint4 *)p.packed_v)[to] = v[i];
+        }
     }
+    if (thread < OCTETS) p.packed[(head * (p.max_packed / PAGE) + page) * OCTETS + thread] = before + rank(OCTET * thread);
 }
 
 // The smallest number of T that is not below x.
@@ -343,8 +351,27 @@ template <typename T, int TILES> __device__ __forceinline__ void gate(const Gate
     *mask = bits;
 }
 
-// An octet of positions by a thread block: a warp for each token.
-__device__ __forceinline__ void decide_projected(const ProjectedParams &p, int index) {
+// Notes what is kept of an octet of positions, one bit each.
+__device__ __forceinline__ void note_octet(const ProjectedParams &p, int head, int octet, uint32_t bits) {
+    uint8_t *mask = p.masks + (int64_t)head * p.max_pages * (PAGE / OCTET) + octet;
+    *mask = bits | known_before(p.start, octet, mask);
+}
+
+// By a gate of one layer: a token for each of 256 threads.
+__device__ __forceinline__ void decide_at_once(const ProjectedParams &p, int index) {
+    const int t = p.start / OCTET * OCTET + index * 256 + threadIdx.x, token = t - p.start, lane = threadIdx.x % 32;
+    const bool is_there = token >= 0 && token < p.tokens;
+    const float *sums = p.sums + (int64_t)(is_there ? token : 0) * p.apart;
+#pragma unroll 4
+    for (int head = 0; head < p.kv_heads; ++head) {
+        const float score = sums[head] + sums[p.rows + head] + p.bias[head];
+        const uint32_t bits = __ballot_sync(~0u, is_there && (t < p.sinks || score >= p.tau));
+        if (lane % OCTET == 0 && t < p.start + p.tokens) note_octet(p, head, t / OCTET, bits >> lane & 0xff);
+    }
+}
+
+// By a gate with a hidden layer: an octet of positions by a thread block, a warp for each token.
+__device__ __forceinline__ void decide_by_warps(const ProjectedParams &p, int index) {
     constexpr int HELD = 4, HEADS = 32; // numbers of a lane, and heads that are decided on at a time
     __shared__ uint32_t kept[OCTET];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, octet = p.start / OCTET + index, t = octet * OCTET + warp, token = t - p.start;
@@ -352,31 +379,27 @@ __device__ __forceinline__ void decide_projected(const ProjectedParams &p, int i
     const float *sums = p.sums + (int64_t)(is_there ? token : 0) * p.apart;
     const auto first = [&](int row) { return sums[row] + sums[p.rows + row] + p.bias[row]; };
     float x[HELD] = {};
-    if (p.weight) activate(x, p.rows, first);
+    activate(x, p.rows, first);
     for (int from = 0; from < p.kv_heads; from += HEADS) {
         const int heads = min(HEADS, p.kv_heads - from);
         float score = 0.f; // of the lane's head
-        if (!p.weight) score = lane < heads ? first(from + lane) : 0.f;
-        else {
-            for (int head = 0; head < heads; ++head) {
-                const float *weight = p.weight + (from + head) * p.rows;
-                float sum = 0.f;
+        for (int head = 0; head < heads; ++head) {
+            const float *weight = p.weight + (from + head) * p.rows;
+            float sum = 0.f;
 #pragma unroll
-                for (int i = 0; i < HELD; ++i) sum += lane + 32 * i < p.rows ? x[i] * weight[lane + 32 * i] : 0.f;
-                for (int row = lane + 32 * HELD; row < p.rows; row += 32) sum += gelu(first(row)) * weight[row];
-                sum = sum_of_warp(sum);
-                if (lane == head) score = sum + p.last_bias[from + head];
-            }
+            for (int i = 0; i < HELD; ++i) sum += lane + 32 * i < p.rows ? x[i] * weight[lane + 32 * i] : 0.f;
+            for (int row = lane + 32 * HELD; row < p.rows; row += 32) sum += gelu(first(row)) * weight[row];
+            sum = sum_of_warp(sum);
+            if (lane == head) score = sum + p.last_bias[from + head];
         }
         const uint32_t bits = __ballot_sync(~0u, is_there && (t < p.sinks || score >= p.tau));
         if (lane == 0) kept[warp] = bits;
         __syncthreads();
         if (threadIdx.x < heads) {
-            uint8_t *mask = p.masks + (int64_t)(from + threadIdx.x) * p.max_pages * (PAGE / OCTET) + octet;
-            uint32_t octet_bits = known_before(p.start, octet, mask);
+            uint32_t of_octet = 0;
 #pragma unroll
-            for (int i = 0; i < OCTET; ++i) octet_bits |= (kept[i] >> threadIdx.x & 1) << i;
-            *mask = octet_bits;
+            for (int i = 0; i < OCTET; ++i) of_octet |= (kept[i] >> threadIdx.x & 1) << i;
+            note_octet(p, from + threadIdx.x, octet, of_octet);
         }
         __syncthreads();
     }
@@ -431,10 +454,10 @@ extern "C" __global__ void __launch_bounds__(256) widen_bytes(const WidenParams 
         if ((int)blockIdx.x < p.gates) cache::gate<T, 1>(p.gate);                                                                          \
         else cache::store<S>(p.store, blockIdx.x - p.gates, gridDim.x - p.gates);                                                          \
     }
-#define STORE_PROJECTED(NAME, S)                                                                                                           \
-    extern "C" __global__ void __launch_bounds__(256) store_step_##NAME##_projected(const StoreProjectedParams p) {                        \
+#define STORE_PROJECTED(NAME, S, LAYERS, DECIDE)                                                                                           \
+    extern "C" __global__ void __launch_bounds__(256) store_step_##NAME##_projected_##LAYERS(const StoreProjectedParams p) {                \
         follow();                                                                                                                          \
-        if ((int)blockIdx.x < p.gates) cache::decide_projected(p.gate, blockIdx.x);                                                        \
+        if ((int)blockIdx.x < p.gates) cache::DECIDE(p.gate, blockIdx.x);                                                                  \
         else cache::store<S>(p.store, blockIdx.x - p.gates, gridDim.x - p.gates);                                                          \
     }
 #define ROWS(NAME, S)                                                                                                                      \
@@ -444,7 +467,8 @@ extern "C" __global__ void __launch_bounds__(256) widen_bytes(const WidenParams 
     }                                                                                                                                      \
     STORE_GATED(NAME, S, f32, float)                                                                                                       \
     STORE_GATED(NAME, S, bf16, __nv_bfloat16)                                                                                              \
-    STORE_PROJECTED(NAME, S)                                                                                                               \
+    STORE_PROJECTED(NAME, S, 1, decide_at_once)                                                                                            \
+    STORE_PROJECTED(NAME, S, 2, decide_by_warps)                                                                                           \
     extern "C" __global__ void scatter_rows_##NAME(const ScatterParams p) { cache::scatter<S>(p); }                                         \
     extern "C" __global__ void summarise_blocks_##NAME(const SummaryParams p) { cache::summaries<S>(p); }
 ROWS(f16, half)

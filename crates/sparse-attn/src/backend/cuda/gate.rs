@@ -12,6 +12,9 @@ const ROWS: usize = 8;
 const TILES: usize = 4;
 pub(super) const THREADS: usize = 512;
 
+/// Octets of positions that a thread block decides on at once by a gate of one layer.
+const OCTETS_AT_ONCE: usize = 32;
+
 /// Layers whose verdicts are brought to the host by a launch.
 const TOLD: usize = 32;
 
@@ -122,7 +125,7 @@ impl Verdict<'_> {
     }
 }
 
-/// A verdict by products that are there, and the octets of positions that it is on; `None`: they are not.
+/// A verdict by products that are there, and the thread blocks that make it; `None`: they are not.
 pub(super) fn of_projected(verdict: Verdict<'_>) -> Result<Option<(ProjectedParams, usize)>> {
     let Scores::Projected(Projected { sums, bias, last }) = &verdict.scored.scores else { return Ok(None) };
     let (places, step, rows) = (verdict.places()?, verdict.step, bias.dims1()?);
@@ -155,7 +158,8 @@ pub(super) fn of_projected(verdict: Verdict<'_>) -> Result<Option<(ProjectedPara
         sinks: verdict.sinks as i32,
         tau: verdict.scored.tau,
     };
-    Ok(Some((params, step.octets().len())))
+    let octets = step.octets().len();
+    Ok(Some((params, if last.is_some() { octets } else { octets.div_ceil(OCTETS_AT_ONCE) })))
 }
 
 /// Makes a verdict.

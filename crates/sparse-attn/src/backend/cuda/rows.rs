@@ -114,26 +114,31 @@ fn launch_store(params: StoreParams, step: Step, store: &LayerStore, verdict: Op
         ..params
     };
     let (kernels, name) = (Kernels::of(pages.device())?, name("store_step", store.k())?);
-    let blocks = |threads: usize| {
+    // No more than are there at once, those of a gate among them: some that begin late are what all wait for.
+    let blocks = |threads: usize, gates: usize| {
         let rows = step.len * (params.q_heads + 2 * params.kv_heads) as usize;
-        rows.div_ceil(threads / 32).min(STORING * STORED / threads * kernels.multiprocessors())
+        let most = STORING * STORED / threads * kernels.multiprocessors();
+        rows.div_ceil(threads / 32).min(most.saturating_sub(gates).max(most / 2))
     };
     // A gate is done meanwhile, but for those of many heads.
-    if let Some((gate, octets)) = verdict.map(gate::of_projected).transpose()?.flatten() {
-        let params = StoreProjectedParams { store: params, gate, gates: octets as i32 };
-        let spread = Spread::new([octets + blocks(STORED), 1, 1], STORED);
+    if let Some((gate, gates)) = verdict.map(gate::of_projected).transpose()?.flatten() {
+        let layers = if gate.weight == 0 { 1 } else { 2 };
+        let params = StoreProjectedParams { store: params, gate, gates: gates as i32 };
+        let spread = Spread::new([gates + blocks(STORED, gates), 1, 1], STORED);
         // SAFETY: as below, and the tensors of the gate have the shapes of its parameters.
-        return unsafe { kernels.launch_following(&format!("{name}_projected"), spread, &params) };
+        return unsafe { kernels.launch_following(&format!("{name}_projected_{layers}"), spread, &params) };
     }
     let gate = verdict.map(gate::Layer::of_verdict).transpose()?.flatten().filter(|gate| gate.grid[1] == 1);
     if let Some(gate) = gate {
         let (gates, name) = (gate.grid[0], format!("{name}_gate_{}", gate.dtype));
         let params = StoreGatedParams { store: params, gate: gate.params, gates: gates as i32 };
         // SAFETY: as below, and the tensors of the gate have the shapes of its parameters.
-        return unsafe { kernels.launch_following(&name, Spread::new([gates + blocks(gate::THREADS), 1, 1], gate::THREADS), &params) };
+        return unsafe {
+            kernels.launch_following(&name, Spread::new([gates + blocks(gate::THREADS, gates), 1, 1], gate::THREADS), &params)
+        };
     }
     // SAFETY: the table has a page for each position of the step; what the kernel reads lives until the stream frees it.
-    unsafe { kernels.launch_following(&name, Spread::new([blocks(STORED), 1, 1], STORED), &params) }?;
+    unsafe { kernels.launch_following(&name, Spread::new([blocks(STORED, 0), 1, 1], STORED), &params) }?;
     verdict.map_or(Ok(()), gate::note_verdicts)
 }
 
@@ -158,7 +163,7 @@ pub(crate) fn scatter_rows(pool: &Pool, rows: &Tensor, slots: &[u32]) -> Result<
 }
 
 /// Products that packing is worth its time for, if all that it may spare were spared: pairs of a query and a key, times their width.
-const PACKED_FROM: usize = 1 << 29;
+const PACKED_FROM: usize = 1 << 28;
 
 /// Kept tokens of a prompt, one after the other, for those of its queries of which no window has them.
 #[derive(Debug)]
