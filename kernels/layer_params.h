@@ -121,10 +121,9 @@ struct FetchParams {
 
 // Whole matrices of one width as bf16, one below the other. grid rows of all * columns / 8 / 256
 struct UnpackParams {
-    Matrix matrices[4];
-    void *out;             // [rows of all, columns] bf16
+    Matrix matrices[8];    // `out`: where their rows go, as bf16; of any width
+    int columns[8];        // multiples of 32
     int count;
-    int columns;
 };
 
 // Numbers in 8 bits. grid columns * tokens / 32 / 8

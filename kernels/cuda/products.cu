@@ -251,14 +251,18 @@ extern "C" __global__ void matrix_rows(const RowsParams p) {
 
 extern "C" __global__ void __launch_bounds__(products::UNPACK_THREADS) unpack_matrices(const __grid_constant__ UnpackParams p) {
     follow();
-    const int index = blockIdx.x * products::UNPACK_THREADS + threadIdx.x, of_row = p.columns / 8, place = index % of_row;
-    int row = index / of_row, of = 0;
-    while (of < p.count && row >= p.matrices[of].rows) row -= p.matrices[of++].rows;
+    int index = blockIdx.x * products::UNPACK_THREADS + threadIdx.x, of = 0; // eight weights of a matrix
+    for (; of < p.count; ++of) {
+        const int eights = p.matrices[of].rows * (p.columns[of] / 8);
+        if (index < eights) break;
+        index -= eights;
+    }
     if (of == p.count) return;
+    const int of_row = p.columns[of] / 8, place = index % of_row;
     float w[8];
-    products::eight_weights(w, p.matrices[of], row, p.columns, place / 4, place % 4);
+    products::eight_weights(w, p.matrices[of], index / of_row, p.columns[of], place / 4, place % 4);
     using T = __nv_bfloat16;
-    ((uint4 *)p.out)[index] = make_uint4(pack<T>(w[0], w[1]), pack<T>(w[2], w[3]), pack<T>(w[4], w[5]), pack<T>(w[6], w[7]));
+    ((uint4 *)p.matrices[of].out)[index] = make_uint4(pack<T>(w[0], w[1]), pack<T>(w[2], w[3]), pack<T>(w[4], w[5]), pack<T>(w[6], w[7]));
 }
 
 // grid (columns / 32 / 8 rounded up, tokens), 256 threads.

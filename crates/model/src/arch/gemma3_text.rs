@@ -3,7 +3,7 @@
 
 use super::{CausalLm, TokenStep};
 use crate::gpu::{self, DecoderParts, LayerParts};
-use crate::layers::{AttentionParts, Embedding, GatedMlp, OutputHead, Residual, RmsNorm, Rope, RopeTables, SelfAttention, name};
+use crate::layers::{AttentionParts, Embedding, GatedMlp, OutputHead, Residual, RmsNorm, Rope, RopeTables, SelfAttention, Unpacked, name};
 use crate::weights::{Scope, Weights};
 use crate::{Config, config::RopeConfig};
 use candle_core::{DType, Device, Result, Tensor};
@@ -71,10 +71,11 @@ impl SandwichLayer {
         step: Step,
         cache: &mut KvCache,
     ) -> Result<()> {
+        let unpacked = Unpacked::of(&self.attention, &self.mlp, attention, step.len)?;
         let x = stream.norm(&self.attention_norm, self.attention.dtype_of_input(step.len, attention))?;
-        stream.add(self.attention.forward(&x, rope, attention, step, cache)?, Some(&self.post_attention_norm))?;
+        stream.add(self.attention.forward(&x, &unpacked, rope, attention, step, cache)?, Some(&self.post_attention_norm))?;
         let x = stream.norm(&self.mlp_norm, self.mlp.dtype_of_input(step.len))?;
-        stream.add(self.mlp.forward(&x)?, Some(&self.post_mlp_norm))
+        stream.add(self.mlp.forward(&x, &unpacked)?, Some(&self.post_mlp_norm))
     }
 }
 

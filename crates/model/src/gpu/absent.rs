@@ -1,6 +1,6 @@
 //! What stands for a GPU in a build without one: nothing gets here, since no tensor can be on it.
 
-use super::DecoderParts;
+use super::{DecoderParts, Group};
 use crate::arch::TokenStep;
 use crate::config::Activation;
 use candle_core::quantized::GgmlDType;
@@ -24,8 +24,8 @@ impl DeviceMatrix {
         matrices.iter().map(|matrix| match **matrix {}).collect()
     }
 
-    pub(crate) fn multiply_joined(matrices: &[&Self], _beside: Option<&Tensor>, _x: &Tensor, _rows: usize) -> Result<Option<Tensor>> {
-        matrices.first().map_or(Ok(None), |matrix| match **matrix {})
+    pub(crate) fn unpack_groups(_groups: &[Group<'_, Self>], _tokens: usize) -> Result<Option<Vec<Tensor>>> {
+        Ok(None)
     }
 
     pub(crate) fn rounds(&self, _tokens: usize) -> bool {
@@ -54,6 +54,11 @@ pub(crate) fn angles(_frequencies: &[f64], _magnitude: f64, _step: Step, _device
 
 /// Only tensors of a GPU get there.
 pub(crate) fn rotated(_q: &Tensor, _k: &Tensor, _angles: [&Tensor; 2], _dtype: DType) -> Result<(Tensor, Tensor)> {
+    bail!("this build has no CUDA: build with --features cuda")
+}
+
+/// Only tensors of a GPU get there.
+pub(crate) fn multiply_unpacked(_weights: &Tensor, _x: &Tensor) -> Result<Tensor> {
     bail!("this build has no CUDA: build with --features cuda")
 }
 

@@ -5,19 +5,29 @@ mod cuda;
 #[cfg(feature = "cuda")]
 pub use cuda::DeviceMatrix;
 #[cfg(feature = "cuda")]
-pub(crate) use cuda::{add_norm, angles, fetch, gated, record, rotated};
+pub(crate) use cuda::{add_norm, angles, fetch, gated, multiply_unpacked, record, rotated};
 
 #[cfg(not(feature = "cuda"))]
 mod absent;
 #[cfg(not(feature = "cuda"))]
 pub use absent::DeviceMatrix;
 #[cfg(not(feature = "cuda"))]
-pub(crate) use absent::{add_norm, angles, fetch, gated, record, rotated};
+pub(crate) use absent::{add_norm, angles, fetch, gated, multiply_unpacked, record, rotated};
 
 use crate::config::{Activation, Config};
 use crate::layers::{GatedMlp, Linear, RmsNorm, Rope, SelfAttention};
 use crate::weights::Matrix;
+use candle_core::Tensor;
 use sparse_attn::HeadShape;
+
+/// Matrices that are multiplied with the same activations, and where there is one, a plain matrix of bf16 beside them.
+#[derive(Debug)]
+pub(crate) struct Group<'a, M> {
+    pub(crate) matrices: Vec<&'a M>,
+    pub(crate) beside: Option<&'a Tensor>,
+    /// The product has a multiple of so many rows.
+    pub(crate) whole: usize,
+}
 
 /// The parts of a decoder, for devices that run a step of one token as a whole.
 #[derive(Debug)]

@@ -1,6 +1,7 @@
-use super::{Linear, RmsNorm, RopeTables, name};
+use super::{Linear, RmsNorm, RopeTables, Unpacked, name};
 use crate::config::Config;
-use crate::weights::{Name, Scope};
+use crate::gpu::Group;
+use crate::weights::{Matrix, Name, Scope};
 use candle_core::{DType, Result, Tensor};
 use sparse_attn::{AttentionInput, HeadShape, KvCache, Products, ProductsInput, RoutedAttention, Step};
 
@@ -71,17 +72,32 @@ impl SelfAttention {
     ///
     /// # Errors
     /// If a shape does not fit the cache.
-    pub fn forward(&self, x: &Tensor, rope: &RopeTables, attention: &RoutedAttention, step: Step, cache: &mut KvCache) -> Result<Tensor> {
+    pub(crate) fn forward(
+        &self,
+        x: &Tensor,
+        unpacked: &Unpacked,
+        rope: &RopeTables,
+        attention: &RoutedAttention,
+        step: Step,
+        cache: &mut KvCache,
+    ) -> Result<Tensor> {
         let (q_heads, kv_heads, head_dim) = (self.shape.q_heads(), self.shape.kv_heads(), self.shape.head_dim());
         let parts = &self.parts;
         let projections = [&parts.q_proj, &parts.k_proj, &parts.v_proj];
-        let (heads, asked) = ([q_heads, kv_heads, kv_heads], attention.routing().token_router.projection(self.layer));
-        let (products, projected) = Linear::products(projections, asked, x, heads, head_dim)?;
+        let qkv = match &unpacked.qkv {
+            None if x.dtype() == DType::BF16 => {
+                Matrix::unpack_groups(&[self.qkv_group(attention)], step.len)?.and_then(|mut one| one.pop())
+            }
+            weights => weights.clone(),
+        };
+        let asked = attention.routing().token_router.projection(self.layer).map_or(Ok(0), |asked| asked.dim(0))?;
+        let heads = [q_heads, kv_heads, kv_heads];
+        let (products, projected) = Linear::products(projections, qkv.as_ref(), x, heads, head_dim, asked)?;
         let dtype = parts.o_proj.weight().dtype_of_activations(step.len);
         let (hidden, projected, scale) = (x, projected.as_ref(), self.scale);
         let input = ProductsInput { hidden, projected, products: self.products(&products, rope), scale };
         if let Some(out) = attention.forward_products(self.layer, input, step, cache, dtype)? {
-            return parts.o_proj.forward(&out.reshape((step.len, q_heads * head_dim))?);
+            return parts.o_proj.forward_by(unpacked.output.as_ref(), &out.reshape((step.len, q_heads * head_dim))?);
         }
         let [mut q, mut k, v] = Linear::add_biases(projections, products)?;
         if let Some((q_norm, k_norm)) = &parts.qk_norm {
@@ -90,7 +106,19 @@ impl SelfAttention {
         let (q, rotated) = rope.apply(&q, &k, attention.dtype_of_queries(cache.layer(self.layer)))?;
         let input = AttentionInput { hidden, projected, q: &q, k: &rotated, k_before_rope: &k, v: &v, scale };
         let out = attention.forward_as(self.layer, input, step, cache, dtype)?;
-        parts.o_proj.forward(&out.reshape((step.len, q_heads * head_dim))?)
+        parts.o_proj.forward_by(unpacked.output.as_ref(), &out.reshape((step.len, q_heads * head_dim))?)
+    }
+
+    /// The weights that its input is multiplied with, those of a token router among them, to whole heads.
+    pub(crate) fn qkv_group<'a>(&'a self, attention: &'a RoutedAttention) -> Group<'a, Matrix> {
+        let AttentionParts { q_proj, k_proj, v_proj, .. } = &self.parts;
+        let beside = attention.routing().token_router.projection(self.layer);
+        Group { matrices: vec![q_proj.weight(), k_proj.weight(), v_proj.weight()], beside, whole: self.shape.head_dim() }
+    }
+
+    /// The weights that its output is multiplied with.
+    pub(crate) fn output_group(&self) -> Group<'_, Matrix> {
+        self.parts.o_proj.group()
     }
 
     /// What queries, keys and values are made of.

@@ -1,3 +1,4 @@
+use crate::gpu::{self, Group};
 use crate::weights::{Matrix, Name, Scope};
 use candle_core::{DType, Result, Tensor};
 
@@ -36,6 +37,11 @@ impl Linear {
         &self.weight
     }
 
+    /// Its weight, to be unpacked by itself.
+    pub(crate) fn group(&self) -> Group<'_, Matrix> {
+        Group { matrices: vec![&self.weight], beside: None, whole: 1 }
+    }
+
     /// `[out]`, where there is one.
     pub fn bias(&self) -> Option<&Tensor> {
         self.bias.as_ref()
@@ -49,52 +55,49 @@ impl Linear {
         self.add_bias(self.weight.multiply(x)?)
     }
 
-    /// [`Linear::forward`] of projections that read the same `x`, to so many heads of `width` numbers each: `[tokens, heads, width]`. What they give
-    /// for a token is contiguous, but may lie among what the others give.
+    /// [`Linear::forward`] by weights that were unpacked, where they were.
     ///
     /// # Errors
-    /// If a width differs.
-    pub fn forward_each<const N: usize>(projections: [&Self; N], x: &Tensor, heads: [usize; N], width: usize) -> Result<[Tensor; N]> {
-        Self::add_biases(projections, Self::products(projections, None, x, heads, width)?.0)
+    /// If the widths differ.
+    pub(crate) fn forward_by(&self, unpacked: Option<&Tensor>, x: &Tensor) -> Result<Tensor> {
+        match unpacked {
+            Some(weights) => self.add_bias(gpu::multiply_unpacked(weights, x)?),
+            None => self.forward(x),
+        }
     }
 
-    /// The same before biases are added, and the product with a matrix `beside` them, bf16 `[rows, in]`: `[tokens, rows]`. `None`: there is none, or
-    /// it would have been a product by itself.
+    /// Products of projections that read the same `x`, to so many heads of `width` numbers each, `[tokens, heads, width]`, without biases. What they
+    /// give for a token is contiguous, but may lie among what the others give. Where their weights were unpacked, `beside` rows of another matrix after
+    /// them give the last tensor, `[tokens, beside]`.
     ///
     /// # Errors
     /// If a width differs.
-    pub fn products<const N: usize>(
+    pub(crate) fn products<const N: usize>(
         projections: [&Self; N],
-        beside: Option<&Tensor>,
+        unpacked: Option<&Tensor>,
         x: &Tensor,
         heads: [usize; N],
         width: usize,
+        beside: usize,
     ) -> Result<([Tensor; N], Option<Tensor>)> {
-        let weights = projections.map(|projection| &projection.weight);
         let (tokens, own) = (x.dim(0)?, heads.iter().sum::<usize>());
-        let others = beside.map_or(Ok(0), |beside| beside.dim(0))?;
-        // Whole heads, so that all can be taken as such.
-        let all_heads = own + others.div_ceil(width);
-        let (products, beside) = match Matrix::multiply_joined(&weights, beside, x, all_heads * width)? {
-            Some(all) => {
-                let beside = beside.map(|_| all.narrow(1, own * width, others)).transpose()?;
-                let all = all.reshape((tokens, all_heads, width))?;
-                let mut first = 0;
-                let part = |heads: &usize| {
-                    first += heads;
-                    all.narrow(1, first - heads, *heads)
-                };
-                (heads.iter().map(part).collect::<Result<Vec<_>>>()?, beside)
-            }
-            None => {
-                let each = Matrix::multiply_each(&weights, x)?;
-                (each.iter().zip(heads).map(|(y, heads)| y.reshape((tokens, heads, width))).collect::<Result<_>>()?, None)
-            }
+        let Some(weights) = unpacked else {
+            let each = Matrix::multiply_each(&projections.map(|projection| &projection.weight), x)?;
+            let each = each.iter().zip(heads).map(|(y, heads)| y.reshape((tokens, heads, width))).collect::<Result<_>>()?;
+            return Ok((all_of(each)?, None));
         };
-        Ok((all_of(products)?, beside))
+        let all = gpu::multiply_unpacked(weights, x)?;
+        let beside = if beside > 0 { Some(all.narrow(1, own * width, beside)?) } else { None };
+        let all = all.reshape((tokens, all.dim(1)? / width, width))?;
+        let mut first = 0;
+        let part = |heads: &usize| {
+            first += heads;
+            all.narrow(1, first - heads, *heads)
+        };
+        Ok((all_of(heads.iter().map(part).collect::<Result<Vec<_>>>()?)?, beside))
     }
 
-    /// Adds to [`Linear::products`] what is left of [`Linear::forward_each`].
+    /// Adds the biases to [`Linear::products`].
     ///
     /// # Errors
     /// If a shape differs.

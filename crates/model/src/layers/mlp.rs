@@ -1,7 +1,8 @@
 use super::fused::gated;
-use super::{Linear, name};
+use super::{Linear, Unpacked, name};
 use crate::config::{Activation, Config};
-use crate::weights::Scope;
+use crate::gpu::Group;
+use crate::weights::{Matrix, Scope};
 use candle_core::{DType, Result, Tensor};
 
 /// `down(activation(gate(x)) * up(x))`
@@ -44,11 +45,27 @@ impl GatedMlp {
     ///
     /// # Errors
     /// If the widths differ.
-    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let [gate, up] = Linear::forward_each([&self.gate, &self.up], x, [1, 1], self.inner)?;
+    pub(crate) fn forward(&self, x: &Tensor, unpacked: &Unpacked) -> Result<Tensor> {
+        let (projections, tokens) = ([&self.gate, &self.up], x.dim(0)?);
+        let gate_up = match &unpacked.gate_up {
+            None if x.dtype() == DType::BF16 => Matrix::unpack_groups(&[self.gate_up_group()], tokens)?.and_then(|mut one| one.pop()),
+            weights => weights.clone(),
+        };
+        let (products, _) = Linear::products(projections, gate_up.as_ref(), x, [1, 1], self.inner, 0)?;
+        let [gate, up] = Linear::add_biases(projections, products)?;
         let (gate, up) = (gate.squeeze(1)?, up.squeeze(1)?);
-        let inner = gated(self.activation, gate, &up, self.down.weight().dtype_of_activations(x.dim(0)?))?;
+        let inner = gated(self.activation, gate, &up, self.down.weight().dtype_of_activations(tokens))?;
         drop(up);
-        self.down.forward(&inner)
+        self.down.forward_by(unpacked.down.as_ref(), &inner)
+    }
+
+    /// The weights that its input is multiplied with.
+    pub(crate) fn gate_up_group(&self) -> Group<'_, Matrix> {
+        Group { matrices: vec![self.gate.weight(), self.up.weight()], beside: None, whole: 1 }
+    }
+
+    /// The weights that are multiplied last.
+    pub(crate) fn down_group(&self) -> Group<'_, Matrix> {
+        self.down.group()
     }
 }

@@ -9,6 +9,7 @@ mod norm;
 mod pre_norm;
 mod residual;
 mod rope;
+mod unpacked;
 
 pub use attention::{AttentionParts, SelfAttention};
 pub use embedding::{Embedding, OutputHead};
@@ -18,6 +19,8 @@ pub use norm::RmsNorm;
 pub use pre_norm::{PreNormDecoder, PreNormLayer};
 pub use residual::Residual;
 pub use rope::{Rope, RopeTables};
+
+pub(crate) use unpacked::Unpacked;
 
 use crate::weights::Name;
 

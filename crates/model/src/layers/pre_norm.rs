@@ -1,4 +1,4 @@
-use super::{AttentionParts, Embedding, GatedMlp, OutputHead, Residual, RmsNorm, Rope, RopeTables, SelfAttention, name};
+use super::{AttentionParts, Embedding, GatedMlp, OutputHead, Residual, RmsNorm, Rope, RopeTables, SelfAttention, Unpacked, name};
 use crate::arch::{CausalLm, TokenStep};
 use crate::config::Config;
 use crate::gpu::{self, DecoderParts, LayerParts};
@@ -34,10 +34,11 @@ impl PreNormLayer {
         step: Step,
         cache: &mut KvCache,
     ) -> Result<()> {
+        let unpacked = Unpacked::of(&self.attention, &self.mlp, attention, step.len)?;
         let x = stream.norm(&self.attention_norm, self.attention.dtype_of_input(step.len, attention))?;
-        stream.add(self.attention.forward(&x, rope, attention, step, cache)?, None)?;
+        stream.add(self.attention.forward(&x, &unpacked, rope, attention, step, cache)?, None)?;
         let x = stream.norm(&self.mlp_norm, self.mlp.dtype_of_input(step.len))?;
-        stream.add(self.mlp.forward(&x)?, None)
+        stream.add(self.mlp.forward(&x, &unpacked)?, None)
     }
 }
 

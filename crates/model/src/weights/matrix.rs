@@ -1,5 +1,5 @@
 use super::{Arithmetic, Tiles, product};
-use crate::gpu::DeviceMatrix;
+use crate::gpu::{DeviceMatrix, Group};
 use candle_core::quantized::{GgmlDType, QMatMul, QTensor};
 use candle_core::{DType, Device, Module, Result, Tensor};
 use std::sync::Arc;
@@ -101,13 +101,14 @@ impl Matrix {
         }
     }
 
-    /// [`Matrix::multiply`] of several matrices, and of a plain one in bf16, with the same `x` as one product, `[tokens, rows]`, where a GPU does that.
-    /// There may be more rows than theirs; those are of no meaning.
-    ///
-    /// # Errors
-    /// If a width differs.
-    pub(crate) fn multiply_joined(matrices: &[&Self], beside: Option<&Tensor>, x: &Tensor, rows: usize) -> Result<Option<Tensor>> {
-        Self::on_device(matrices).map_or(Ok(None), |matrices| DeviceMatrix::multiply_joined(&matrices, beside, x, rows))
+    /// Weights of groups of matrices in 16 bits, where a GPU unpacks them to multiply them with so many tokens; see [`DeviceMatrix::unpack_groups`].
+    pub(crate) fn unpack_groups(groups: &[Group<'_, Self>], tokens: usize) -> Result<Option<Vec<Tensor>>> {
+        let mut on_device = Vec::with_capacity(groups.len());
+        for group in groups {
+            let Some(matrices) = Self::on_device(&group.matrices) else { return Ok(None) };
+            on_device.push(Group { matrices, beside: group.beside, whole: group.whole });
+        }
+        DeviceMatrix::unpack_groups(&on_device, tokens)
     }
 
     /// The matrices, where all are on a GPU.

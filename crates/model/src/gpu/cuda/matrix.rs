@@ -1,5 +1,6 @@
 //! A matrix on the GPU: multiplied as it is with few tokens, unpacked to 16 bits with many.
 
+use super::super::Group;
 use super::gemm::{Arithmetic, Gemm};
 use super::pack::{self, Format};
 use super::params::{Decisions, Matrix, ProductParams, QuantizeParams, RoundParams, RowsParams, UnpackParams};
@@ -12,9 +13,10 @@ use std::sync::Arc;
 /// Tokens up to which blocks are multiplied as they are: more are faster through the tensor cores.
 const FEW_TOKENS: usize = 8;
 
-/// Matrices that are unpacked by a kernel, and bytes of those that are multiplied as one: more would be much beside the activations.
-const JOINED: usize = 4;
-const JOINED_BYTES: usize = 64 << 20;
+/// Matrices that are unpacked by a kernel, and bytes of those that are unpacked before they are needed: more would be much beside the
+/// activations, and take so long that a launch less is nothing.
+const UNPACKED: usize = 8;
+const UNPACKED_BYTES: usize = 64 << 20;
 
 /// Weights of a unit: what a lane of the kernels takes at a time.
 const UNIT: usize = 32;
@@ -161,22 +163,21 @@ impl DeviceMatrix {
         !matches!(self.format, Format::F32 | Format::F16)
     }
 
-    /// `x W'` of matrices that are multiplied with the same `x` `[tokens, columns]`, bf16, and of a plain one `beside` them, as one product: `[tokens, rows]` f32, where
-    /// rows beyond theirs are of no meaning. `None`: they are not, since they are too large, or not unpacked for it anyway.
+    /// Unpacks matrices to be multiplied with so many tokens, each group as one product by [`multiply_unpacked`]: `[rows, columns]` bf16, where rows
+    /// beyond theirs are of no meaning. `None`: they are too large to be there at once, or not unpacked anyway.
     ///
     /// # Errors
-    /// As [`DeviceMatrix::multiply_each`].
-    pub(crate) fn multiply_joined(matrices: &[&Self], beside: Option<&Tensor>, x: &Tensor, rows: usize) -> Result<Option<Tensor>> {
-        let (tokens, columns) = x.dims2()?;
-        let joins = |matrix: &&Self| matrix.rounds(tokens) && matrix.format != Format::Bf16 && matrix.columns == columns;
-        let fits = matrices.len() + usize::from(beside.is_some()) <= JOINED && rows * columns * size_of::<u16>() <= JOINED_BYTES;
-        if x.dtype() != DType::BF16 || !fits || !matrices.iter().all(joins) {
+    /// If widths of a group differ, or the device is out of memory.
+    pub(crate) fn unpack_groups(groups: &[Group<'_, Self>], tokens: usize) -> Result<Option<Vec<Tensor>>> {
+        let Some(first) = groups.first().and_then(|group| group.matrices.first()) else { return Ok(None) };
+        let is_unpacked = |matrix: &&Self| matrix.rounds(tokens) && matrix.format != Format::Bf16;
+        let count: usize = groups.iter().map(|group| group.matrices.len() + usize::from(group.beside.is_some())).sum();
+        let numbers: usize = groups.iter().map(|group| group.rows() * group.columns()).sum();
+        let is_little = count <= UNPACKED && numbers * size_of::<u16>() <= UNPACKED_BYTES;
+        if !is_little || !groups.iter().all(|group| group.matrices.iter().all(is_unpacked)) {
             return Ok(None);
         }
-        let beside = beside.map(Self::from_tensor).transpose()?;
-        let all: Vec<&Self> = matrices.iter().copied().chain(&beside).collect();
-        let Some(first) = all.first() else { return Ok(None) };
-        first.gemm.multiply(&Self::unpacked(&all, rows)?, &x.contiguous()?, Arithmetic::Bf16).map(Some)
+        first.unpack(groups).map(Some)
     }
 
     fn multiply_many(&self, x: &Tensor, rounded: Option<&Tensor>) -> Result<Tensor> {
@@ -185,34 +186,51 @@ impl DeviceMatrix {
             // The 10 bits of f16 are those of tf32, whose exponents are f32's.
             (Format::F16, _) => self.gemm.multiply(&self.planes[0].to_dtype(DType::F32)?, x, Arithmetic::Tf32),
             (Format::Bf16, Some(rounded)) => self.gemm.multiply(&self.planes[0], rounded, Arithmetic::Bf16),
-            (_, Some(rounded)) => self.gemm.multiply(&Self::unpacked(&[self], self.rows)?, rounded, Arithmetic::Bf16),
+            (_, Some(rounded)) => {
+                self.gemm.multiply(&self.unpack(&[Group { matrices: vec![self], beside: None, whole: 1 }])?[0], rounded, Arithmetic::Bf16)
+            }
             (_, None) => bail!("cuda: activations were not rounded"),
         }
     }
 
-    /// All weights as bf16, one matrix below the other, `[room, columns]`: rows beyond theirs are of no meaning.
-    fn unpacked(matrices: &[&Self], room: usize) -> Result<Tensor> {
-        let (Some(first), true) = (matrices.first(), matrices.len() <= JOINED) else {
-            bail!("cuda: {} matrices to unpack", matrices.len())
-        };
-        let (rows, columns) = (matrices.iter().map(|matrix| matrix.rows).sum::<usize>(), first.columns);
-        if rows > room || matrices.iter().any(|matrix| matrix.columns != columns) {
-            bail!(
-                "cuda: room for {room} rows of {columns}, unpacking {:?}",
-                matrices.iter().map(|matrix| [matrix.rows, matrix.columns]).collect::<Vec<_>>()
-            );
+    /// [`DeviceMatrix::unpack_groups`] of any size.
+    fn unpack(&self, groups: &[Group<'_, Self>]) -> Result<Vec<Tensor>> {
+        let device = self.planes.first().map_or(&Device::Cpu, Tensor::device);
+        let all = uninitialised(groups.iter().map(|group| group.rows() * group.columns()).sum::<usize>(), DType::BF16, device)?;
+        let (mut params, mut outs, mut first, mut eights) = (UnpackParams::default(), Vec::with_capacity(groups.len()), 0, 0);
+        for group in groups {
+            let columns = group.columns();
+            let mut room = group.rows() * columns;
+            let out = all.narrow(0, first, room)?.reshape((group.rows(), columns))?;
+            first += room;
+            let mut to = address(&out)?;
+            let mut parts = Vec::with_capacity(group.matrices.len() + 1);
+            for matrix in &group.matrices {
+                parts.push((matrix.params(0, 0)?, matrix.columns));
+            }
+            if let Some(plain) = group.beside {
+                parts.push((plain_bf16(plain)?, plain.dim(1)?));
+            }
+            for (matrix, width) in parts {
+                let own = matrix.rows as usize * columns;
+                let at = params.count as usize;
+                if width != columns || own > room || at == UNPACKED {
+                    bail!(
+                        "cuda: matrix {at} of {UNPACKED}, {} rows of {width}, where {} of {columns} are to be",
+                        matrix.rows,
+                        room / columns
+                    );
+                }
+                (params.matrices[at], params.columns[at], params.count) = (Matrix { out: to, ..matrix }, columns as i32, at as i32 + 1);
+                to += (own * size_of::<u16>()) as u64;
+                (room, eights) = (room - own, eights + own / OF_A_THREAD);
+            }
+            outs.push(out);
         }
-        let device = first.planes.first().map_or(&Device::Cpu, Tensor::device);
-        let out = uninitialised((room, columns), DType::BF16, device)?;
-        let mut params =
-            UnpackParams { out: address(&out)?, count: matrices.len() as i32, columns: columns as i32, ..UnpackParams::default() };
-        for (to, matrix) in params.matrices.iter_mut().zip(matrices) {
-            *to = matrix.params(0, 0)?;
-        }
-        let spread = Spread::new([(rows * columns / OF_A_THREAD).div_ceil(UNPACK_THREADS), 1, 1], UNPACK_THREADS);
-        // SAFETY: the tensor has room for the rows of all matrices, which are of one width.
-        unsafe { first.kernels.launch_following("unpack_matrices", spread, &params) }?;
-        Ok(out)
+        let spread = Spread::new([eights.div_ceil(UNPACK_THREADS), 1, 1], UNPACK_THREADS);
+        // SAFETY: there is room for the rows of all matrices, which are as wide as they are said to be.
+        unsafe { self.kernels.launch_following("unpack_matrices", spread, &params) }?;
+        Ok(outs)
     }
 
     /// Rows by index: ids `[tokens]` u32 -> `[tokens, columns]` f32.
@@ -234,6 +252,33 @@ impl DeviceMatrix {
         // Begins when all before it is done, unlike kernels that follow: those further on may read a step's position before they wait.
         // SAFETY: the caller's.
         unsafe { self.kernels.launch("matrix_rows", spread, &params) }
+    }
+}
+
+/// `x W'` of what was unpacked, `[rows, columns]` and `x` `[tokens, columns]`, bf16: `[tokens, rows]` f32.
+///
+/// # Errors
+/// If a width differs, or the device is out of memory.
+pub(crate) fn multiply_unpacked(weights: &Tensor, x: &Tensor) -> Result<Tensor> {
+    Gemm::of(x.device())?.multiply(weights, &x.contiguous()?, Arithmetic::Bf16)
+}
+
+/// A matrix of bf16, as kernels take it.
+fn plain_bf16(plain: &Tensor) -> Result<Matrix> {
+    if plain.dtype() != DType::BF16 {
+        bail!("cuda: {:?} {:?} beside other matrices, it should be bf16", plain.dtype(), plain.dims());
+    }
+    Ok(Matrix { planes: [address(plain)?, 0, 0, 0], rows: plain.dim(0)? as i32, format: Format::Bf16 as i32, ..Matrix::default() })
+}
+
+impl Group<'_, DeviceMatrix> {
+    fn rows(&self) -> usize {
+        let beside = self.beside.map_or(0, |plain| plain.dims().first().copied().unwrap_or(0));
+        (self.matrices.iter().map(|matrix| matrix.rows).sum::<usize>() + beside).next_multiple_of(self.whole)
+    }
+
+    fn columns(&self) -> usize {
+        self.matrices.first().map_or(0, |matrix| matrix.columns)
     }
 }
 

@@ -12,6 +12,7 @@ mod step;
 
 pub(crate) use gated::gated;
 pub use matrix::DeviceMatrix;
+pub(crate) use matrix::multiply_unpacked;
 pub(crate) use norm::add_norm;
 pub(crate) use rotated::{angles, rotated};
 pub(crate) use step::record;

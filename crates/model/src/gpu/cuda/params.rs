@@ -24,8 +24,8 @@ sparse_attn::mirrors! { "layer_params.h":
     RowsParams { matrix: Matrix, ids: u64, out: u64, columns: i32, factor: f32 }
     /// Numbers from the host.
     FetchParams { from: u64, to: u64, count: i32 }
-    /// A matrix as bf16.
-    UnpackParams { matrices: [Matrix; 4], out: u64, count: i32, columns: i32 }
+    /// Matrices as bf16.
+    UnpackParams { matrices: [Matrix; 8], columns: [i32; 8], count: i32 }
     /// Numbers in 8 bits.
     QuantizeParams { x: u64, out: u64, columns: i32, tokens: i32 }
     /// f32 to bf16.
