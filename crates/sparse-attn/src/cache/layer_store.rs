@@ -420,8 +420,11 @@ impl LayerStore {
     }
 
     /// Where the device is to note the verdicts on the next step.
-    pub(super) fn note_verdicts_in(&mut self, noted: Arc<Pinned<u8>>, first: usize) {
-        self.noted = self.admitted.is_some().then_some((noted, first));
+    pub(super) fn note_verdicts_in(&mut self, noted: &Arc<Pinned<u8>>, first: usize) {
+        let is_there = self.noted.as_ref().is_some_and(|(had, at)| Arc::ptr_eq(had, noted) && *at == first);
+        if self.admitted.is_some() && !is_there {
+            self.noted = Some((noted.clone(), first));
+        }
     }
 
     /// What the host is to learn of the running step, if only the device knows it.

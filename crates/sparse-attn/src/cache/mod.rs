@@ -298,7 +298,7 @@ impl KvCache {
         let Some(noted) = &self.noted else { return Ok(()) };
         let mut first = 0;
         for (layer, room) in self.layers.iter_mut().zip(rooms) {
-            layer.note_verdicts_in(noted.clone(), first);
+            layer.note_verdicts_in(noted, first);
             first += room;
         }
         Ok(())
