@@ -9,7 +9,9 @@ use sparse_attn::backend::{AttentionBackend, Cpu, Reference};
 use sparse_attn::block_router::{self, Bound, Mean, Spread};
 use sparse_attn::select::{Budget, Limits, Selection};
 use sparse_attn::token_router::{self, Feedforward, Gate, GateLayer, Random, TokenRouter};
-use sparse_attn::{Attended, AttentionInput, HeadShape, KvCache, KvDtype, LayerSpec, Observer, RoutedAttention, Routing, Step};
+use sparse_attn::{
+    Attended, AttentionInput, HeadShape, KvCache, KvDtype, LayerSpec, Observer, Products, ProductsInput, RoutedAttention, Routing, Step,
+};
 use std::sync::{Arc, Mutex};
 
 /// `q_heads, kv_heads, head_dim, sliding_window`: SmolLM2, Qwen 0.5B, Gemma 3, Mistral, Qwen 1.5B, and odd ones.
@@ -166,6 +168,83 @@ fn dense_attention_is_that_of_the_host() -> Result<()> {
                 assert!(error < tolerance(dtype), "{shape:?} {dtype:?} in {chunks:?}: {error}");
             }
         }
+    }
+    Ok(())
+}
+
+/// What is done to products on the host, all `[tokens, heads, head_dim]`.
+fn made(x: &Tensor, bias: Option<&Tensor>, norm: Option<&Tensor>, angles: Option<&[Tensor; 2]>) -> Result<Tensor> {
+    let (_, heads, head_dim) = x.dims3()?;
+    let mut x = x.clone();
+    if let Some(bias) = bias {
+        x = x.broadcast_add(&bias.reshape((heads, head_dim))?)?;
+    }
+    if let Some(norm) = norm {
+        let squares = (x.sqr()?.mean_keepdim(2)? + f64::from(EPS))?;
+        x = x.broadcast_div(&squares.sqrt()?)?.broadcast_mul(norm)?;
+    }
+    let Some([cos, sin]) = angles else { return Ok(x) };
+    let half = |first| x.narrow(2, first, head_dim / 2);
+    let (a, b, cos, sin) = (half(0)?, half(head_dim / 2)?, cos.unsqueeze(1)?, sin.unsqueeze(1)?);
+    let low = (a.broadcast_mul(&cos)? - b.broadcast_mul(&sin)?)?;
+    let high = (a.broadcast_mul(&sin)? + b.broadcast_mul(&cos)?)?;
+    Tensor::cat(&[low, high], 2)
+}
+
+const EPS: f32 = 1e-3;
+
+#[test]
+fn products_become_the_queries_keys_and_values_that_the_host_makes() -> Result<()> {
+    let Some(device) = gpu() else { return Ok(()) };
+    for ((index, shape), dtype) in SHAPES.into_iter().enumerate().zip([KvDtype::F16, KvDtype::Bf16, KvDtype::Q8_0].into_iter().cycle()) {
+        let (q_heads, kv_heads, head_dim, _) = shape;
+        let case = Case::new(shape, 200)?;
+        let tokens = case.q.dim(0)?;
+        let heads = [q_heads, kv_heads, kv_heads];
+        // With biases, with norms, with both, with neither.
+        let biases = if index % 2 == 0 { heads.map(|heads| normal(4, &[heads * head_dim]).ok()) } else { [None, None, None] };
+        let norms = if index / 2 % 2 == 0 { Some([normal(5, &[head_dim])?, normal(6, &[head_dim])?]) } else { None };
+        let turns = normal(7, &[tokens, head_dim / 2])?;
+        let angles = [turns.cos()?, turns.sin()?];
+        let norm = |index: usize| norms.as_ref().map(|norms| &norms[index]);
+        let host = Case {
+            spec: case.spec,
+            q: made(&case.q, biases[0].as_ref(), norm(0), Some(&angles))?,
+            k: made(&case.k, biases[1].as_ref(), norm(1), Some(&angles))?,
+            v: made(&case.v, biases[2].as_ref(), None, None)?,
+        };
+        let chunks = [37, 1, 64, 3];
+        let (want, _) = host.run(&RoutedAttention::dense(Arc::new(Cpu)), dtype, &Device::Cpu, &chunks)?;
+        let attention = on_gpu(&device, Routing::dense())?;
+        let mut cache = KvCache::new(&[case.spec], dtype.into(), &device, 0)?;
+        let here = |x: &Tensor| x.to_device(&device);
+        let biases = biases.iter().map(|bias| bias.as_ref().map(here).transpose()).collect::<Result<Vec<_>>>()?;
+        let norms = norms.map(|[q, k]| Ok::<_, candle_core::Error>([here(&q)?, here(&k)?])).transpose()?;
+        let (mut parts, mut chunks) = (Vec::new(), chunks.into_iter().cycle());
+        while cache.len() < tokens {
+            let step = cache.reserve(chunks.next().unwrap_or(1).min(tokens - cache.len()))?;
+            // Side by side, as one product gives them.
+            let part = |x: &Tensor| here(&x.narrow(0, step.start, step.len)?);
+            let all = Tensor::cat(&[part(&case.q)?, part(&case.k)?, part(&case.v)?], 1)?;
+            let (q, k) = (all.narrow(1, 0, q_heads)?, all.narrow(1, q_heads, kv_heads)?);
+            let v = all.narrow(1, q_heads + kv_heads, kv_heads)?;
+            let [cos, sin] = [part(&angles[0])?, part(&angles[1])?];
+            let products = Products {
+                q: &q,
+                k: &k,
+                v: &v,
+                biases: [biases[0].as_ref(), biases[1].as_ref(), biases[2].as_ref()],
+                norms: norms.as_ref().map(|[q, k]| ([q, k], EPS)),
+                angles: [&cos, &sin],
+            };
+            let scale = 1.0 / (head_dim as f32).sqrt();
+            let input = ProductsInput { hidden: &q, projected: None, products, scale };
+            let out = attention.forward_products(0, input, step, &mut cache, DType::F32)?;
+            parts.push(out.expect("a GPU takes products").to_device(&Device::Cpu)?);
+            cache.commit(step)?;
+        }
+        let error = far(&Tensor::cat(&parts, 0)?, &want)?;
+        assert!(error < 2.0 * tolerance(dtype), "{shape:?} {dtype:?}: off by {error}");
     }
     Ok(())
 }

@@ -96,16 +96,18 @@ impl SelfAttention {
         let dtype = parts.o_proj.weight().dtype_of_activations(step.len);
         let (hidden, projected, scale) = (x, projected.as_ref(), self.scale);
         let input = ProductsInput { hidden, projected, products: self.products(&products, rope), scale };
-        if let Some(out) = attention.forward_products(self.layer, input, step, cache, dtype)? {
-            return parts.o_proj.forward_by(unpacked.output.as_ref(), &out.reshape((step.len, q_heads * head_dim))?);
-        }
-        let [mut q, mut k, v] = Linear::add_biases(projections, products)?;
-        if let Some((q_norm, k_norm)) = &parts.qk_norm {
-            (q, k) = (q_norm.forward(&q)?, k_norm.forward(&k)?);
-        }
-        let (q, rotated) = rope.apply(&q, &k, attention.dtype_of_queries(cache.layer(self.layer)))?;
-        let input = AttentionInput { hidden, projected, q: &q, k: &rotated, k_before_rope: &k, v: &v, scale };
-        let out = attention.forward_as(self.layer, input, step, cache, dtype)?;
+        let out = match attention.forward_products(self.layer, input, step, cache, dtype)? {
+            Some(out) => out,
+            None => {
+                let [mut q, mut k, v] = Linear::add_biases(projections, products)?;
+                if let Some((q_norm, k_norm)) = &parts.qk_norm {
+                    (q, k) = (q_norm.forward(&q)?, k_norm.forward(&k)?);
+                }
+                let (q, rotated) = rope.apply(&q, &k, attention.dtype_of_queries(cache.layer(self.layer)))?;
+                let input = AttentionInput { hidden, projected, q: &q, k: &rotated, k_before_rope: &k, v: &v, scale };
+                attention.forward_as(self.layer, input, step, cache, dtype)?
+            }
+        };
         parts.o_proj.forward_by(unpacked.output.as_ref(), &out.reshape((step.len, q_heads * head_dim))?)
     }
 
