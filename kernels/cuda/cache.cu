@@ -454,8 +454,10 @@ extern "C" __global__ void __launch_bounds__(256) widen_bytes(const WidenParams 
         if ((int)blockIdx.x < p.gates) cache::gate<T, 1>(p.gate);                                                                          \
         else cache::store<S>(p.store, blockIdx.x - p.gates, gridDim.x - p.gates);                                                          \
     }
+// As many at once as there would be of a kernel that only stores: what a gate of two layers lacks registers for is not much.
 #define STORE_PROJECTED(NAME, S, LAYERS, DECIDE)                                                                                           \
-    extern "C" __global__ void __launch_bounds__(256) store_step_##NAME##_projected_##LAYERS(const StoreProjectedParams p) {                \
+    extern "C" __global__ void __launch_bounds__(256, std::is_same_v<S, Bytes> ? 6 : 8)                                                     \
+        store_step_##NAME##_projected_##LAYERS(const StoreProjectedParams p) {                                                             \
         follow();                                                                                                                          \
         if ((int)blockIdx.x < p.gates) cache::DECIDE(p.gate, blockIdx.x);                                                                  \
         else cache::store<S>(p.store, blockIdx.x - p.gates, gridDim.x - p.gates);                                                          \
