@@ -119,10 +119,11 @@ struct FetchParams {
     int count;
 };
 
-// Whole matrices of one width as bf16, one below the other. grid rows of all * columns / 8 / 256
+// Whole matrices as bf16. grid blocks[count - 1], 256 threads, of eight weights each
 struct UnpackParams {
     Matrix matrices[8];    // `out`: where their rows go, as bf16; of any width
     int columns[8];        // multiples of 32
+    int blocks[8];         // thread blocks of a matrix and those before it
     int count;
 };
 

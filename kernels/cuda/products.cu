@@ -251,14 +251,10 @@ extern "C" __global__ void matrix_rows(const RowsParams p) {
 
 extern "C" __global__ void __launch_bounds__(products::UNPACK_THREADS) unpack_matrices(const __grid_constant__ UnpackParams p) {
     follow();
-    int index = blockIdx.x * products::UNPACK_THREADS + threadIdx.x, of = 0; // eight weights of a matrix
-    for (; of < p.count; ++of) {
-        const int eights = p.matrices[of].rows * (p.columns[of] / 8);
-        if (index < eights) break;
-        index -= eights;
-    }
-    if (of == p.count) return;
-    const int of_row = p.columns[of] / 8, place = index % of_row;
+    int of = 0, first = 0;
+    for (; of < p.count - 1 && (int)blockIdx.x >= p.blocks[of]; ++of) first = p.blocks[of];
+    const int of_row = p.columns[of] / 8, index = (blockIdx.x - first) * products::UNPACK_THREADS + threadIdx.x, place = index % of_row;
+    if (index >= p.matrices[of].rows * of_row) return;
     float w[8];
     products::eight_weights(w, p.matrices[of], index / of_row, p.columns[of], place / 4, place % 4);
     using T = __nv_bfloat16;

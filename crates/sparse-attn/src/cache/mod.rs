@@ -107,7 +107,10 @@ impl KvCache {
     /// If the device has no memory for it.
     pub fn new(specs: &[LayerSpec], dtypes: KvDtypes, device: &Device, capacity: usize) -> Result<Self> {
         let layers = specs.iter().map(|spec| LayerStore::new(*spec, dtypes, device, capacity)).collect::<Result<Vec<_>>>()?;
-        Ok(Self::of(layers, Slabs::single(specs.len()), device, 0))
+        let mut cache = Self::of(layers, Slabs::single(specs.len()), device, 0);
+        // Locking memory takes a millisecond, which the first prompt would wait for.
+        cache.make_room_for_verdicts(Step { start: 0, len: capacity })?;
+        Ok(cache)
     }
 
     fn of(layers: Vec<LayerStore>, slabs: Slabs, device: &Device, len: usize) -> Self {

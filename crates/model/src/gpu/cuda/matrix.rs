@@ -197,7 +197,7 @@ impl DeviceMatrix {
     fn unpack(&self, groups: &[Group<'_, Self>]) -> Result<Vec<Tensor>> {
         let device = self.planes.first().map_or(&Device::Cpu, Tensor::device);
         let all = uninitialised(groups.iter().map(|group| group.rows() * group.columns()).sum::<usize>(), DType::BF16, device)?;
-        let (mut params, mut outs, mut first, mut eights) = (UnpackParams::default(), Vec::with_capacity(groups.len()), 0, 0);
+        let (mut params, mut outs, mut first, mut blocks) = (UnpackParams::default(), Vec::with_capacity(groups.len()), 0, 0);
         for group in groups {
             let columns = group.columns();
             let mut room = group.rows() * columns;
@@ -221,13 +221,15 @@ impl DeviceMatrix {
                         room / columns
                     );
                 }
-                (params.matrices[at], params.columns[at], params.count) = (Matrix { out: to, ..matrix }, columns as i32, at as i32 + 1);
+                blocks += own.div_ceil(OF_A_THREAD * UNPACK_THREADS);
+                (params.matrices[at], params.columns[at]) = (Matrix { out: to, ..matrix }, columns as i32);
+                (params.blocks[at], params.count) = (blocks as i32, at as i32 + 1);
                 to += (own * size_of::<u16>()) as u64;
-                (room, eights) = (room - own, eights + own / OF_A_THREAD);
+                room -= own;
             }
             outs.push(out);
         }
-        let spread = Spread::new([eights.div_ceil(UNPACK_THREADS), 1, 1], UNPACK_THREADS);
+        let spread = Spread::new([blocks, 1, 1], UNPACK_THREADS);
         // SAFETY: there is room for the rows of all matrices, which are as wide as they are said to be.
         unsafe { self.kernels.launch_following("unpack_matrices", spread, &params) }?;
         Ok(outs)

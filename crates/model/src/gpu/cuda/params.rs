@@ -25,7 +25,7 @@ sparse_attn::mirrors! { "layer_params.h":
     /// Numbers from the host.
     FetchParams { from: u64, to: u64, count: i32 }
     /// Matrices as bf16.
-    UnpackParams { matrices: [Matrix; 8], columns: [i32; 8], count: i32 }
+    UnpackParams { matrices: [Matrix; 8], columns: [i32; 8], blocks: [i32; 8], count: i32 }
     /// Numbers in 8 bits.
     QuantizeParams { x: u64, out: u64, columns: i32, tokens: i32 }
     /// f32 to bf16.

@@ -305,7 +305,9 @@ impl TokenStep for CudaStep {
         self.buffers.orders.numbers_mut().copy_from_slice(&state);
         let key = self.key(cache, calls.iter().map(Option::is_some).collect(), step);
         if self.recorded.as_ref().is_none_or(|recorded| recorded.key != key) {
-            let last = self.recorded.take().map(|recorded| recorded.graph);
+            // Of the same kernels, or it could not be brought up to date.
+            let last = self.recorded.take().filter(|last| last.key.selects == key.selects && last.key.room == key.room);
+            let last = last.map(|last| last.graph);
             self.recorded = Some(self.record(key, cache, last)?);
         }
         let Some(recorded) = &self.recorded else { bail!("cuda: no step was recorded") };
