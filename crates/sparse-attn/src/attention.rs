@@ -258,6 +258,7 @@ impl RoutedAttention {
     /// As there.
     pub fn forward_as(&self, layer: usize, input: AttentionInput<'_>, step: Step, cache: &mut KvCache, dtype: DType) -> Result<Tensor> {
         let AttentionInput { hidden, projected, q, k, k_before_rope, v, scale } = input;
+        cache.bring_tables()?;
         let store = cache.layer_mut(layer);
         self.admit(layer, RouterInput { hidden, projected, k, k_before_rope, step }, store)?;
         // A device may decide while it writes.
@@ -282,6 +283,7 @@ impl RoutedAttention {
             return Ok(None);
         }
         let ProductsInput { hidden, projected, products, scale } = input;
+        cache.bring_tables()?;
         let store = cache.layer_mut(layer);
         self.admit(layer, RouterInput { hidden, projected, k: products.k, k_before_rope: products.k, step }, store)?;
         let q = self.backend.write_products(&products, step, store)?;

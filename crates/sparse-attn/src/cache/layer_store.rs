@@ -287,6 +287,11 @@ impl LayerStore {
         self.moved_to = self.frontier;
     }
 
+    /// Whether tokens lie where they did before the frontier moved, on a GPU.
+    pub(super) fn is_to_move(&self) -> bool {
+        self.k.values().device().is_cuda() && self.moved_to != self.frontier
+    }
+
     /// What a GPU copies to places among the kept tokens, where some left the window since it last had the tables.
     pub(super) fn moved(&self, layout: Layout) -> Option<Compacted<'_>> {
         let (old, new) = (self.moved_to, self.frontier);
@@ -683,7 +688,7 @@ impl LayerStore {
 
     /// The same store, with pools of its own.
     pub(super) fn fork(&self, [k, v]: [Pool; 2]) -> Result<Self> {
-        if self.k.values().device().is_cuda() && self.moved_to != self.frontier {
+        if self.is_to_move() {
             bail!("kv cache: a step failed before its tokens were moved, nothing can be copied before the next one");
         }
         Ok(Self {

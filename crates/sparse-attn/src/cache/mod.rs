@@ -148,7 +148,8 @@ impl KvCache {
         &mut self.layers[layer]
     }
 
-    /// Makes room for `len` more tokens in every layer.
+    /// Makes room for `len` more tokens in every layer. Where a device has the pools, steps of several tokens begin without the tables of their places:
+    /// see [`KvCache::bring_tables`].
     ///
     /// # Errors
     /// If `len` is zero or the device is out of memory; the cache is then as it was.
@@ -158,9 +159,14 @@ impl KvCache {
         }
         let step = Step { start: self.len, len };
         // What a failed step left behind is moved before anything takes its place.
-        self.reflect()?;
+        if self.layers.iter().any(LayerStore::is_to_move) {
+            self.bring_tables()?;
+        }
         let places: Vec<_> = self.layers.iter_mut().map(|layer| layer.begin(step)).collect();
         self.make_places(places, step.start > 0, step.len == 1)?;
+        if step.len == 1 {
+            self.bring_tables()?;
+        }
         self.make_room_for_verdicts(step)?;
         (self.read, self.uncounted, self.is_told) = (ReadCount::default(), None, false);
         Ok(step)
@@ -179,16 +185,17 @@ impl KvCache {
         if places.iter().all(Option::is_none) || self.layers.iter().zip(&places).any(are_planned) {
             return Ok(());
         }
-        self.make_places(places, true, true)
+        self.make_places(places, true, true)?;
+        self.bring_tables()
     }
 
-    /// Makes these places in each layer, on its device too; see [`KvCache::make_pages`].
+    /// Makes these places in each layer; see [`KvCache::make_pages`].
     fn make_places(&mut self, places: Vec<Option<Places>>, keeps: bool, single: bool) -> Result<()> {
         self.make_pages(&places, keeps, single)?;
         for (layer, places) in self.layers.iter_mut().zip(places) {
             places.into_iter().for_each(|places| layer.take(places));
         }
-        self.reflect()
+        Ok(())
     }
 
     /// Gives pools that lack pages for `places` of their layers more, and those beside them; `keeps` what is there. Before a `single` token on a GPU
@@ -218,8 +225,12 @@ impl KvCache {
         Ok(())
     }
 
-    /// Brings the page tables to the device of the pools, if that is not the host, and moves what has another place by them.
-    fn reflect(&mut self) -> Result<()> {
+    /// Brings the page tables to the device of the pools, if that is not the host and has not got them, and moves what has another place by them. Layers
+    /// ask for it when they write: the device is at work on a long step's first products by then.
+    ///
+    /// # Errors
+    /// If the device has no memory for them.
+    pub fn bring_tables(&mut self) -> Result<()> {
         if self.device.is_cpu() || self.mirrors.are_of(self.layers.iter().map(LayerStore::table)) {
             return Ok(());
         }
@@ -346,7 +357,7 @@ impl KvCache {
             return Ok(());
         }
         // By the old tables, which are on the device, and the new ones.
-        self.reflect()?;
+        self.bring_tables()?;
         let mut after: Vec<_> = self.layers.iter().map(|layer| layer.compaction(self.len)).collect();
         let is_due = |layer: usize| after[layer].as_ref().is_some_and(|(_, is_due)| *is_due);
         let bytes = |layer: usize| after[layer].as_ref().map_or(0, |(places, _)| self.layers[layer].bytes_of(places.pages()));
