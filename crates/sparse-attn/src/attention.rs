@@ -103,7 +103,7 @@ impl Routing {
     }
 }
 
-/// What attends in a layer, once the step's keys and values are written.
+/// A layer's queries, once the step's keys and values are written.
 #[derive(Debug, Clone, Copy)]
 struct Written<'a> {
     hidden: &'a Tensor,

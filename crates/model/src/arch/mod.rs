@@ -68,7 +68,7 @@ pub trait CausalLm: std::fmt::Debug + Send + Sync {
         Ok(logits)
     }
 
-    /// [`CausalLm::hidden`] of tokens that are checked, and places made for them: the step is to be committed.
+    /// Checks `tokens`, makes places for them and feeds them, with the verdicts of token routers on their way to the host. The step is to be committed.
     ///
     /// # Errors
     /// As [`CausalLm::forward`].

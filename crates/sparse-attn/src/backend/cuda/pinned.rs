@@ -28,6 +28,7 @@ impl<T: ValidAsZeroBits> Pinned<T> {
         Self::of_stream(Kernels::of(device)?.stream(), len)
     }
 
+    /// The same for kernels of `stream`.
     pub(super) fn of_stream(stream: &Arc<CudaStream>, len: usize) -> Result<Self> {
         stream.context().bind_to_thread().w()?;
         // SAFETY: the context is this thread's; what is returned has room for as many bytes, and zeros are numbers.
