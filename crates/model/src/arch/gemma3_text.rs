@@ -66,16 +66,17 @@ impl SandwichLayer {
     fn forward<'a>(
         &'a self,
         stream: &mut Residual<'a>,
+        unpacked: &mut Unpacked,
         rope: &RopeTables,
         attention: &RoutedAttention,
         step: Step,
         cache: &mut KvCache,
     ) -> Result<()> {
-        let unpacked = Unpacked::of(&self.attention, &self.mlp, attention, step.len)?;
+        unpacked.unpack(&self.attention, &self.mlp, attention, step.len)?;
         let x = stream.norm(&self.attention_norm, self.attention.dtype_of_input(step.len, attention))?;
-        stream.add(self.attention.forward(&x, &unpacked, rope, attention, step, cache)?, Some(&self.post_attention_norm))?;
+        stream.add(self.attention.forward(&x, unpacked, rope, attention, step, cache)?, Some(&self.post_attention_norm))?;
         let x = stream.norm(&self.mlp_norm, self.mlp.dtype_of_input(step.len))?;
-        stream.add(self.mlp.forward(&x, &unpacked)?, Some(&self.post_mlp_norm))
+        stream.add(self.mlp.forward(&x, unpacked)?, Some(&self.post_mlp_norm))
     }
 }
 
@@ -91,9 +92,10 @@ impl CausalLm for Gemma3Text {
     fn hidden(&self, tokens: &Tensor, attention: &RoutedAttention, step: Step, cache: &mut KvCache) -> Result<Tensor> {
         let mut stream = Residual::new((self.embedding.forward(tokens)? * (self.config.hidden_size as f64).sqrt())?);
         let (global, local) = (self.rope.tables(step, tokens.device())?, self.local_rope.tables(step, tokens.device())?);
+        let mut unpacked = Unpacked::default();
         for (layer, window) in self.layers.iter().zip(&self.config.sliding_window) {
             let rope = if window.is_some() { &local } else { &global };
-            layer.forward(&mut stream, rope, attention, step, cache)?;
+            layer.forward(&mut stream, &mut unpacked, rope, attention, step, cache)?;
         }
         stream.norm(&self.norm, DType::F32)
     }

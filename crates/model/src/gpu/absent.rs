@@ -24,7 +24,7 @@ impl DeviceMatrix {
         matrices.iter().map(|matrix| match **matrix {}).collect()
     }
 
-    pub(crate) fn unpack_groups(_groups: &[Group<'_, Self>], _tokens: usize) -> Result<Option<Vec<Tensor>>> {
+    pub(crate) fn unpack_groups(_groups: &[Group<'_, Self>], _tokens: usize, _places: Vec<Tensor>) -> Result<Option<Vec<Tensor>>> {
         Ok(None)
     }
 

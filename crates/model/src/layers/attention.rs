@@ -84,11 +84,9 @@ impl SelfAttention {
         let (q_heads, kv_heads, head_dim) = (self.shape.q_heads(), self.shape.kv_heads(), self.shape.head_dim());
         let parts = &self.parts;
         let projections = [&parts.q_proj, &parts.k_proj, &parts.v_proj];
-        let qkv = match &unpacked.qkv {
-            None if x.dtype() == DType::BF16 => {
-                Matrix::unpack_groups(&[self.qkv_group(attention)], step.len)?.and_then(|mut one| one.pop())
-            }
-            weights => weights.clone(),
+        let qkv = match unpacked.qkv() {
+            None if x.dtype() == DType::BF16 => Matrix::unpack_group(self.qkv_group(attention), step.len)?,
+            weights => weights.cloned(),
         };
         let asked = attention.routing().token_router.projection(self.layer).map_or(Ok(0), |asked| asked.dim(0))?;
         let heads = [q_heads, kv_heads, kv_heads];
@@ -108,7 +106,7 @@ impl SelfAttention {
                 attention.forward_as(self.layer, input, step, cache, dtype)?
             }
         };
-        parts.o_proj.forward_by(unpacked.output.as_ref(), &out.reshape((step.len, q_heads * head_dim))?)
+        parts.o_proj.forward_by(unpacked.output(), &out.reshape((step.len, q_heads * head_dim))?)
     }
 
     /// The weights that its input is multiplied with, those of a token router among them, to whole heads.

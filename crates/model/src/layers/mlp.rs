@@ -47,16 +47,16 @@ impl GatedMlp {
     /// If the widths differ.
     pub(crate) fn forward(&self, x: &Tensor, unpacked: &Unpacked) -> Result<Tensor> {
         let (projections, tokens) = ([&self.gate, &self.up], x.dim(0)?);
-        let gate_up = match &unpacked.gate_up {
-            None if x.dtype() == DType::BF16 => Matrix::unpack_groups(&[self.gate_up_group()], tokens)?.and_then(|mut one| one.pop()),
-            weights => weights.clone(),
+        let gate_up = match unpacked.gate_up() {
+            None if x.dtype() == DType::BF16 => Matrix::unpack_group(self.gate_up_group(), tokens)?,
+            weights => weights.cloned(),
         };
         let (products, _) = Linear::products(projections, gate_up.as_ref(), x, [1, 1], self.inner, 0)?;
         let [gate, up] = Linear::add_biases(projections, products)?;
         let (gate, up) = (gate.squeeze(1)?, up.squeeze(1)?);
         let inner = gated(self.activation, gate, &up, self.down.weight().dtype_of_activations(tokens))?;
         drop(up);
-        self.down.forward_by(unpacked.down.as_ref(), &inner)
+        self.down.forward_by(unpacked.down(), &inner)
     }
 
     /// The weights that its input is multiplied with.

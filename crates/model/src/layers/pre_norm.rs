@@ -29,16 +29,17 @@ impl PreNormLayer {
     fn forward(
         &self,
         stream: &mut Residual<'_>,
+        unpacked: &mut Unpacked,
         rope: &RopeTables,
         attention: &RoutedAttention,
         step: Step,
         cache: &mut KvCache,
     ) -> Result<()> {
-        let unpacked = Unpacked::of(&self.attention, &self.mlp, attention, step.len)?;
+        unpacked.unpack(&self.attention, &self.mlp, attention, step.len)?;
         let x = stream.norm(&self.attention_norm, self.attention.dtype_of_input(step.len, attention))?;
-        stream.add(self.attention.forward(&x, &unpacked, rope, attention, step, cache)?, None)?;
+        stream.add(self.attention.forward(&x, unpacked, rope, attention, step, cache)?, None)?;
         let x = stream.norm(&self.mlp_norm, self.mlp.dtype_of_input(step.len))?;
-        stream.add(self.mlp.forward(&x, &unpacked)?, None)
+        stream.add(self.mlp.forward(&x, unpacked)?, None)
     }
 }
 
@@ -92,8 +93,9 @@ impl CausalLm for PreNormDecoder {
     fn hidden(&self, tokens: &Tensor, attention: &RoutedAttention, step: Step, cache: &mut KvCache) -> Result<Tensor> {
         let mut stream = Residual::new(self.embedding.forward(tokens)?);
         let rope = self.rope.tables(step, tokens.device())?;
+        let mut unpacked = Unpacked::default();
         for layer in &self.layers {
-            layer.forward(&mut stream, &rope, attention, step, cache)?;
+            layer.forward(&mut stream, &mut unpacked, &rope, attention, step, cache)?;
         }
         stream.norm(&self.norm, DType::F32)
     }

@@ -102,13 +102,18 @@ impl Matrix {
     }
 
     /// Weights of groups of matrices in 16 bits, where a GPU unpacks them to multiply them with so many tokens; see [`DeviceMatrix::unpack_groups`].
-    pub(crate) fn unpack_groups(groups: &[Group<'_, Self>], tokens: usize) -> Result<Option<Vec<Tensor>>> {
+    pub(crate) fn unpack_groups(groups: &[Group<'_, Self>], tokens: usize, places: Vec<Tensor>) -> Result<Option<Vec<Tensor>>> {
         let mut on_device = Vec::with_capacity(groups.len());
         for group in groups {
             let Some(matrices) = Self::on_device(&group.matrices) else { return Ok(None) };
             on_device.push(Group { matrices, beside: group.beside, whole: group.whole });
         }
-        DeviceMatrix::unpack_groups(&on_device, tokens)
+        DeviceMatrix::unpack_groups(&on_device, tokens, places)
+    }
+
+    /// The same of one group.
+    pub(crate) fn unpack_group(group: Group<'_, Self>, tokens: usize) -> Result<Option<Tensor>> {
+        Ok(Self::unpack_groups(&[group], tokens, Vec::new())?.and_then(|mut one| one.pop()))
     }
 
     /// The matrices, where all are on a GPU.

@@ -164,11 +164,12 @@ impl DeviceMatrix {
     }
 
     /// Unpacks matrices to be multiplied with so many tokens, each group as one product by [`multiply_unpacked`]: `[rows, columns]` bf16, where rows
-    /// beyond theirs are of no meaning. `None`: they are too large to be there at once, or not unpacked anyway.
+    /// beyond theirs are of no meaning. They go to `places` if those are of these shapes. `None`: they are too large to be there at once, or not
+    /// unpacked anyway.
     ///
     /// # Errors
     /// If widths of a group differ, or the device is out of memory.
-    pub(crate) fn unpack_groups(groups: &[Group<'_, Self>], tokens: usize) -> Result<Option<Vec<Tensor>>> {
+    pub(crate) fn unpack_groups(groups: &[Group<'_, Self>], tokens: usize, places: Vec<Tensor>) -> Result<Option<Vec<Tensor>>> {
         let Some(first) = groups.first().and_then(|group| group.matrices.first()) else { return Ok(None) };
         let is_unpacked = |matrix: &&Self| matrix.rounds(tokens) && matrix.format != Format::Bf16;
         let count: usize = groups.iter().map(|group| group.matrices.len() + usize::from(group.beside.is_some())).sum();
@@ -177,7 +178,7 @@ impl DeviceMatrix {
         if !is_little || !groups.iter().all(|group| group.matrices.iter().all(is_unpacked)) {
             return Ok(None);
         }
-        first.unpack(groups).map(Some)
+        first.unpack(groups, places).map(Some)
     }
 
     fn multiply_many(&self, x: &Tensor, rounded: Option<&Tensor>) -> Result<Tensor> {
@@ -186,24 +187,24 @@ impl DeviceMatrix {
             // The 10 bits of f16 are those of tf32, whose exponents are f32's.
             (Format::F16, _) => self.gemm.multiply(&self.planes[0].to_dtype(DType::F32)?, x, Arithmetic::Tf32),
             (Format::Bf16, Some(rounded)) => self.gemm.multiply(&self.planes[0], rounded, Arithmetic::Bf16),
-            (_, Some(rounded)) => {
-                self.gemm.multiply(&self.unpack(&[Group { matrices: vec![self], beside: None, whole: 1 }])?[0], rounded, Arithmetic::Bf16)
-            }
+            (_, Some(rounded)) => self.gemm.multiply(
+                &self.unpack(&[Group { matrices: vec![self], beside: None, whole: 1 }], Vec::new())?[0],
+                rounded,
+                Arithmetic::Bf16,
+            ),
             (_, None) => bail!("cuda: activations were not rounded"),
         }
     }
 
     /// [`DeviceMatrix::unpack_groups`] of any size.
-    fn unpack(&self, groups: &[Group<'_, Self>]) -> Result<Vec<Tensor>> {
-        let device = self.planes.first().map_or(&Device::Cpu, Tensor::device);
-        let all = uninitialised(groups.iter().map(|group| group.rows() * group.columns()).sum::<usize>(), DType::BF16, device)?;
-        let (mut params, mut outs, mut first, mut blocks) = (UnpackParams::default(), Vec::with_capacity(groups.len()), 0, 0);
-        for group in groups {
-            let columns = group.columns();
-            let mut room = group.rows() * columns;
-            let out = all.narrow(0, first, room)?.reshape((group.rows(), columns))?;
-            first += room;
-            let mut to = address(&out)?;
+    fn unpack(&self, groups: &[Group<'_, Self>], places: Vec<Tensor>) -> Result<Vec<Tensor>> {
+        let fit = places.len() == groups.len()
+            && groups.iter().zip(&places).all(|(group, place)| place.dims() == [group.rows(), group.columns()]);
+        let outs = if fit { places } else { self.places(groups)? };
+        let (mut params, mut blocks) = (UnpackParams::default(), 0);
+        for (group, out) in groups.iter().zip(&outs) {
+            let (mut room, columns) = (out.elem_count(), group.columns());
+            let mut to = address(out)?;
             let mut parts = Vec::with_capacity(group.matrices.len() + 1);
             for matrix in &group.matrices {
                 parts.push((matrix.params(0, 0)?, matrix.columns));
@@ -227,12 +228,24 @@ impl DeviceMatrix {
                 to += (own * size_of::<u16>()) as u64;
                 room -= own;
             }
-            outs.push(out);
         }
         let spread = Spread::new([blocks, 1, 1], UNPACK_THREADS);
         // SAFETY: there is room for the rows of all matrices, which are as wide as they are said to be.
         unsafe { self.kernels.launch_following("unpack_matrices", spread, &params) }?;
         Ok(outs)
+    }
+
+    /// Memory for unpacked groups, all in one allocation.
+    fn places(&self, groups: &[Group<'_, Self>]) -> Result<Vec<Tensor>> {
+        let device = self.planes.first().map_or(&Device::Cpu, Tensor::device);
+        let all = uninitialised(groups.iter().map(|group| group.rows() * group.columns()).sum::<usize>(), DType::BF16, device)?;
+        let mut first = 0;
+        let place = |group: &Group<'_, Self>| {
+            let shape = (group.rows(), group.columns());
+            first += shape.0 * shape.1;
+            all.narrow(0, first - shape.0 * shape.1, shape.0 * shape.1)?.reshape(shape)
+        };
+        groups.iter().map(place).collect()
     }
 
     /// Rows by index: ids `[tokens]` u32 -> `[tokens, columns]` f32.
