@@ -101,7 +101,7 @@ impl Linear {
     ///
     /// # Errors
     /// If a shape differs.
-    pub fn add_biases<const N: usize>(projections: [&Self; N], products: [Tensor; N]) -> Result<[Tensor; N]> {
+    pub(crate) fn add_biases<const N: usize>(projections: [&Self; N], products: [Tensor; N]) -> Result<[Tensor; N]> {
         all_of(projections.iter().zip(products).map(|(projection, y)| projection.add_bias(y)).collect::<Result<Vec<_>>>()?)
     }
 
