@@ -76,7 +76,9 @@ pub(super) fn store_products(products: &Products<'_>, step: Step, store: &LayerS
     let biases_fit = biases.iter().zip(heads).all(|(bias, heads)| bias.is_none_or(|bias| fits(bias, &[heads * head_dim])));
     let norms_fit = norms.is_none_or(|(norms, _)| norms.iter().all(|norm| fits(norm, &[head_dim])));
     if !(rows_fit && biases_fit && norms_fit && [cos, sin].iter().all(|table| fits(table, &[step.len, head_dim / 2]))) {
-        bail!("cuda: {products:?} of {} tokens for {shape:?}", step.len);
+        let (dims, tables) = ([q, k, v].map(Tensor::dims), [cos, sin].map(Tensor::dims));
+        let (biases, norms) = (biases.map(|bias| bias.map(Tensor::dims)), norms.map(|(norms, _)| norms.map(Tensor::dims)));
+        bail!("cuda: products {dims:?}, biases {biases:?}, norms {norms:?}, angles {tables:?} of {} tokens, f32, for {shape:?}", step.len);
     }
     let ((_q, q_rows, q_apart), (_k, k_rows, k_apart), (_v, v_rows, v_apart)) = (by_tokens(q)?, by_tokens(k)?, by_tokens(v)?);
     let out = uninitialised((step.len, q_heads, head_dim), queries_of(store).tensor_dtype(), q.device())?;
