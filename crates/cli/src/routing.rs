@@ -2,7 +2,7 @@
 
 use crate::args::{AttentionArgs, AttentionChoice, BudgetChoice, CacheType};
 use crate::failure::{Failure, Kind, damaged};
-use anyhow::{Context, Result};
+use anyhow::Result;
 use candle_core::Device;
 use model::{Config, RouterFile, message};
 use serde::Deserialize;
@@ -212,7 +212,10 @@ fn token_router(args: &AttentionArgs, known: &Known<'_>) -> Result<Trained> {
         let what = format!("{name}: no token router of this name, and no such file");
         return Err(Failure::new(Kind::NotFound, what).hint(format!("{TRAINED}, {}, or a router.safetensors", names.join(", "))).into());
     }
-    let file = RouterFile::open(path).map_err(damaged).with_context(|| path.display().to_string())?;
+    let file = RouterFile::open(path).map_err(|error| {
+        let what = format!("{}: this is no token router, or a damaged one", path.display());
+        Failure::malformed(what).why(message(&error)).hint("a router.safetensors of foveate train-router, or --token-router all")
+    })?;
     of_file(&file, args.keep, known, &path.display().to_string())
 }
 

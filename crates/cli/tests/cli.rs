@@ -803,7 +803,8 @@ fn a_router_that_was_trained_here_is_used_here_and_nowhere_else() {
     let refused = run(&mut other, 5);
     assert!(stderr(&refused).contains("another model"), "{}", stderr(&refused));
     let damaged = case.file("damaged.safetensors", &std::fs::read(&router).unwrap()[..100]);
-    run(&mut case.llama(&["generate", "hi", "--token-router", &damaged]), 5);
+    let refused = run(&mut case.llama(&["generate", "hi", "--token-router", &damaged]), 5);
+    assert!(stderr(&refused).contains("no token router") && stderr(&refused).contains("train-router"), "{}", stderr(&refused));
     let short = case.file("short.txt", "too short");
     run(&mut case.llama(&["train-router", "-f", &short, "-o", &router]), 2);
 }
