@@ -14,6 +14,10 @@ impl TokenRouter for All {
         1.0
     }
 
+    fn reads_keys(&self, _layer: usize) -> bool {
+        false
+    }
+
     fn admit(&self, _layer: usize, _input: RouterInput<'_>) -> Result<Admission> {
         Ok(Admission::Every)
     }

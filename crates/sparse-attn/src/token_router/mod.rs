@@ -146,9 +146,10 @@ pub trait TokenRouter: std::fmt::Debug + Send + Sync {
         None
     }
 
-    /// Whether it looks at keys in a layer. If not, those of its input may be no keys, but tensors of their shape.
+    /// Whether it looks at keys in a layer. Where it says no, those of its input may be no keys, but tensors of their shape: a device then makes keys
+    /// only where it stores them.
     fn reads_keys(&self, _layer: usize) -> bool {
-        false
+        true
     }
 
     /// # Errors

@@ -23,6 +23,10 @@ impl TokenRouter for Random {
         self.keep.min(0.999)
     }
 
+    fn reads_keys(&self, _layer: usize) -> bool {
+        false
+    }
+
     fn admit(&self, layer: usize, input: RouterInput<'_>) -> Result<Admission> {
         let kv_heads = input.k.dim(1)?;
         let verdict = |index: usize| {

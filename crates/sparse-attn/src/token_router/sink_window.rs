@@ -14,6 +14,10 @@ impl TokenRouter for SinkWindow {
         0.0
     }
 
+    fn reads_keys(&self, _layer: usize) -> bool {
+        false
+    }
+
     fn admit(&self, _layer: usize, input: RouterInput<'_>) -> Result<Admission> {
         let (tokens, kv_heads, _) = input.k.dims3()?;
         Ok(Admission::Some(vec![false; tokens * kv_heads]))
