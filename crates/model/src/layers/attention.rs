@@ -84,10 +84,7 @@ impl SelfAttention {
         let (q_heads, kv_heads, head_dim) = (self.shape.q_heads(), self.shape.kv_heads(), self.shape.head_dim());
         let parts = &self.parts;
         let projections = [&parts.q_proj, &parts.k_proj, &parts.v_proj];
-        let qkv = match unpacked.qkv() {
-            None if x.dtype() == DType::BF16 => Matrix::unpack_group(self.qkv_group(attention), step.len)?,
-            weights => weights.cloned(),
-        };
+        let qkv = unpacked.qkv_or(|| self.qkv_group(attention), x)?;
         let asked = attention.routing().token_router.projection(self.layer).map_or(Ok(0), |asked| asked.dim(0))?;
         let heads = [q_heads, kv_heads, kv_heads];
         let (products, projected) = Linear::products(projections, qkv.as_ref(), x, heads, head_dim, asked)?;

@@ -46,15 +46,12 @@ impl GatedMlp {
     /// # Errors
     /// If the widths differ.
     pub(crate) fn forward(&self, x: &Tensor, unpacked: &Unpacked) -> Result<Tensor> {
-        let (projections, tokens) = ([&self.gate, &self.up], x.dim(0)?);
-        let gate_up = match unpacked.gate_up() {
-            None if x.dtype() == DType::BF16 => Matrix::unpack_group(self.gate_up_group(), tokens)?,
-            weights => weights.cloned(),
-        };
+        let projections = [&self.gate, &self.up];
+        let gate_up = unpacked.gate_up_or(|| self.gate_up_group(), x)?;
         let (products, _) = Linear::products(projections, gate_up.as_ref(), x, [1, 1], self.inner, 0)?;
         let [gate, up] = Linear::add_biases(projections, products)?;
         let (gate, up) = (gate.squeeze(1)?, up.squeeze(1)?);
-        let inner = gated(self.activation, gate, &up, self.down.weight().dtype_of_activations(tokens))?;
+        let inner = gated(self.activation, gate, &up, self.down.weight().dtype_of_activations(x.dim(0)?))?;
         drop(up);
         self.down.forward_by(unpacked.down(), &inner)
     }

@@ -111,11 +111,6 @@ impl Matrix {
         DeviceMatrix::unpack_groups(&on_device, tokens, places)
     }
 
-    /// The same of one group.
-    pub(crate) fn unpack_group(group: Group<'_, Self>, tokens: usize) -> Result<Option<Tensor>> {
-        Ok(Self::unpack_groups(&[group], tokens, Vec::new())?.and_then(|mut one| one.pop()))
-    }
-
     /// The matrices, where all are on a GPU.
     fn on_device<'a>(matrices: &[&'a Self]) -> Option<Vec<&'a DeviceMatrix>> {
         matrices.iter().map(|matrix| if let Self::Device(weight) = matrix { Some(weight.as_ref()) } else { None }).collect()

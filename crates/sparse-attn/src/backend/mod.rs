@@ -26,7 +26,7 @@ pub trait AttentionBackend: std::fmt::Debug + Send + Sync {
     fn name(&self) -> &'static str;
 
     /// Stores the keys and values of `step`, each `[step.len, kv_heads, head_dim]`, in the slots that
-    /// were reserved for them, after [`LayerStore::take_moves`].
+    /// were reserved for them, after [`LayerStore::take_moves`], and where a device has the pools after [`crate::KvCache::bring_tables`].
     ///
     /// # Errors
     /// If a shape does not fit the store.

@@ -149,10 +149,7 @@ impl AttentionBackend for Cuda {
 
     fn write(&self, k: &Tensor, v: &Tensor, step: Step, store: &mut LayerStore) -> Result<()> {
         store.check_step(k, v, step)?;
-        check_store(store)?;
-        store.apply_moves()?;
-        let asked = store.take_asked();
-        rows::store_step(k, v, step, store, asked.as_ref().and_then(|asked| store.verdict(step, asked)))
+        with_verdict(step, store, |store, verdict| rows::store_step(k, v, step, store, verdict))
     }
 
     fn takes_products(&self) -> bool {
@@ -160,10 +157,7 @@ impl AttentionBackend for Cuda {
     }
 
     fn write_products(&self, products: &Products<'_>, step: Step, store: &mut LayerStore) -> Result<Tensor> {
-        check_store(store)?;
-        store.apply_moves()?;
-        let asked = store.take_asked();
-        rows::store_products(products, step, store, asked.as_ref().and_then(|asked| store.verdict(step, asked)))
+        with_verdict(step, store, |store, verdict| rows::store_products(products, step, store, verdict))
     }
 
     fn attend(&self, q: &Tensor, scale: f32, store: &LayerStore, step: Step, selection: &Selection) -> Result<Tensor> {
@@ -209,6 +203,14 @@ impl AttentionBackend for Cuda {
         // Two kernels of about 5 us each, at 2.4 TB/s (H100).
         24 << 20
     }
+}
+
+/// What `write` does to a store that is ready for it, with the verdict that is to be made meanwhile.
+fn with_verdict<T>(step: Step, store: &mut LayerStore, write: impl FnOnce(&LayerStore, Option<Verdict<'_>>) -> Result<T>) -> Result<T> {
+    check_store(store)?;
+    store.apply_moves()?;
+    let asked = store.take_asked();
+    write(store, asked.as_ref().and_then(|asked| store.verdict(step, asked)))
 }
 
 /// Most queries that a thread block of prefill takes: a power of two, so that tiles of selections and these are cut alike.
