@@ -43,6 +43,8 @@ const SHARED_BY: usize = 16;
 #[derive(Debug)]
 pub struct Cuda {
     kernels: Arc<Kernels>,
+    /// Whether its multiprocessors have products of whole warpgroups.
+    has_wgmma: bool,
 }
 
 impl Cuda {
@@ -51,7 +53,9 @@ impl Cuda {
     /// # Errors
     /// If it is no CUDA device, or one that none of the code in this build runs on.
     pub fn new(device: &Device) -> Result<Self> {
-        Ok(Self { kernels: Kernels::of(device)? })
+        let kernels = Kernels::of(device)?;
+        let has_wgmma = kernels.has("attend_prefill_wgmma_f16_64");
+        Ok(Self { kernels, has_wgmma })
     }
 
     /// Attention over lists of octets that are on the device, or over everything; of several queries as `dtype`, f32 or bf16.
@@ -77,7 +81,7 @@ impl Cuda {
             unsafe { decode(&self.kernels, call, &scratch, store) }?;
             return Ok(out);
         }
-        let tile = lists.map_or(queries_of_a_tile(shape.group_size()), |lists| lists.tile);
+        let tile = lists.map_or_else(|| self.queries_at_once(store, step), |lists| lists.tile);
         let pages = store.device_pages()?;
         let (firsts, tiles) = match lists {
             Some(lists) => (Some(&lists.firsts), lists.pieces),
@@ -126,13 +130,35 @@ impl Cuda {
         Ok(out)
     }
 
+    /// Queries of a thread block where each reads all that it sees: as many as it has rows for, or half as many, with two halves of the keys at the same
+    /// time, where more thread blocks are done sooner.
+    fn queries_at_once(&self, store: &LayerStore, step: Step) -> usize {
+        let shape = store.shape();
+        let (whole, half) = (ROWS / shape.group_size(), ROWS / 2 / shape.group_size());
+        if !self.goes_by_warpgroups(shape) || half == 0 {
+            return whole;
+        }
+        // The longest thread blocks begin first: all is done no sooner than one of them, nor than what each multiprocessor has of all.
+        let seen = |tokens: usize| store.sliding_window().map_or(tokens, |window| tokens.min(window));
+        let (longest, mean) = (seen(step.end()), (seen(step.start) + seen(step.end())) / 2);
+        let keys = |queries: usize| {
+            let blocks = step.len.div_ceil(queries) * shape.kv_heads();
+            longest.max(blocks.div_ceil(self.kernels.multiprocessors()) * mean)
+        };
+        // 128 keys take 1.9 us, halved 1.6 (head_dim 64, H100).
+        if 16 * keys(half) < 19 * keys(whole) { half } else { whole }
+    }
+
+    fn goes_by_warpgroups(&self, shape: HeadShape) -> bool {
+        self.has_wgmma && shape.head_dim() <= 128
+    }
+
     /// The kernel for tiles of up to `rows` rows, by masks where something is hidden, its threads, and the shared memory that it takes.
     fn prefill_kernel(&self, store: &LayerStore, rows: usize, hides: bool) -> (String, usize, usize) {
         let head_dim = store.shape().head_dim();
-        let halves = if 2 * rows <= ROWS { "_halves" } else { "" };
-        let kept = if hides { "_kept" } else { "" };
-        let name = format!("attend_prefill_wgmma{halves}{kept}_{}_{head_dim}", queries_of(store).name());
-        if head_dim <= 128 && self.kernels.has(&name) {
+        let (halves, kept) = (if 2 * rows <= ROWS { "_halves" } else { "" }, if hides { "_kept" } else { "" });
+        if self.goes_by_warpgroups(store.shape()) {
+            let name = format!("attend_prefill_wgmma{halves}{kept}_{}_{head_dim}", queries_of(store).name());
             // The queries, three stages of keys and of values, in tiles of 128 rows; and room to align them.
             return (name, 384, 7 * ROWS * head_dim * size_of::<u16>() + 1024);
         }
