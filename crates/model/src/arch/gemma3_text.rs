@@ -2,8 +2,8 @@
 //! by `sqrt(hidden_size)`, five sliding layers to each one that sees everything, with a rope base of their own.
 
 use super::{CausalLm, TokenStep};
-use crate::gpu::{self, DecoderParts, LayerParts};
-use crate::layers::{AttentionParts, Embedding, GatedMlp, OutputHead, Residual, RmsNorm, Rope, RopeTables, SelfAttention, Unpacked, name};
+use crate::gpu::{self, DecoderParts, LayerParts, Place};
+use crate::layers::{AttentionParts, Embedding, GatedMlp, OutputHead, Residual, RmsNorm, Rope, RopeTables, SelfAttention, Workspace, name};
 use crate::weights::{Scope, Weights};
 use crate::{Config, config::RopeConfig};
 use candle_core::{DType, Device, Result, Tensor};
@@ -66,17 +66,19 @@ impl SandwichLayer {
     fn forward<'a>(
         &'a self,
         stream: &mut Residual<'a>,
-        unpacked: &mut Unpacked,
+        workspace: &mut Workspace,
         rope: &RopeTables,
         attention: &RoutedAttention,
         step: Step,
         cache: &mut KvCache,
     ) -> Result<()> {
-        unpacked.unpack(&self.attention, &self.mlp, attention, step.len)?;
-        let x = stream.norm(&self.attention_norm, self.attention.dtype_of_input(step.len, attention))?;
-        stream.add(self.attention.forward(&x, unpacked, rope, attention, step, cache)?, Some(&self.post_attention_norm))?;
-        let x = stream.norm(&self.mlp_norm, self.mlp.dtype_of_input(step.len))?;
-        stream.add(self.mlp.forward(&x, unpacked)?, Some(&self.post_mlp_norm))
+        workspace.begin(&self.attention, &self.mlp, attention, step.len)?;
+        let x = stream.norm(&self.attention_norm, self.attention.dtype_of_input(step.len, attention), &mut workspace.normed)?;
+        let x = self.attention.forward(&x, workspace, rope, attention, step, cache)?;
+        stream.add_product(&self.attention.parts().o_proj, workspace.output(), &x, Some(&self.post_attention_norm))?;
+        let x = stream.norm(&self.mlp_norm, self.mlp.dtype_of_input(step.len), &mut workspace.normed)?;
+        let x = self.mlp.forward(&x, workspace)?;
+        stream.add_product(self.mlp.down(), workspace.down(), &x, Some(&self.post_mlp_norm))
     }
 }
 
@@ -92,12 +94,12 @@ impl CausalLm for Gemma3Text {
     fn hidden(&self, tokens: &Tensor, attention: &RoutedAttention, step: Step, cache: &mut KvCache) -> Result<Tensor> {
         let mut stream = Residual::new((self.embedding.forward(tokens)? * (self.config.hidden_size as f64).sqrt())?);
         let (global, local) = (self.rope.tables(step, tokens.device())?, self.local_rope.tables(step, tokens.device())?);
-        let mut unpacked = Unpacked::default();
+        let mut workspace = Workspace::default();
         for (layer, window) in self.layers.iter().zip(&self.config.sliding_window) {
             let rope = if window.is_some() { &local } else { &global };
-            layer.forward(&mut stream, &mut unpacked, rope, attention, step, cache)?;
+            layer.forward(&mut stream, &mut workspace, rope, attention, step, cache)?;
         }
-        stream.norm(&self.norm, DType::F32)
+        stream.norm(&self.norm, DType::F32, &mut Place::default())
     }
 
     fn logits(&self, hidden: &Tensor) -> Result<Tensor> {

@@ -62,8 +62,9 @@ pub trait CausalLm: std::fmt::Debug + Send + Sync {
     fn forward_last(&self, tokens: &[u32], attention: &RoutedAttention, cache: &mut KvCache) -> Result<Vec<f32>> {
         let (step, hidden) = self.feed(tokens, attention, cache)?;
         let logits = self.logits(&hidden.narrow(0, step.len - 1, 1)?.contiguous()?)?;
-        let logits = if logits.device().is_cuda() { gpu::fetch(&logits)? } else { logits.flatten_all()?.to_vec1()? };
-        // Now that the host has waited once.
+        // While a device multiplies, the host has verdicts to look through.
+        let logits =
+            if logits.device().is_cuda() { gpu::fetch(&logits, || cache.learn(step))? } else { logits.flatten_all()?.to_vec1()? };
         cache.commit(step)?;
         Ok(logits)
     }

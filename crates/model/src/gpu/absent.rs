@@ -37,13 +37,28 @@ impl DeviceMatrix {
     }
 }
 
+/// Memory that no layer uses.
+#[derive(Debug, Default)]
+pub(crate) struct Place {}
+
+impl Place {
+    pub(crate) fn keep(&mut self, _keeps: bool) {}
+}
+
 /// Only tensors of a GPU get there.
-pub(crate) fn gated(_activation: Activation, _gate: &Tensor, _up: &Tensor, _dtype: DType) -> Result<Tensor> {
+pub(crate) fn gated(_activation: Activation, _gate: &Tensor, _up: &Tensor, _dtype: DType, _place: &mut Place) -> Result<Tensor> {
     bail!("this build has no CUDA: build with --features cuda")
 }
 
 /// Only tensors of a GPU get there.
-pub(crate) fn add_norm(_x: &Tensor, _y: Option<(&Tensor, Option<&Tensor>)>, _weight: &Tensor, _eps: f32, _dtype: DType) -> Result<Tensor> {
+pub(crate) fn add_norm(
+    _x: &Tensor,
+    _y: Option<(&Tensor, Option<&Tensor>)>,
+    _weight: &Tensor,
+    _eps: f32,
+    _dtype: DType,
+    _place: &mut Place,
+) -> Result<Tensor> {
     bail!("this build has no CUDA: build with --features cuda")
 }
 
@@ -58,12 +73,17 @@ pub(crate) fn rotated(_q: &Tensor, _k: &Tensor, _angles: [&Tensor; 2], _dtype: D
 }
 
 /// Only tensors of a GPU get there.
-pub(crate) fn multiply_unpacked(_weights: &Tensor, _x: &Tensor) -> Result<Tensor> {
+pub(crate) fn multiply_unpacked(_weights: &Tensor, _x: &Tensor, _place: &mut Place) -> Result<Tensor> {
     bail!("this build has no CUDA: build with --features cuda")
 }
 
 /// Only tensors of a GPU get there.
-pub(crate) fn fetch(_tensor: &Tensor) -> Result<Vec<f32>> {
+pub(crate) fn add_product(_weights: &Tensor, _x: &Tensor, _to: &Tensor) -> Result<()> {
+    bail!("this build has no CUDA: build with --features cuda")
+}
+
+/// Only tensors of a GPU get there.
+pub(crate) fn fetch(_tensor: &Tensor, _meanwhile: impl FnOnce() -> Result<()>) -> Result<Vec<f32>> {
     bail!("this build has no CUDA: build with --features cuda")
 }
 

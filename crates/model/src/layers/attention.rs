@@ -1,4 +1,4 @@
-use super::{Linear, RmsNorm, RopeTables, Unpacked, name};
+use super::{Linear, RmsNorm, RopeTables, Workspace, name};
 use crate::config::Config;
 use crate::gpu::Group;
 use crate::weights::{Matrix, Name, Scope};
@@ -68,14 +68,14 @@ impl SelfAttention {
         if attention.is_observed() { DType::F32 } else { Linear::dtype_of_activations([q_proj, k_proj, v_proj], tokens) }
     }
 
-    /// `x` `[tokens, hidden_size]`, after the layer's norm -> the same shape.
+    /// `x` `[tokens, hidden_size]`, after the layer's norm -> what `o_proj` is to be multiplied with, `[tokens, q_heads * head_dim]`.
     ///
     /// # Errors
     /// If a shape does not fit the cache.
     pub(crate) fn forward(
         &self,
         x: &Tensor,
-        unpacked: &Unpacked,
+        workspace: &mut Workspace,
         rope: &RopeTables,
         attention: &RoutedAttention,
         step: Step,
@@ -84,10 +84,10 @@ impl SelfAttention {
         let (q_heads, kv_heads, head_dim) = (self.shape.q_heads(), self.shape.kv_heads(), self.shape.head_dim());
         let parts = &self.parts;
         let projections = [&parts.q_proj, &parts.k_proj, &parts.v_proj];
-        let qkv = unpacked.qkv_or(|| self.qkv_group(attention), x)?;
+        let qkv = workspace.qkv_or(|| self.qkv_group(attention), x)?;
         let asked = attention.routing().token_router.projection(self.layer).map_or(Ok(0), |asked| asked.dim(0))?;
         let heads = [q_heads, kv_heads, kv_heads];
-        let (products, projected) = Linear::products(projections, qkv.as_ref(), x, heads, head_dim, asked)?;
+        let (products, projected) = Linear::products(projections, qkv.as_ref(), x, heads, head_dim, asked, &mut workspace.product)?;
         let dtype = parts.o_proj.weight().dtype_of_activations(step.len);
         let (hidden, projected, scale) = (x, projected.as_ref(), self.scale);
         let input = ProductsInput { hidden, projected, products: self.products(&products, rope), scale };
@@ -103,7 +103,7 @@ impl SelfAttention {
                 attention.forward_as(self.layer, input, step, cache, dtype)?
             }
         };
-        parts.o_proj.forward_by(unpacked.output(), &out.reshape((step.len, q_heads * head_dim))?)
+        out.reshape((step.len, q_heads * head_dim))
     }
 
     /// The weights that its input is multiplied with, those of a token router among them, to whole heads.

@@ -1,23 +1,23 @@
 //! The steps between products, on the host: one pass each, on all threads. A GPU runs candle's own operations, or a kernel of its own.
 
 use crate::config::Activation;
-use crate::gpu;
+use crate::gpu::{self, Place};
 use candle_core::{CpuStorage, CustomOp2, CustomOp3, DType, InplaceOp2, Layout, Result, Shape, Tensor, bail};
 use sparse_attn::simd::exp;
 use sparse_attn::{parallel, vectorised};
 
 /// `activation(gate) * up`, of one shape, f32, on the host in the place of `gate`, which nobody else may hold: these are a model's widest
-/// rows. On a GPU as `dtype`, f32 or bf16.
+/// rows. On a GPU as `dtype`, f32 or bf16, in `place`.
 ///
 /// # Errors
 /// If the shapes differ.
-pub(super) fn gated(activation: Activation, gate: Tensor, up: &Tensor, dtype: DType) -> Result<Tensor> {
+pub(super) fn gated(activation: Activation, gate: Tensor, up: &Tensor, dtype: DType, place: &mut Place) -> Result<Tensor> {
     if gate.device().is_cpu() {
         let gate = gate.contiguous()?;
         gate.inplace_op2(&up.contiguous()?, &Gated(activation))?;
         return Ok(gate);
     }
-    gpu::gated(activation, &gate, up, dtype)
+    gpu::gated(activation, &gate, up, dtype, place)
 }
 
 /// `a + b`, of one shape, f32.
@@ -237,9 +237,9 @@ mod tests {
                 Activation::Silu => gate.silu()?,
                 Activation::GeluTanh => gate.gelu()?,
             };
-            let off = difference(&gated(activation, gate.copy()?, &up, DType::F32)?, &(want * &up)?)?;
+            let off = difference(&gated(activation, gate.copy()?, &up, DType::F32, &mut Place::default())?, &(want * &up)?)?;
             assert!(off < 1e-4, "{activation:?}: {off}");
-            let nan = gated(activation, (&gate * f64::NAN)?, &up, DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
+            let nan = gated(activation, (&gate * f64::NAN)?, &up, DType::F32, &mut Place::default())?.flatten_all()?.to_vec1::<f32>()?;
             assert!(nan.iter().all(|x| x.is_nan()));
         }
         Ok(())

@@ -1,4 +1,4 @@
-use crate::gpu::{self, Group};
+use crate::gpu::{self, Group, Place};
 use crate::weights::{Matrix, Name, Scope};
 use candle_core::{DType, Result, Tensor};
 
@@ -61,14 +61,14 @@ impl Linear {
     /// If the widths differ.
     pub(crate) fn forward_by(&self, unpacked: Option<&Tensor>, x: &Tensor) -> Result<Tensor> {
         match unpacked {
-            Some(weights) => self.add_bias(gpu::multiply_unpacked(weights, x)?),
+            Some(weights) => self.add_bias(gpu::multiply_unpacked(weights, x, &mut Place::default())?),
             None => self.forward(x),
         }
     }
 
     /// Products of projections that read the same `x`, to so many heads of `width` numbers each, `[tokens, heads, width]`, without biases. What they
     /// give for a token is contiguous, but may lie among what the others give. Where their weights were unpacked, `beside` rows of another matrix after
-    /// them give the last tensor, `[tokens, beside]`.
+    /// them give the last tensor, `[tokens, beside]`, and all of it is in `place`.
     ///
     /// # Errors
     /// If a width differs.
@@ -79,6 +79,7 @@ impl Linear {
         heads: [usize; N],
         width: usize,
         beside: usize,
+        place: &mut Place,
     ) -> Result<([Tensor; N], Option<Tensor>)> {
         let (tokens, own) = (x.dim(0)?, heads.iter().sum::<usize>());
         let Some(weights) = unpacked else {
@@ -86,7 +87,7 @@ impl Linear {
             let each = each.iter().zip(heads).map(|(y, heads)| y.reshape((tokens, heads, width))).collect::<Result<_>>()?;
             return Ok((all_of(each)?, None));
         };
-        let all = gpu::multiply_unpacked(weights, x)?;
+        let all = gpu::multiply_unpacked(weights, x, place)?;
         let beside = if beside > 0 { Some(all.narrow(1, own * width, beside)?) } else { None };
         let all = all.reshape((tokens, all.dim(1)? / width, width))?;
         let mut first = 0;

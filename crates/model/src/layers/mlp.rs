@@ -1,5 +1,5 @@
 use super::fused::gated;
-use super::{Linear, Unpacked, name};
+use super::{Linear, Workspace, name};
 use crate::config::{Activation, Config};
 use crate::gpu::Group;
 use crate::weights::{Matrix, Scope};
@@ -41,19 +41,23 @@ impl GatedMlp {
         Linear::dtype_of_activations([&self.gate, &self.up], tokens)
     }
 
-    /// `[tokens, hidden_size]` -> the same.
+    /// `[tokens, hidden_size]` -> what `down` is to be multiplied with.
     ///
     /// # Errors
     /// If the widths differ.
-    pub(crate) fn forward(&self, x: &Tensor, unpacked: &Unpacked) -> Result<Tensor> {
+    pub(crate) fn forward(&self, x: &Tensor, workspace: &mut Workspace) -> Result<Tensor> {
         let projections = [&self.gate, &self.up];
-        let gate_up = unpacked.gate_up_or(|| self.gate_up_group(), x)?;
-        let (products, _) = Linear::products(projections, gate_up.as_ref(), x, [1, 1], self.inner, 0)?;
+        let gate_up = workspace.gate_up_or(|| self.gate_up_group(), x)?;
+        let (products, _) = Linear::products(projections, gate_up.as_ref(), x, [1, 1], self.inner, 0, &mut workspace.product)?;
         let [gate, up] = Linear::add_biases(projections, products)?;
         let (gate, up) = (gate.squeeze(1)?, up.squeeze(1)?);
-        let inner = gated(self.activation, gate, &up, self.down.weight().dtype_of_activations(x.dim(0)?))?;
-        drop(up);
-        self.down.forward_by(unpacked.down(), &inner)
+        let dtype = self.down.weight().dtype_of_activations(x.dim(0)?);
+        gated(self.activation, gate, &up, dtype, &mut workspace.gated)
+    }
+
+    /// The last projection.
+    pub(crate) fn down(&self) -> &Linear {
+        &self.down
     }
 
     /// The weights that its input is multiplied with.

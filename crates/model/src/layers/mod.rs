@@ -9,7 +9,7 @@ mod norm;
 mod pre_norm;
 mod residual;
 mod rope;
-mod unpacked;
+mod workspace;
 
 pub use attention::{AttentionParts, SelfAttention};
 pub use embedding::{Embedding, OutputHead};
@@ -20,7 +20,7 @@ pub use pre_norm::{PreNormDecoder, PreNormLayer};
 pub use residual::Residual;
 pub use rope::{Rope, RopeTables};
 
-pub(crate) use unpacked::Unpacked;
+pub(crate) use workspace::Workspace;
 
 use crate::weights::Name;
 

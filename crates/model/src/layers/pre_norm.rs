@@ -1,7 +1,7 @@
-use super::{AttentionParts, Embedding, GatedMlp, OutputHead, Residual, RmsNorm, Rope, RopeTables, SelfAttention, Unpacked, name};
+use super::{AttentionParts, Embedding, GatedMlp, OutputHead, Residual, RmsNorm, Rope, RopeTables, SelfAttention, Workspace, name};
 use crate::arch::{CausalLm, TokenStep};
 use crate::config::Config;
-use crate::gpu::{self, DecoderParts, LayerParts};
+use crate::gpu::{self, DecoderParts, LayerParts, Place};
 use crate::weights::{Scope, Weights};
 use candle_core::{DType, Device, Result, Tensor};
 use sparse_attn::{KvCache, RoutedAttention, Step};
@@ -29,17 +29,19 @@ impl PreNormLayer {
     fn forward(
         &self,
         stream: &mut Residual<'_>,
-        unpacked: &mut Unpacked,
+        workspace: &mut Workspace,
         rope: &RopeTables,
         attention: &RoutedAttention,
         step: Step,
         cache: &mut KvCache,
     ) -> Result<()> {
-        unpacked.unpack(&self.attention, &self.mlp, attention, step.len)?;
-        let x = stream.norm(&self.attention_norm, self.attention.dtype_of_input(step.len, attention))?;
-        stream.add(self.attention.forward(&x, unpacked, rope, attention, step, cache)?, None)?;
-        let x = stream.norm(&self.mlp_norm, self.mlp.dtype_of_input(step.len))?;
-        stream.add(self.mlp.forward(&x, unpacked)?, None)
+        workspace.begin(&self.attention, &self.mlp, attention, step.len)?;
+        let x = stream.norm(&self.attention_norm, self.attention.dtype_of_input(step.len, attention), &mut workspace.normed)?;
+        let x = self.attention.forward(&x, workspace, rope, attention, step, cache)?;
+        stream.add_product(&self.attention.parts().o_proj, workspace.output(), &x, None)?;
+        let x = stream.norm(&self.mlp_norm, self.mlp.dtype_of_input(step.len), &mut workspace.normed)?;
+        let x = self.mlp.forward(&x, workspace)?;
+        stream.add_product(self.mlp.down(), workspace.down(), &x, None)
     }
 }
 
@@ -93,11 +95,11 @@ impl CausalLm for PreNormDecoder {
     fn hidden(&self, tokens: &Tensor, attention: &RoutedAttention, step: Step, cache: &mut KvCache) -> Result<Tensor> {
         let mut stream = Residual::new(self.embedding.forward(tokens)?);
         let rope = self.rope.tables(step, tokens.device())?;
-        let mut unpacked = Unpacked::default();
+        let mut workspace = Workspace::default();
         for layer in &self.layers {
-            layer.forward(&mut stream, &mut unpacked, &rope, attention, step, cache)?;
+            layer.forward(&mut stream, &mut workspace, &rope, attention, step, cache)?;
         }
-        stream.norm(&self.norm, DType::F32)
+        stream.norm(&self.norm, DType::F32, &mut Place::default())
     }
 
     fn logits(&self, hidden: &Tensor) -> Result<Tensor> {

@@ -407,8 +407,7 @@ impl LayerStore {
     /// If the device fails.
     pub(crate) fn decide(&mut self) -> Result<()> {
         if let (Some(step), Some(told)) = (self.undecided, self.told()) {
-            cuda::tell(&[told], step)?;
-            self.k.values().device().synchronize()?;
+            cuda::tell(&[told], step, self.k.values().device())?.wait()?;
             self.settle();
         }
         Ok(())

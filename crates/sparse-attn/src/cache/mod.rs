@@ -24,7 +24,7 @@ pub(crate) use mirror::Layout;
 use mirror::{Mirrors, Staged};
 use slabs::Slabs;
 
-use crate::backend::cuda::{self, Pinned};
+use crate::backend::cuda::{self, Mark, Pinned};
 use candle_core::{Device, Result, bail};
 use std::ops::Range;
 use std::sync::Arc;
@@ -76,8 +76,8 @@ pub struct KvCache {
     mirrors: Mirrors,
     /// Where a device tells the host verdicts of token routers: every layer's of a step.
     noted: Option<Arc<Pinned<u8>>>,
-    /// Whether it does, of the running step.
-    is_told: bool,
+    /// When it has, of the running step.
+    told: Option<Mark>,
 }
 
 /// Keys that a step read, over all its queries, layers and heads.
@@ -115,7 +115,7 @@ impl KvCache {
 
     fn of(layers: Vec<LayerStore>, slabs: Slabs, device: &Device, len: usize) -> Self {
         let (read, mirrors) = (ReadCount::default(), Mirrors::default());
-        Self { layers, slabs, device: device.clone(), len, read, uncounted: None, mirrors, noted: None, is_told: false }
+        Self { layers, slabs, device: device.clone(), len, read, uncounted: None, mirrors, noted: None, told: None }
     }
 
     /// Bytes that [`KvCache::new`] allocates, without allocating them.
@@ -168,7 +168,7 @@ impl KvCache {
             self.bring_tables()?;
         }
         self.make_room_for_verdicts(step)?;
-        (self.read, self.uncounted, self.is_told) = (ReadCount::default(), None, false);
+        (self.read, self.uncounted, self.told) = (ReadCount::default(), None, None);
         Ok(step)
     }
 
@@ -265,17 +265,31 @@ impl KvCache {
         self.read.add(count);
     }
 
-    /// Has the device tell the host, once it made them all, the verdicts of a token router that only the device knows: [`KvCache::commit`] waits for
+    /// Has the device tell the host, once it made them all, the verdicts of a token router that only the device knows: [`KvCache::learn`] waits for
     /// them.
     ///
     /// # Errors
     /// If the device fails.
     pub fn tell(&mut self, step: Step) -> Result<()> {
-        let told: Vec<_> = self.layers.iter().filter_map(LayerStore::told).collect();
-        if !self.is_told && !told.is_empty() {
-            cuda::tell(&told, step)?;
-            self.is_told = true;
+        let undecided: Vec<_> = self.layers.iter().filter_map(LayerStore::told).collect();
+        if self.told.is_none() && !undecided.is_empty() {
+            self.told = Some(cuda::tell(&undecided, step, &self.device)?);
         }
+        Ok(())
+    }
+
+    /// Learns the verdicts that only the device knows, of a step whose layers are all done: by [`KvCache::commit`] if not before, while the device
+    /// has something else to do.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn learn(&mut self, step: Step) -> Result<()> {
+        self.tell(step)?;
+        let Some(told) = self.told.take() else { return Ok(()) };
+        told.wait()?;
+        let undecided: Vec<usize> = (0..self.layers.len()).filter(|layer| !self.layers[*layer].is_decided()).collect();
+        undecided.iter().for_each(|layer| self.layers[*layer].settle());
+        self.uncounted = Some((step, undecided));
         Ok(())
     }
 
@@ -287,13 +301,7 @@ impl KvCache {
         if step.start != self.len {
             bail!("kv cache: the step starts at {}, but {} tokens are committed", step.start, self.len);
         }
-        let undecided: Vec<usize> = (0..self.layers.len()).filter(|layer| !self.layers[*layer].is_decided()).collect();
-        if !undecided.is_empty() {
-            self.tell(step)?;
-            self.device.synchronize()?;
-            undecided.iter().for_each(|layer| self.layers[*layer].settle());
-            self.uncounted = Some((step, undecided));
-        }
+        self.learn(step)?;
         self.len = step.end();
         Ok(())
     }

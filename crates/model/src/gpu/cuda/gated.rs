@@ -1,9 +1,10 @@
 //! The step between the products of a feedforward part, for many tokens.
 
+use super::Place;
 use super::params::GateRowsParams;
 use crate::config::Activation;
 use candle_core::{DType, Result, Tensor, bail};
-use sparse_attn::backend::cuda::{Kernels, Spread, address, by_tokens, uninitialised};
+use sparse_attn::backend::cuda::{Kernels, Spread, address, by_tokens};
 
 /// Numbers of a thread, and threads of a block.
 const EACH: usize = 4;
@@ -17,17 +18,17 @@ pub(super) fn code(activation: Activation) -> i32 {
     }
 }
 
-/// `activation(gate) * up`, `[tokens, columns]` both, f32; as `dtype`: f32, or bf16 for products that round to it anyway.
+/// `activation(gate) * up`, `[tokens, columns]` both, f32; as `dtype`: f32, or bf16 for products that round to it anyway; in `place`.
 ///
 /// # Errors
 /// If the shapes differ, or the device is out of memory.
-pub(crate) fn gated(activation: Activation, gate: &Tensor, up: &Tensor, dtype: DType) -> Result<Tensor> {
-    let (_, columns) = gate.dims2()?;
+pub(crate) fn gated(activation: Activation, gate: &Tensor, up: &Tensor, dtype: DType, place: &mut Place) -> Result<Tensor> {
+    let (tokens, columns) = gate.dims2()?;
     if gate.dims() != up.dims() || !columns.is_multiple_of(EACH) {
         bail!("gated: {:?} and {:?} differ, or are no multiple of {EACH}", gate.shape(), up.shape());
     }
     let ((gate, gate_at, gate_row), (_up, up_at, up_row)) = (by_tokens(gate)?, by_tokens(up)?);
-    let out = uninitialised(gate.shape(), dtype, gate.device())?;
+    let out = place.take([tokens, columns], dtype, gate.device())?;
     let params = GateRowsParams {
         gate: gate_at,
         up: up_at,

@@ -1,6 +1,7 @@
 //! A matrix on the GPU: multiplied as it is with few tokens, unpacked to 16 bits with many.
 
 use super::super::Group;
+use super::Place;
 use super::gemm::{Arithmetic, Gemm};
 use super::pack::{self, Format};
 use super::params::{Decisions, Matrix, ProductParams, QuantizeParams, RoundParams, RowsParams, UnpackParams};
@@ -270,12 +271,22 @@ impl DeviceMatrix {
     }
 }
 
-/// `x W'` of what was unpacked, `[rows, columns]` and `x` `[tokens, columns]`, bf16: `[tokens, rows]` f32.
+/// `x W'` of what was unpacked, `[rows, columns]` and `x` `[tokens, columns]`, bf16: `[tokens, rows]` f32, in `place`.
 ///
 /// # Errors
 /// If a width differs, or the device is out of memory.
-pub(crate) fn multiply_unpacked(weights: &Tensor, x: &Tensor) -> Result<Tensor> {
-    Gemm::of(x.device())?.multiply(weights, &x.contiguous()?, Arithmetic::Bf16)
+pub(crate) fn multiply_unpacked(weights: &Tensor, x: &Tensor, place: &mut Place) -> Result<Tensor> {
+    let out = place.take([x.dim(0)?, weights.dim(0)?], DType::F32, x.device())?;
+    Gemm::of(x.device())?.multiply_to(&out, false, weights, &x.contiguous()?, Arithmetic::Bf16)?;
+    Ok(out)
+}
+
+/// Adds that to `to` `[tokens, rows]`, f32, which nobody else may hold.
+///
+/// # Errors
+/// If a width differs.
+pub(crate) fn add_product(weights: &Tensor, x: &Tensor, to: &Tensor) -> Result<()> {
+    Gemm::of(x.device())?.multiply_to(to, true, weights, &x.contiguous()?, Arithmetic::Bf16)
 }
 
 /// A matrix of bf16, as kernels take it.

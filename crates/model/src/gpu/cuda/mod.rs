@@ -7,23 +7,25 @@ mod matrix;
 mod norm;
 mod pack;
 mod params;
+mod place;
 mod rotated;
 mod step;
 
 pub(crate) use gated::gated;
 pub use matrix::DeviceMatrix;
-pub(crate) use matrix::multiply_unpacked;
+pub(crate) use matrix::{add_product, multiply_unpacked};
 pub(crate) use norm::add_norm;
+pub(crate) use place::Place;
 pub(crate) use rotated::{angles, rotated};
 pub(crate) use step::record;
 
 use candle_core::{Result, Tensor};
 use sparse_attn::backend::cuda::Kernels;
 
-/// What a contiguous tensor of f32 holds, once the device has made it.
+/// What a contiguous tensor of f32 holds, once the device has made it, and what the host does `meanwhile`.
 ///
 /// # Errors
-/// If it is no such tensor.
-pub(crate) fn fetch(tensor: &Tensor) -> Result<Vec<f32>> {
-    Kernels::of(tensor.device())?.fetch(tensor)
+/// If it is no such tensor, or what the host does fails.
+pub(crate) fn fetch(tensor: &Tensor, meanwhile: impl FnOnce() -> Result<()>) -> Result<Vec<f32>> {
+    Kernels::of(tensor.device())?.fetch(tensor, meanwhile)
 }

@@ -1,18 +1,26 @@
 //! The step between layers, for many tokens.
 
+use super::Place;
 use super::params::NormParams;
 use candle_core::{DType, Result, Tensor, bail};
-use sparse_attn::backend::cuda::{Kernels, Spread, address, uninitialised};
+use sparse_attn::backend::cuda::{Kernels, Spread, address};
 
 /// Widest residual stream that kernels norm, in numbers: four times what a thread block of the most threads takes at a time.
 pub(super) const WIDEST: usize = 16 * 1024;
 
 /// Adds `y` to `x` in its place, or the norm of it by a weight; both `[tokens, columns]`, f32. Returns the norm of the sum by `weight`, f32
-/// or bf16.
+/// or bf16, in `place`.
 ///
 /// # Errors
 /// If shapes differ, there is no kernel for that width, or the device is out of memory.
-pub(crate) fn add_norm(x: &Tensor, y: Option<(&Tensor, Option<&Tensor>)>, weight: &Tensor, eps: f32, dtype: DType) -> Result<Tensor> {
+pub(crate) fn add_norm(
+    x: &Tensor,
+    y: Option<(&Tensor, Option<&Tensor>)>,
+    weight: &Tensor,
+    eps: f32,
+    dtype: DType,
+    place: &mut Place,
+) -> Result<Tensor> {
     let (tokens, columns) = x.dims2()?;
     let y = y.map(|(y, norm)| Ok::<_, candle_core::Error>((y.contiguous()?, norm))).transpose()?;
     let others = y.iter().any(|(y, norm)| y.shape() != x.shape() || norm.is_some_and(|norm| norm.dims() != [columns]));
@@ -20,7 +28,7 @@ pub(crate) fn add_norm(x: &Tensor, y: Option<(&Tensor, Option<&Tensor>)>, weight
         let y = y.as_ref().map(|(y, _)| y.shape());
         bail!("cuda: norm of {:?} with {y:?} by {:?}, of up to {WIDEST} numbers", x.shape(), weight.shape());
     }
-    let out = uninitialised(x.shape(), dtype, x.device())?;
+    let out = place.take([tokens, columns], dtype, x.device())?;
     let is_rounded = dtype == DType::BF16;
     let params = NormParams {
         x: address(x)?,
@@ -34,13 +42,13 @@ pub(crate) fn add_norm(x: &Tensor, y: Option<(&Tensor, Option<&Tensor>)>, weight
         eps,
         ..NormParams::default()
     };
-    let (threads, groups) = match columns {
-        ..=1024 => (256, 1),
-        1025..=4096 => (256, 4),
-        _ => (1024, 4),
+    let (name, threads) = match columns {
+        ..=1024 => ("add_norm_rows_256_1", 256),
+        1025..=4096 => ("add_norm_rows_256_4", 256),
+        _ => ("add_norm_rows_1024_4", 1024),
     };
     let spread = Spread::new([tokens, 1, 1], threads);
     // SAFETY: the tensors have these shapes, and live until the stream frees them.
-    unsafe { Kernels::of(x.device())?.launch_following(&format!("add_norm_rows_{threads}_{groups}"), spread, &params) }?;
+    unsafe { Kernels::of(x.device())?.launch_following(name, spread, &params) }?;
     Ok(out)
 }

@@ -363,7 +363,7 @@ impl TokenStep for CudaStep {
     }
 
     fn logits(&mut self) -> Result<Vec<f32>> {
-        self.kernels.fetch(&self.buffers.logits)
+        self.kernels.fetch(&self.buffers.logits, || Ok(()))
     }
 }
 

@@ -1,10 +1,10 @@
 //! Gates of token routers on the device, and the verdicts by their scores.
 
 use super::params::{GateParams, ProjectedParams, TellParams, ToldLayer, VerdictParams};
-use super::{Kernels, Pinned, Spread, address, by_tokens, uninitialised};
+use super::{Kernels, Mark, Pinned, Spread, address, by_tokens, uninitialised};
 use crate::cache::{OCTET, PAGE_SIZE, Step};
 use crate::token_router::{Projected, Scored, Scores};
-use candle_core::{DType, Result, Tensor, bail};
+use candle_core::{DType, Device, Result, Tensor, bail};
 
 /// Tokens of a thread block, rows of a tile, most tiles that a thread block takes, and its threads.
 const TOKENS: usize = 16;
@@ -39,8 +39,8 @@ pub(crate) struct Told<'a> {
 #[derive(Debug)]
 pub(super) struct Layer {
     pub(super) params: GateParams,
-    /// Of the input, in names of kernels.
-    pub(super) dtype: &'static str,
+    /// Whether the input is bf16, not f32.
+    pub(super) is_rounded: bool,
     /// Thread blocks.
     pub(super) grid: [usize; 2],
     tiles: usize,
@@ -70,11 +70,8 @@ impl Layer {
         if !columns.is_multiple_of(4) {
             bail!("gate: a width of {columns}, the kernel reads four numbers at a time");
         }
-        let (wanted, dtype) = match x.dtype() {
-            DType::BF16 if columns.is_multiple_of(8) => (DType::BF16, "bf16"),
-            _ => (DType::F32, "f32"),
-        };
-        let x = x.to_dtype(wanted)?.contiguous()?;
+        let is_rounded = x.dtype() == DType::BF16 && columns.is_multiple_of(8);
+        let x = x.to_dtype(if is_rounded { DType::BF16 } else { DType::F32 })?.contiguous()?;
         let params = GateParams {
             x: address(&x)?,
             weight: address(weight)?,
@@ -87,7 +84,7 @@ impl Layer {
         let start = params.start as usize;
         let tiles = if rows > ROWS && params.masks == 0 { TILES } else { 1 };
         let of_tokens = (start + tokens).div_ceil(TOKENS) - start / TOKENS;
-        Ok(Self { params, dtype, grid: [of_tokens, rows.div_ceil(tiles * ROWS)], tiles, _x: x })
+        Ok(Self { params, is_rounded, grid: [of_tokens, rows.div_ceil(tiles * ROWS)], tiles, _x: x })
     }
 
     /// The last layer of a gate, which makes the verdict; `None`: the scores are there.
@@ -101,7 +98,7 @@ impl Layer {
 
     fn launch(&self, kernels: &Kernels) -> Result<()> {
         let [x, y] = self.grid;
-        let name = format!("gate_{}_{}", self.dtype, self.tiles);
+        let name = format!("gate_{}_{}", if self.is_rounded { "bf16" } else { "f32" }, self.tiles);
         // SAFETY: the tensors have the shapes of the parameters, and live until the stream frees them.
         unsafe { kernels.launch_following(&name, Spread::new([x, y, 1], THREADS), &self.params) }
     }
@@ -189,13 +186,13 @@ pub(crate) fn note_verdicts(verdict: Verdict<'_>) -> Result<()> {
     unsafe { kernels.launch("note_verdicts", spread, &params) }
 }
 
-/// Brings the verdicts on `step` to the host, which has them once the device is done. In one go: from kernels that decide, each octet would
-/// be a transfer of its own.
+/// Brings the verdicts on `step` to the host, which has them once the device got to the mark. In one go: from kernels that decide, each octet
+/// would be a transfer of its own.
 ///
 /// # Errors
 /// If there is no room for them, or the device fails.
-pub(crate) fn tell(layers: &[Told<'_>], step: Step) -> Result<()> {
-    let octets = step.octets();
+pub(crate) fn tell(layers: &[Told<'_>], step: Step, device: &Device) -> Result<Mark> {
+    let (kernels, octets) = (Kernels::of(device)?, step.octets());
     for layers in layers.chunks(TOLD) {
         let mut params = TellParams { first: octets.start as i32, octets: octets.len() as i32, ..TellParams::default() };
         let mut most = 0;
@@ -208,10 +205,9 @@ pub(crate) fn tell(layers: &[Told<'_>], step: Step) -> Result<()> {
             *to = ToldLayer { masks: address(masks)?, told: noted.address() + *first as u64, kv_heads: kv_heads as i32, max_pages };
             most = most.max(kv_heads);
         }
-        let Some(first) = layers.first() else { return Ok(()) };
         let spread = Spread::new([octets.len().div_ceil(256), most, layers.len()], 256);
         // SAFETY: the octets are inside the masks and inside the memory of the host, which lives until the device was waited for.
-        unsafe { Kernels::of(first.masks.device())?.launch("tell_verdicts", spread, &params) }?;
+        unsafe { kernels.launch("tell_verdicts", spread, &params) }?;
     }
-    Ok(())
+    Mark::set(&kernels)
 }

@@ -84,11 +84,11 @@ impl Kernels {
         self.multiprocessors
     }
 
-    /// What a contiguous tensor of f32 holds, once everything before it in the stream is done.
+    /// What a contiguous tensor of f32 holds, once everything before it in the stream is done, and what the host does `meanwhile`.
     ///
     /// # Errors
-    /// If it is no such tensor, or the host cannot lock as much memory.
-    pub fn fetch(&self, tensor: &Tensor) -> Result<Vec<f32>> {
+    /// If it is no such tensor, the host cannot lock as much memory, or what it does fails.
+    pub fn fetch(&self, tensor: &Tensor, meanwhile: impl FnOnce() -> Result<()>) -> Result<Vec<f32>> {
         let (from, count) = (address(tensor)?, tensor.elem_count());
         if tensor.dtype() != DType::F32 {
             bail!("cuda: a tensor of {:?} is fetched as f32", tensor.dtype());
@@ -101,7 +101,9 @@ impl Kernels {
         self.stream.context().bind_to_thread().w()?;
         // SAFETY: the tensor has so many numbers, and the memory is there until after the device was waited for.
         unsafe { result::memcpy_dtoh_async(&mut landing.numbers_mut()[..count], from, self.stream.cu_stream()) }.w()?;
+        let done = meanwhile();
         self.stream.synchronize().w()?;
+        done?;
         Ok(landing.numbers()[..count].to_vec())
     }
 

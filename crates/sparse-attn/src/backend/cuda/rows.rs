@@ -13,8 +13,40 @@ use std::ops::Range;
 fn name(stem: &str, pool: &Pool) -> Result<String> {
     match pool.dtype() {
         dtype @ (KvDtype::F16 | KvDtype::Bf16 | KvDtype::Q8_0) => Ok(format!("{stem}_{}", dtype.name())),
-        other @ KvDtype::F32 => bail!("cuda: there are no kernels for keys and values in {}, only in f16, bf16 and q8_0", other.name()),
+        other @ KvDtype::F32 => Err(no_kernels(other)),
     }
+}
+
+/// Kernels that store steps: alone, beside verdicts of a gate of one layer or two by products that are there, and of a layer of one by f32 or bf16.
+struct StoreKernels {
+    alone: &'static str,
+    projected: [&'static str; 2],
+    gate: [&'static str; 2],
+}
+
+macro_rules! store_kernels {
+    ($dtype:literal) => {
+        StoreKernels {
+            alone: concat!("store_step_", $dtype),
+            projected: [concat!("store_step_", $dtype, "_projected_1"), concat!("store_step_", $dtype, "_projected_2")],
+            gate: [concat!("store_step_", $dtype, "_gate_f32"), concat!("store_step_", $dtype, "_gate_bf16")],
+        }
+    };
+}
+
+impl StoreKernels {
+    fn of(pool: &Pool) -> Result<Self> {
+        Ok(match pool.dtype() {
+            KvDtype::F16 => store_kernels!("f16"),
+            KvDtype::Bf16 => store_kernels!("bf16"),
+            KvDtype::Q8_0 => store_kernels!("q8_0"),
+            KvDtype::F32 => return Err(no_kernels(KvDtype::F32)),
+        })
+    }
+}
+
+fn no_kernels(dtype: KvDtype) -> candle_core::Error {
+    candle_core::Error::Msg(format!("cuda: there are no kernels for keys and values in {}, only in f16, bf16 and q8_0", dtype.name()))
 }
 
 /// Where the scales of a pool are; 0: it has none.
@@ -115,7 +147,7 @@ fn launch_store(params: StoreParams, step: Step, store: &LayerStore, verdict: Op
         head_dim: shape.head_dim() as i32,
         ..params
     };
-    let (kernels, name) = (Kernels::of(pages.device())?, name("store_step", store.k())?);
+    let (kernels, names) = (Kernels::of(pages.device())?, StoreKernels::of(store.k())?);
     // No more than are there at once, those of a gate among them: some that begin late are what all wait for.
     let blocks = |threads: usize, gates: usize| {
         let rows = step.len * (params.q_heads + 2 * params.kv_heads) as usize;
@@ -124,23 +156,23 @@ fn launch_store(params: StoreParams, step: Step, store: &LayerStore, verdict: Op
     };
     // A gate is done meanwhile, but for those of many heads.
     if let Some((gate, gates)) = verdict.map(gate::of_projected).transpose()?.flatten() {
-        let layers = if gate.weight == 0 { 1 } else { 2 };
+        let name = names.projected[usize::from(gate.weight != 0)];
         let params = StoreProjectedParams { store: params, gate, gates: gates as i32 };
         let spread = Spread::new([gates + blocks(STORED, gates), 1, 1], STORED);
         // SAFETY: as below, and the tensors of the gate have the shapes of its parameters.
-        return unsafe { kernels.launch_following(&format!("{name}_projected_{layers}"), spread, &params) };
+        return unsafe { kernels.launch_following(name, spread, &params) };
     }
     let gate = verdict.map(gate::Layer::of_verdict).transpose()?.flatten().filter(|gate| gate.grid[1] == 1);
     if let Some(gate) = gate {
-        let (gates, name) = (gate.grid[0], format!("{name}_gate_{}", gate.dtype));
+        let (gates, name) = (gate.grid[0], names.gate[usize::from(gate.is_rounded)]);
         let params = StoreGatedParams { store: params, gate: gate.params, gates: gates as i32 };
         // SAFETY: as below, and the tensors of the gate have the shapes of its parameters.
         return unsafe {
-            kernels.launch_following(&name, Spread::new([gates + blocks(gate::THREADS, gates), 1, 1], gate::THREADS), &params)
+            kernels.launch_following(name, Spread::new([gates + blocks(gate::THREADS, gates), 1, 1], gate::THREADS), &params)
         };
     }
     // SAFETY: the table has a page for each position of the step; what the kernel reads lives until the stream frees it.
-    unsafe { kernels.launch_following(&name, Spread::new([blocks(STORED, 0), 1, 1], STORED), &params) }?;
+    unsafe { kernels.launch_following(names.alone, Spread::new([blocks(STORED, 0), 1, 1], STORED), &params) }?;
     verdict.map_or(Ok(()), gate::note_verdicts)
 }
 
