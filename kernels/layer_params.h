@@ -72,6 +72,7 @@ struct NormParams {
     float *out;            // null: not of many tokens
     void *out_q8;          // of one token
     void *rounded;         // [tokens, columns] bf16; null: none
+    void *copy;            // the same again; null: none
     Ahead ahead[8];        // of one token: brought to the L2 cache
     int columns;
     float eps;

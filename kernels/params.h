@@ -297,6 +297,23 @@ struct ProjectedParams {
     float tau;
 };
 
+// A layer that waits for its verdicts.
+struct WaitingLayer {
+    uint8_t *masks;        // as in Kept
+    int layer;
+    int max_pages;
+};
+
+// Such verdicts of layers whose gates are alike, all at once. grid (as many thread blocks as in StoreProjectedParams, layers)
+struct DecideParams {
+    ProjectedParams first; // of layer 0, without masks
+    int64_t sums_apart;    // numbers from what is a layer's to what is the next one's
+    int bias_apart;
+    int weight_apart;
+    int last_bias_apart;
+    WaitingLayer layers[32];
+};
+
 // A step's keys and values, and such verdicts on its tokens.
 struct StoreProjectedParams {
     StoreParams store;

@@ -407,6 +407,28 @@ __device__ __forceinline__ void decide_by_warps(const ProjectedParams &p, int in
 
 } // namespace cache
 
+namespace cache {
+
+// What is a layer's of the gates of all.
+__device__ __forceinline__ ProjectedParams of_layer(const DecideParams &p, const WaitingLayer &at) {
+    ProjectedParams own = p.first;
+    own.sums += at.layer * p.sums_apart, own.bias += at.layer * p.bias_apart;
+    own.weight += at.layer * p.weight_apart, own.last_bias += at.layer * p.last_bias_apart;
+    own.masks = at.masks, own.max_pages = at.max_pages;
+    return own;
+}
+
+} // namespace cache
+
+extern "C" __global__ void __launch_bounds__(256) decide_layers_1(const __grid_constant__ DecideParams p) {
+    follow();
+    cache::decide_at_once(cache::of_layer(p, p.layers[blockIdx.y]), blockIdx.x);
+}
+extern "C" __global__ void __launch_bounds__(256) decide_layers_2(const __grid_constant__ DecideParams p) {
+    follow();
+    cache::decide_by_warps(cache::of_layer(p, p.layers[blockIdx.y]), blockIdx.x);
+}
+
 // grid (tiles of tokens that the step has a part of, ceil(rows / (8 TILES)))
 #define GATE(NAME, T, TILES)                                                                                                               \
     extern "C" __global__ void __launch_bounds__(cache::GATE_WARPS * 32) gate_##NAME##_##TILES(const GateParams p) {                       \

@@ -34,6 +34,7 @@ template <int THREADS, int GROUPS, bool MANY> __device__ __forceinline__ void ad
     if (MANY) {
         const int64_t first = (int64_t)blockIdx.x * p.columns;
         p.x += first, p.y += p.y ? first : 0, p.out += p.out ? first : 0, p.rounded = p.rounded ? (__nv_bfloat16 *)p.rounded + first : nullptr;
+        p.copy = p.copy ? (__nv_bfloat16 *)p.copy + first : nullptr;
     }
     float4 x[GROUPS], weight[GROUPS];
     const float4 none = make_float4(0.f, 0.f, 0.f, 0.f);
@@ -77,8 +78,11 @@ template <int THREADS, int GROUPS, bool MANY> __device__ __forceinline__ void ad
         const float4 out = scaled(x[i], factor, weight[i]);
         if (p.out && place(i) < p.columns) *(float4 *)(p.out + place(i)) = out;
         if (!MANY) quantize4(out, p.out_q8, p.columns, place(i));
-        else if (p.rounded && place(i) < p.columns)
-            *(uint2 *)((__nv_bfloat16 *)p.rounded + place(i)) = make_uint2(pack<__nv_bfloat16>(out.x, out.y), pack<__nv_bfloat16>(out.z, out.w));
+        else if (p.rounded && place(i) < p.columns) {
+            const uint2 rounded = make_uint2(pack<__nv_bfloat16>(out.x, out.y), pack<__nv_bfloat16>(out.z, out.w));
+            *(uint2 *)((__nv_bfloat16 *)p.rounded + place(i)) = rounded;
+            if (p.copy) *(uint2 *)((__nv_bfloat16 *)p.copy + place(i)) = rounded;
+        }
     }
 }
 

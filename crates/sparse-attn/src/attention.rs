@@ -1,6 +1,6 @@
 //! Attention of one layer in one step: admit, write, score, select, attend.
 
-use crate::backend::{AttentionBackend, Routed, RoutedJob};
+use crate::backend::{AttentionBackend, Routed, RoutedJob, cuda};
 use crate::block_router::{self, BlockRouter, Queries};
 use crate::cache::{KvCache, KvDtypes, LayerSpec, LayerStore, Local, Pool, ReadCount, Step};
 use crate::select::{Budget, Limits, Selection, TILE, select};
@@ -56,6 +56,8 @@ pub struct ProductsInput<'a> {
     pub products: Products<'a>,
     /// Factor of `q . k`.
     pub scale: f32,
+    /// Whether the token router decides when all layers are done, by [`RoutedAttention::decide`]: only where [`RoutedAttention::decides_later`].
+    pub decides_later: bool,
 }
 
 /// What is routed, and how far.
@@ -282,12 +284,49 @@ impl RoutedAttention {
         if !self.backend.takes_products() || self.is_observed() || self.routing.token_router.reads_keys(layer) {
             return Ok(None);
         }
-        let ProductsInput { hidden, projected, products, scale } = input;
+        let ProductsInput { hidden, projected, products, scale, decides_later } = input;
         cache.bring_tables()?;
         let store = cache.layer_mut(layer);
-        self.admit(layer, RouterInput { hidden, projected, k: products.k, k_before_rope: products.k, step }, store)?;
+        if decides_later {
+            store.wait_for_verdict(step)?;
+        } else {
+            self.admit(layer, RouterInput { hidden, projected, k: products.k, k_before_rope: products.k, step }, store)?;
+        }
         let q = self.backend.write_products(&products, step, store)?;
         self.attend_written(layer, Written { hidden, q: &q, scale }, step, cache, dtype).map(Some)
+    }
+
+    /// Whether the verdicts on `step` may be made when all its layers are done: no query of it asks for one, they follow from attention inputs
+    /// alone, and a device makes them.
+    pub fn decides_later(&self, layer: usize, step: Step, store: &LayerStore) -> bool {
+        let selects = self.is_routed(layer, store) && self.reads_by_score(layer, step);
+        let is_stacked = self.routing.token_router.as_gate().is_some_and(|gate| gate.stack().is_some());
+        let hides_none = store.local_window().is_some_and(|window| step.end() <= window);
+        is_stacked && hides_none && !selects && !self.is_observed() && self.backend.takes_products() && store.may_wait_for_verdict()
+    }
+
+    /// Makes the verdicts on `step` that its layers wait for, by the products of their inputs with [`token_router::GateStack::projection`],
+    /// `[layers, tokens, rows]` f32.
+    ///
+    /// # Errors
+    /// If a shape does not fit, or the device fails.
+    pub fn decide(&self, sums: &Tensor, step: Step, cache: &mut KvCache) -> Result<()> {
+        let Some((gate, stack)) = self.routing.token_router.as_gate().and_then(|gate| Some((gate, gate.stack()?))) else {
+            bail!("attention: layers wait for verdicts of a token router that does not make them together")
+        };
+        let waiting: Vec<usize> = (0..cache.layers()).filter(|layer| cache.layer(*layer).waits_for_verdict()).collect();
+        let masks = waiting.iter().filter_map(|layer| Some((*layer, &cache.layer(*layer).device_kept()?.masks)));
+        let sinks = self.routing.limits.sinks;
+        cuda::decide(stack, sums, step, (sinks, gate.tau()), &masks.collect::<Vec<_>>())?;
+        for layer in waiting {
+            let (is_routed, limits) = (self.is_routed(layer, cache.layer(layer)), self.routing.limits_of(layer));
+            let store = cache.layer_mut(layer);
+            store.is_given_verdict();
+            if is_routed {
+                store.finish_write(step, self.routing.block_router.summary(), limits.block_size)?;
+            }
+        }
+        Ok(())
     }
 
     /// Has the token router decide on the tokens of a step.
@@ -311,7 +350,9 @@ impl RoutedAttention {
             store.decide()?;
         }
         let selection = if routed {
-            store.finish_write(step, block_router.summary(), limits.block_size)?;
+            if !store.waits_for_verdict() {
+                store.finish_write(step, block_router.summary(), limits.block_size)?;
+            }
             if !self.reads_by_score(layer, step) {
                 Selection::Every
             } else {

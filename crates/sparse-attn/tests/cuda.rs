@@ -239,7 +239,7 @@ fn products_become_the_queries_keys_and_values_that_the_host_makes() -> Result<(
                 angles: [&cos, &sin],
             };
             let scale = 1.0 / (head_dim as f32).sqrt();
-            let input = ProductsInput { hidden: &q, projected: None, products, scale };
+            let input = ProductsInput { hidden: &q, projected: None, products, scale, decides_later: false };
             let out = attention.forward_products(0, input, step, &mut cache, DType::F32)?;
             parts.push(out.expect("a GPU takes products").to_device(&Device::Cpu)?);
             cache.commit(step)?;
@@ -471,6 +471,71 @@ fn gates_decide_as_on_the_host(kv_heads: usize, device: &Device) -> Result<()> {
             }
             assert!((70 * kv_heads..430 * kv_heads).contains(&kept), "{kept} of {}", 500 * kv_heads);
         }
+    }
+    Ok(())
+}
+
+#[test]
+fn verdicts_on_all_layers_at_once_are_those_of_each() -> Result<()> {
+    let Some(device) = gpu() else { return Ok(()) };
+    const LAYERS: usize = 3;
+    let (width, kv_heads, tokens) = (64, 3, 500);
+    let odd = |seed, shape: &[usize]| normal(seed, shape)? * 0.7;
+    let of_layer = |layer: u64, is_deep: bool| -> Result<Feedforward> {
+        let hidden = is_deep.then(|| Ok::<_, candle_core::Error>((odd(10 + layer, &[68, width])?, odd(20 + layer, &[68])?)));
+        let columns = if is_deep { 68 } else { width };
+        Ok(Feedforward { hidden: hidden.transpose()?, weight: odd(30 + layer, &[kv_heads, columns])?, bias: odd(40 + layer, &[kv_heads])? })
+    };
+    for is_deep in [false, true] {
+        let gates = (0..LAYERS as u64).map(|layer| of_layer(layer, is_deep).map(GateLayer::Feedforward)).collect::<Result<Vec<_>>>()?;
+        let gate = Arc::new(Gate::new(gates, 0.5, 0.5)?.to_device(&device)?);
+        let stack = gate.stack().expect("layers that are alike");
+        let routing =
+            Routing { token_router: gate.clone(), limits: Limits { window: tokens, ..Routing::dense().limits }, ..Routing::dense() };
+        let attention = on_gpu(&device, routing)?;
+        let spec = LayerSpec::full(HeadShape::new(9, kv_heads, 64)?);
+        let inputs = (0..LAYERS as u64).map(|layer| odd(50 + layer, &[tokens, width])).collect::<Result<Vec<_>>>()?;
+        let projected = |projection: &Tensor, x: &Tensor| {
+            x.to_dtype(DType::BF16)?.to_dtype(DType::F32)?.matmul(&projection.to_device(&Device::Cpu)?.to_dtype(DType::F32)?.t()?)
+        };
+        let run = |chunks: &[usize], decides_later: bool| -> Result<Vec<bool>> {
+            let mut cache = KvCache::new(&attention.layer_specs(&[spec; LAYERS]), KvDtype::F16.into(), &device, 0)?;
+            for len in chunks {
+                let step = cache.reserve(*len)?;
+                let part = |x: &Tensor| x.narrow(0, step.start, step.len)?.to_device(&device);
+                let rows = |heads| normal(8, &[step.len, heads, 64])?.to_device(&device);
+                let (q, k) = (rows(9)?, rows(kv_heads)?);
+                let turns = Tensor::zeros((step.len, 32), DType::F32, &device)?;
+                let products = Products { q: &q, k: &k, v: &k, biases: [None; 3], norms: None, angles: [&turns, &turns] };
+                let mut sums = Vec::new();
+                for (layer, x) in inputs.iter().enumerate() {
+                    assert!(attention.decides_later(layer, step, cache.layer(layer)));
+                    let own = projected(gate.projection(layer).expect("of a gate on a GPU"), &x.narrow(0, step.start, step.len)?)?
+                        .to_device(&device)?;
+                    let input = ProductsInput { hidden: &part(x)?, projected: Some(&own), products, scale: 0.1, decides_later };
+                    attention.forward_products(layer, input, step, &mut cache, DType::F32)?.expect("a GPU takes products");
+                    sums.push(projected(&stack.projection.get(layer)?, &x.narrow(0, step.start, step.len)?)?);
+                }
+                if decides_later {
+                    let error = cache.commit(step).unwrap_err().to_string();
+                    assert!(error.contains("layer 0 waits"), "{error}");
+                    attention.decide(&Tensor::stack(&sums, 0)?.to_device(&device)?, step, &mut cache)?;
+                }
+                cache.commit(step)?;
+            }
+            let admitted = |layer, head, t| cache.layer(layer).admitted(head).is_some_and(|admitted| admitted.contains(t));
+            let all = (0..LAYERS).flat_map(|layer| (0..kv_heads).flat_map(move |head| (0..tokens).map(move |t| (layer, head, t))));
+            Ok(all.map(|(layer, head, t)| admitted(layer, head, t)).collect())
+        };
+        let want = run(&[tokens], false)?;
+        assert!((100..LAYERS * kv_heads * tokens - 100).contains(&want.iter().filter(|kept| **kept).count()));
+        for chunks in [&[tokens][..], &[3, 290, 207]] {
+            assert!(run(chunks, true)? == want, "{is_deep}, {chunks:?}");
+        }
+        // A token that leaves the window is asked for at once.
+        let mut cache = KvCache::new(&attention.layer_specs(&[spec]), KvDtype::F16.into(), &device, 0)?;
+        let step = cache.reserve(tokens + 1)?;
+        assert!(!attention.decides_later(0, step, cache.layer(0)));
     }
     Ok(())
 }

@@ -72,11 +72,16 @@ impl SandwichLayer {
         step: Step,
         cache: &mut KvCache,
     ) -> Result<()> {
-        workspace.begin(&self.attention, &self.mlp, attention, step.len)?;
-        let x = stream.norm(&self.attention_norm, self.attention.dtype_of_input(step.len, attention), &mut workspace.normed)?;
+        workspace.begin(&self.attention, &self.mlp, attention, step, cache)?;
+        let x = stream.norm(
+            &self.attention_norm,
+            self.attention.dtype_of_input(step.len, attention),
+            &mut workspace.normed,
+            Some(&mut workspace.inputs),
+        )?;
         let x = self.attention.forward(&x, workspace, rope, attention, step, cache)?;
         stream.add_product(&self.attention.parts().o_proj, workspace.output(), &x, Some(&self.post_attention_norm))?;
-        let x = stream.norm(&self.mlp_norm, self.mlp.dtype_of_input(step.len), &mut workspace.normed)?;
+        let x = stream.norm(&self.mlp_norm, self.mlp.dtype_of_input(step.len), &mut workspace.normed, None)?;
         let x = self.mlp.forward(&x, workspace)?;
         stream.add_product(self.mlp.down(), workspace.down(), &x, Some(&self.post_mlp_norm))
     }
@@ -94,12 +99,13 @@ impl CausalLm for Gemma3Text {
     fn hidden(&self, tokens: &Tensor, attention: &RoutedAttention, step: Step, cache: &mut KvCache) -> Result<Tensor> {
         let mut stream = Residual::new((self.embedding.forward(tokens)? * (self.config.hidden_size as f64).sqrt())?);
         let (global, local) = (self.rope.tables(step, tokens.device())?, self.local_rope.tables(step, tokens.device())?);
-        let mut workspace = Workspace::default();
+        let mut workspace = Workspace::new(&self.config);
         for (layer, window) in self.layers.iter().zip(&self.config.sliding_window) {
             let rope = if window.is_some() { &local } else { &global };
             layer.forward(&mut stream, &mut workspace, rope, attention, step, cache)?;
         }
-        stream.norm(&self.norm, DType::F32, &mut Place::default())
+        workspace.end(cache);
+        stream.norm(&self.norm, DType::F32, &mut Place::default(), None)
     }
 
     fn logits(&self, hidden: &Tensor) -> Result<Tensor> {

@@ -6,8 +6,8 @@ mod mistral;
 mod qwen2;
 mod qwen3;
 
-use crate::gpu;
 use crate::{Config, Weights};
+use crate::{gpu, layers};
 use candle_core::{Device, Result, Tensor, bail};
 use sparse_attn::{KvCache, RoutedAttention, Step};
 use std::sync::Arc;
@@ -51,6 +51,7 @@ pub trait CausalLm: std::fmt::Debug + Send + Sync {
     /// If `tokens` is empty, an id is beyond the vocabulary, or memory runs out.
     fn forward(&self, tokens: &[u32], attention: &RoutedAttention, cache: &mut KvCache) -> Result<Tensor> {
         let (step, hidden) = self.feed(tokens, attention, cache)?;
+        layers::decide(attention, step, cache)?;
         cache.commit(step)?;
         Ok(hidden)
     }
@@ -62,14 +63,25 @@ pub trait CausalLm: std::fmt::Debug + Send + Sync {
     fn forward_last(&self, tokens: &[u32], attention: &RoutedAttention, cache: &mut KvCache) -> Result<Vec<f32>> {
         let (step, hidden) = self.feed(tokens, attention, cache)?;
         let logits = self.logits(&hidden.narrow(0, step.len - 1, 1)?.contiguous()?)?;
-        // While a device multiplies, the host has verdicts to look through.
-        let logits =
-            if logits.device().is_cuda() { gpu::fetch(&logits, || cache.learn(step))? } else { logits.flatten_all()?.to_vec1()? };
+        let logits = if logits.device().is_cuda() {
+            // The device makes what verdicts are left once it has the logits; others the host looks through while it makes those.
+            gpu::fetch(&logits, || {
+                if !cache.waits_for_verdicts() {
+                    return cache.learn(step);
+                }
+                layers::decide(attention, step, cache)?;
+                cache.tell(step)
+            })?
+        } else {
+            layers::decide(attention, step, cache)?;
+            logits.flatten_all()?.to_vec1()?
+        };
         cache.commit(step)?;
         Ok(logits)
     }
 
-    /// Checks `tokens`, makes places for them and feeds them, with the verdicts of token routers on their way to the host. The step is to be committed.
+    /// Checks `tokens`, makes places for them and feeds them, with the verdicts of token routers on their way to the host, or left to
+    /// `layers::decide`. The step is to be committed.
     ///
     /// # Errors
     /// As [`CausalLm::forward`].
@@ -81,7 +93,9 @@ pub trait CausalLm: std::fmt::Debug + Send + Sync {
         let step = cache.reserve(tokens.len())?;
         let device = cache.device().clone();
         let hidden = self.hidden(&Tensor::new(tokens, &device)?, attention, step, cache)?;
-        cache.tell(step)?;
+        if !cache.waits_for_verdicts() {
+            cache.tell(step)?;
+        }
         Ok((step, hidden))
     }
 }

@@ -45,6 +45,18 @@ impl Place {
     pub(crate) fn keep(&mut self, _keeps: bool) {}
 }
 
+/// Matrices that no layer has.
+#[derive(Debug, Default)]
+pub(crate) struct Parts {}
+
+impl Parts {
+    pub(crate) fn expect(&mut self, _part: Option<[usize; 2]>) {}
+
+    pub(crate) fn into_all(self) -> Option<Tensor> {
+        None
+    }
+}
+
 /// Only tensors of a GPU get there.
 pub(crate) fn gated(_activation: Activation, _gate: &Tensor, _up: &Tensor, _dtype: DType, _place: &mut Place) -> Result<Tensor> {
     bail!("this build has no CUDA: build with --features cuda")
@@ -58,6 +70,7 @@ pub(crate) fn add_norm(
     _eps: f32,
     _dtype: DType,
     _place: &mut Place,
+    _copies: Option<&mut Parts>,
 ) -> Result<Tensor> {
     bail!("this build has no CUDA: build with --features cuda")
 }
@@ -74,6 +87,11 @@ pub(crate) fn rotated(_q: &Tensor, _k: &Tensor, _angles: [&Tensor; 2], _dtype: D
 
 /// Only tensors of a GPU get there.
 pub(crate) fn multiply_unpacked(_weights: &Tensor, _x: &Tensor, _place: &mut Place) -> Result<Tensor> {
+    bail!("this build has no CUDA: build with --features cuda")
+}
+
+/// Only tensors of a GPU get there.
+pub(crate) fn multiply_parts(_weights: &Tensor, _x: &Tensor) -> Result<Tensor> {
     bail!("this build has no CUDA: build with --features cuda")
 }
 

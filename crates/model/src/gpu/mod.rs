@@ -5,14 +5,14 @@ mod cuda;
 #[cfg(feature = "cuda")]
 pub use cuda::DeviceMatrix;
 #[cfg(feature = "cuda")]
-pub(crate) use cuda::{Place, add_norm, add_product, angles, fetch, gated, multiply_unpacked, record, rotated};
+pub(crate) use cuda::{Parts, Place, add_norm, add_product, angles, fetch, gated, multiply_parts, multiply_unpacked, record, rotated};
 
 #[cfg(not(feature = "cuda"))]
 mod absent;
 #[cfg(not(feature = "cuda"))]
 pub use absent::DeviceMatrix;
 #[cfg(not(feature = "cuda"))]
-pub(crate) use absent::{Place, add_norm, add_product, angles, fetch, gated, multiply_unpacked, record, rotated};
+pub(crate) use absent::{Parts, Place, add_norm, add_product, angles, fetch, gated, multiply_parts, multiply_unpacked, record, rotated};
 
 use crate::config::{Activation, Config};
 use crate::layers::{GatedMlp, Linear, RmsNorm, Rope, SelfAttention};

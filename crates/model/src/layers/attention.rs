@@ -57,6 +57,11 @@ impl SelfAttention {
         Self { layer, shape: config.heads, scale: config.attn_scale as f32, parts }
     }
 
+    /// The decoder layer that it is of.
+    pub(crate) fn index(&self) -> usize {
+        self.layer
+    }
+
     /// What it is made of.
     pub fn parts(&self) -> &AttentionParts {
         &self.parts
@@ -84,13 +89,14 @@ impl SelfAttention {
         let (q_heads, kv_heads, head_dim) = (self.shape.q_heads(), self.shape.kv_heads(), self.shape.head_dim());
         let parts = &self.parts;
         let projections = [&parts.q_proj, &parts.k_proj, &parts.v_proj];
-        let qkv = workspace.qkv_or(|| self.qkv_group(attention), x)?;
-        let asked = attention.routing().token_router.projection(self.layer).map_or(Ok(0), |asked| asked.dim(0))?;
+        let decides_later = workspace.decides_later();
+        let qkv = workspace.qkv_or(|| self.qkv_group(attention, decides_later), x)?;
+        let asked = self.beside(attention, decides_later).map_or(Ok(0), |asked| asked.dim(0))?;
         let heads = [q_heads, kv_heads, kv_heads];
         let (products, projected) = Linear::products(projections, qkv.as_ref(), x, heads, head_dim, asked, &mut workspace.product)?;
         let dtype = parts.o_proj.weight().dtype_of_activations(step.len);
         let (hidden, projected, scale) = (x, projected.as_ref(), self.scale);
-        let input = ProductsInput { hidden, projected, products: self.products(&products, rope), scale };
+        let input = ProductsInput { hidden, projected, products: self.products(&products, rope), scale, decides_later };
         let out = match attention.forward_products(self.layer, input, step, cache, dtype)? {
             Some(out) => out,
             None => {
@@ -106,10 +112,15 @@ impl SelfAttention {
         out.reshape((step.len, q_heads * head_dim))
     }
 
+    /// What a token router wants multiplied beside its weights, unless it decides when all layers are done.
+    fn beside<'a>(&self, attention: &'a RoutedAttention, decides_later: bool) -> Option<&'a Tensor> {
+        if decides_later { None } else { attention.routing().token_router.projection(self.layer) }
+    }
+
     /// The weights that its input is multiplied with, those of a token router among them, to whole heads.
-    pub(crate) fn qkv_group<'a>(&'a self, attention: &'a RoutedAttention) -> Group<'a, Matrix> {
+    pub(crate) fn qkv_group<'a>(&'a self, attention: &'a RoutedAttention, decides_later: bool) -> Group<'a, Matrix> {
         let AttentionParts { q_proj, k_proj, v_proj, .. } = &self.parts;
-        let beside = attention.routing().token_router.projection(self.layer);
+        let beside = self.beside(attention, decides_later);
         Group { matrices: vec![q_proj.weight(), k_proj.weight(), v_proj.weight()], beside, whole: self.shape.head_dim() }
     }
 

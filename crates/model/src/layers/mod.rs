@@ -20,7 +20,7 @@ pub use pre_norm::{PreNormDecoder, PreNormLayer};
 pub use residual::Residual;
 pub use rope::{Rope, RopeTables};
 
-pub(crate) use workspace::Workspace;
+pub(crate) use workspace::{Workspace, decide};
 
 use crate::weights::Name;
 

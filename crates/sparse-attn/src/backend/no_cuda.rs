@@ -3,7 +3,7 @@
 use super::AttentionBackend;
 use crate::cache::{LayerStore, Layout, Pool, Step, Summaries, Summary};
 use crate::select::Selection;
-use crate::token_router::Scored;
+use crate::token_router::{GateStack, Scored};
 use candle_core::{DType, Device, Result, Shape, Tensor, bail};
 use std::ops::Range;
 
@@ -99,6 +99,10 @@ impl Mark {
     pub(crate) fn wait(&self) -> Result<()> {
         match *self {}
     }
+}
+
+pub(crate) fn decide(_stack: &GateStack, _sums: &Tensor, _step: Step, _by: (usize, f32), _layers: &[(usize, &Tensor)]) -> Result<()> {
+    absent()
 }
 
 pub(crate) fn note_verdicts(_verdict: Verdict<'_>) -> Result<()> {

@@ -112,6 +112,8 @@ pub struct LayerStore {
     undecided: Option<Step>,
     /// By what it is to be made, until the device is told, and the positions that are kept anyway.
     asked: Option<Asked>,
+    /// Whether it is to be made with those of other layers.
+    waits: bool,
 }
 
 /// What a device is to decide by.
@@ -138,6 +140,7 @@ impl LayerStore {
             noted: None,
             undecided: None,
             asked: None,
+            waits: false,
         })
     }
 
@@ -373,6 +376,33 @@ impl LayerStore {
         }
     }
 
+    /// Whether a device is to decide on steps, which can be done with other layers.
+    pub(crate) fn may_wait_for_verdict(&self) -> bool {
+        self.admitted.is_some() && self.noted.is_some()
+    }
+
+    /// Leaves the verdict on `step` to [`RoutedAttention::decide`](crate::RoutedAttention::decide).
+    ///
+    /// # Errors
+    /// If no device is to decide.
+    pub(crate) fn wait_for_verdict(&mut self, step: Step) -> Result<()> {
+        if !self.may_wait_for_verdict() || self.device_kept().is_none() {
+            bail!("token router: no device decides on this layer's tokens");
+        }
+        (self.undecided, self.asked, self.waits) = (Some(step), None, true);
+        Ok(())
+    }
+
+    /// Whether that is to come.
+    pub(crate) fn waits_for_verdict(&self) -> bool {
+        self.waits
+    }
+
+    /// Notes that it came.
+    pub(crate) fn is_given_verdict(&mut self) {
+        self.waits = false;
+    }
+
     /// Notes which tokens of `step` are admitted: `keeps(token * kv_heads + head)`.
     fn keep(&mut self, step: Step, sinks: usize, keeps: impl Fn(usize) -> bool) {
         let kv_heads = self.spec.shape.kv_heads();
@@ -406,6 +436,9 @@ impl LayerStore {
     /// # Errors
     /// If the device fails.
     pub(crate) fn decide(&mut self) -> Result<()> {
+        if self.waits {
+            bail!("token router: a verdict is asked for that is made when all layers are done");
+        }
         if let (Some(step), Some(told)) = (self.undecided, self.told()) {
             cuda::tell(&[told], step, self.k.values().device())?.wait()?;
             self.settle();
@@ -592,7 +625,7 @@ impl LayerStore {
 
     fn forget(&mut self, len: usize) {
         self.written = self.written.min(len);
-        (self.undecided, self.asked) = (None, None);
+        (self.undecided, self.asked, self.waits) = (None, None, false);
         for admitted in self.admitted.iter_mut().flatten() {
             admitted.truncate(len);
         }
@@ -706,6 +739,7 @@ impl LayerStore {
             noted: None,
             undecided: self.undecided,
             asked: None,
+            waits: false,
         })
     }
 

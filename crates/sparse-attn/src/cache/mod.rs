@@ -25,7 +25,7 @@ use mirror::{Mirrors, Staged};
 use slabs::Slabs;
 
 use crate::backend::cuda::{self, Mark, Pinned};
-use candle_core::{Device, Result, bail};
+use candle_core::{Device, Result, Tensor, bail};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -78,6 +78,8 @@ pub struct KvCache {
     noted: Option<Arc<Pinned<u8>>>,
     /// When it has, of the running step.
     told: Option<Mark>,
+    /// Attention inputs of all layers, where verdicts on them are still to be made.
+    inputs: Option<Tensor>,
 }
 
 /// Keys that a step read, over all its queries, layers and heads.
@@ -115,7 +117,7 @@ impl KvCache {
 
     fn of(layers: Vec<LayerStore>, slabs: Slabs, device: &Device, len: usize) -> Self {
         let (read, mirrors) = (ReadCount::default(), Mirrors::default());
-        Self { layers, slabs, device: device.clone(), len, read, uncounted: None, mirrors, noted: None, told: None }
+        Self { layers, slabs, device: device.clone(), len, read, uncounted: None, mirrors, noted: None, told: None, inputs: None }
     }
 
     /// Bytes that [`KvCache::new`] allocates, without allocating them.
@@ -136,6 +138,11 @@ impl KvCache {
     /// Where keys and values lie.
     pub fn device(&self) -> &Device {
         &self.device
+    }
+
+    /// Layers that there are.
+    pub fn layers(&self) -> usize {
+        self.layers.len()
     }
 
     /// One layer's store.
@@ -168,7 +175,7 @@ impl KvCache {
             self.bring_tables()?;
         }
         self.make_room_for_verdicts(step)?;
-        (self.read, self.uncounted, self.told) = (ReadCount::default(), None, None);
+        (self.read, self.uncounted, self.told, self.inputs) = (ReadCount::default(), None, None, None);
         Ok(step)
     }
 
@@ -265,12 +272,30 @@ impl KvCache {
         self.read.add(count);
     }
 
+    /// Keeps the attention inputs of the running step's layers, `[layers, tokens, hidden_size]`, until verdicts on them are made.
+    pub fn keep_inputs(&mut self, inputs: Tensor) {
+        self.inputs = Some(inputs);
+    }
+
+    /// Those that are kept; `None`: no layer waits for verdicts, or they were taken before.
+    pub fn take_inputs(&mut self) -> Option<Tensor> {
+        self.inputs.take()
+    }
+
+    /// Whether layers wait for verdicts on the running step, which are made when all are done.
+    pub fn waits_for_verdicts(&self) -> bool {
+        self.inputs.is_some()
+    }
+
     /// Has the device tell the host, once it made them all, the verdicts of a token router that only the device knows: [`KvCache::learn`] waits for
     /// them.
     ///
     /// # Errors
     /// If the device fails.
     pub fn tell(&mut self, step: Step) -> Result<()> {
+        if let Some(layer) = self.layers.iter().position(LayerStore::waits_for_verdict) {
+            bail!("kv cache: layer {layer} waits for the verdict on {} tokens from {} on", step.len, step.start);
+        }
         let undecided: Vec<_> = self.layers.iter().filter_map(LayerStore::told).collect();
         if self.told.is_none() && !undecided.is_empty() {
             self.told = Some(cuda::tell(&undecided, step, &self.device)?);

@@ -6,7 +6,7 @@ mod random;
 mod sink_window;
 
 pub use all::All;
-pub use gate::{Feedforward, Gate, GateLayer, KeyGate, SinkGate};
+pub use gate::{Feedforward, Gate, GateLayer, GateStack, KeyGate, SinkGate};
 pub use random::Random;
 pub use sink_window::SinkWindow;
 

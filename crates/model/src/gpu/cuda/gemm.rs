@@ -35,9 +35,10 @@ pub(super) enum Arithmetic {
     Bf16,
 }
 
-/// `x W'`: `[tokens, columns]` and `[rows, columns]` -> `[tokens, rows]`.
+/// `x W'`: `[tokens, columns]` and `[rows, columns]` -> `[tokens, rows]`, of so many parts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 struct Shape {
+    parts: usize,
     tokens: usize,
     rows: usize,
     columns: usize,
@@ -122,21 +123,27 @@ impl Gemm {
         Ok(out)
     }
 
-    /// The same to `out`, or beside it what that holds (`adds`).
+    /// The same to `out`, beside what that holds (`adds`) or in its place; or of each part of tensors of three axes.
     ///
     /// # Errors
     /// If shapes or dtypes do not fit each other.
     pub(super) fn multiply_to(&self, out: &Tensor, adds: bool, weight: &Tensor, x: &Tensor, arithmetic: Arithmetic) -> Result<()> {
-        let ((rows, columns), (tokens, width)) = (weight.dims2()?, x.dims2()?);
         let (dtype, are_of) = (arithmetic.dtype(), |tensor: &Tensor| (tensor.dims().to_vec(), tensor.dtype()));
-        if columns != width || weight.dtype() != dtype || x.dtype() != dtype || out.dims() != [tokens, rows] || out.dtype() != DType::F32 {
+        let dims = |tensor: &Tensor| match *tensor.dims() {
+            [rows, columns] => [1, rows, columns],
+            [parts, rows, columns] => [parts, rows, columns],
+            _ => [0; 3],
+        };
+        let ([parts, rows, columns], [_, tokens, width]) = (dims(weight), dims(x));
+        let fit = columns == width && dims(x)[0] == parts && dims(out) == [parts, tokens, rows];
+        if !fit || weight.dtype() != dtype || x.dtype() != dtype || out.dtype() != DType::F32 {
             bail!("cuda: product of {:?} and {:?} to {:?} in {arithmetic:?}", are_of(x), are_of(weight), are_of(out));
         }
         let [weight_at, x_at, out_at] = [address(weight)?, address(x)?, address(out)?];
         if [weight_at, x_at, out_at].iter().any(|at| !at.is_multiple_of(ALIGNED.into())) {
             bail!("cuda: product of {:?} and {:?}, which do not begin at multiples of {ALIGNED} bytes", x.dims(), weight.dims());
         }
-        let product = Product { shape: Shape { tokens, rows, columns, arithmetic }, adds, places: [weight_at, x_at, out_at] };
+        let product = Product { shape: Shape { parts, tokens, rows, columns, arithmetic }, adds, places: [weight_at, x_at, out_at] };
         match self.recorded(product)? {
             // SAFETY: the tensors live until the stream frees them, and the workspace is used by one product at a time.
             Some(recorded) => unsafe { recorded.launch() },
@@ -223,7 +230,7 @@ impl Plan {
     fn new(handle: sys::cublasLtHandle_t, shape: Shape, workspace: usize) -> std::result::Result<Self, result::CublasError> {
         use sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_TRANSA;
         use sys::cublasLtMatmulPreferenceAttributes_t as Preferred;
-        let Shape { tokens, rows, columns, arithmetic } = shape;
+        let Shape { parts, tokens, rows, columns, arithmetic } = shape;
         let (kind, compute) = match arithmetic {
             Arithmetic::F32 => (sys::cudaDataType::CUDA_R_32F, sys::cublasComputeType_t::CUBLAS_COMPUTE_32F),
             Arithmetic::Tf32 => (sys::cudaDataType::CUDA_R_32F, sys::cublasComputeType_t::CUBLAS_COMPUTE_32F_FAST_TF32),
@@ -240,6 +247,18 @@ impl Plan {
         plan.weight = result::create_matrix_layout(kind, columns as u64, rows as u64, columns as i64)?;
         plan.x = result::create_matrix_layout(kind, columns as u64, tokens as u64, columns as i64)?;
         plan.out = result::create_matrix_layout(sys::cudaDataType::CUDA_R_32F, rows as u64, tokens as u64, rows as i64)?;
+        if parts > 1 {
+            use sys::cublasLtMatrixLayoutAttribute_t::{CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET};
+            for (layout, numbers) in [(plan.weight, rows * columns), (plan.x, tokens * columns), (plan.out, tokens * rows)] {
+                let (count, apart) = (parts as i32, numbers as i64);
+                // SAFETY: the layout is there, and each attribute is a number of this size.
+                unsafe {
+                    let set = |attribute, at: *const c_void, bytes| result::set_matrix_layout_attribute(layout, attribute, at, bytes);
+                    set(CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, (&raw const count).cast(), size_of_val(&count))?;
+                    set(CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET, (&raw const apart).cast(), size_of_val(&apart))?;
+                }
+            }
+        }
         let (transposed, aligned) = (cublasOperation_t::CUBLAS_OP_T, ALIGNED);
         let preference = Preference(result::create_matmul_pref()?);
         // SAFETY: the descriptors are there, and each attribute is a number of this size.

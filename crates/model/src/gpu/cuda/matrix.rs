@@ -281,7 +281,18 @@ pub(crate) fn multiply_unpacked(weights: &Tensor, x: &Tensor, place: &mut Place)
     Ok(out)
 }
 
-/// Adds that to `to` `[tokens, rows]`, f32, which nobody else may hold.
+/// `x W'` of each part of `[parts, rows, columns]` and `x` `[parts, tokens, columns]`, bf16: `[parts, tokens, rows]` f32.
+///
+/// # Errors
+/// If a shape does not fit, or the device is out of memory.
+pub(crate) fn multiply_parts(weights: &Tensor, x: &Tensor) -> Result<Tensor> {
+    let ((parts, tokens, _), rows) = (x.dims3()?, weights.dim(1)?);
+    let out = uninitialised((parts, tokens, rows), DType::F32, x.device())?;
+    Gemm::of(x.device())?.multiply_to(&out, false, weights, x, Arithmetic::Bf16)?;
+    Ok(out)
+}
+
+/// Adds to `to` `[tokens, rows]`, f32, which nobody else may hold, what [`multiply_unpacked`] gives.
 ///
 /// # Errors
 /// If a width differs.

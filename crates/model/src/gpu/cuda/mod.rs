@@ -13,9 +13,9 @@ mod step;
 
 pub(crate) use gated::gated;
 pub use matrix::DeviceMatrix;
-pub(crate) use matrix::{add_product, multiply_unpacked};
+pub(crate) use matrix::{add_product, multiply_parts, multiply_unpacked};
 pub(crate) use norm::add_norm;
-pub(crate) use place::Place;
+pub(crate) use place::{Parts, Place};
 pub(crate) use rotated::{angles, rotated};
 pub(crate) use step::record;
 

@@ -1,7 +1,7 @@
 //! The step between layers, for many tokens.
 
-use super::Place;
 use super::params::NormParams;
+use super::{Parts, Place};
 use candle_core::{DType, Result, Tensor, bail};
 use sparse_attn::backend::cuda::{Kernels, Spread, address};
 
@@ -9,7 +9,7 @@ use sparse_attn::backend::cuda::{Kernels, Spread, address};
 pub(super) const WIDEST: usize = 16 * 1024;
 
 /// Adds `y` to `x` in its place, or the norm of it by a weight; both `[tokens, columns]`, f32. Returns the norm of the sum by `weight`, f32
-/// or bf16, in `place`.
+/// or bf16, in `place`, and if it is bf16, a copy in `copies`.
 ///
 /// # Errors
 /// If shapes differ, there is no kernel for that width, or the device is out of memory.
@@ -20,6 +20,7 @@ pub(crate) fn add_norm(
     eps: f32,
     dtype: DType,
     place: &mut Place,
+    copies: Option<&mut Parts>,
 ) -> Result<Tensor> {
     let (tokens, columns) = x.dims2()?;
     let y = y.map(|(y, norm)| Ok::<_, candle_core::Error>((y.contiguous()?, norm))).transpose()?;
@@ -38,6 +39,7 @@ pub(crate) fn add_norm(
         out: if is_rounded { 0 } else { address(&out)? },
         out_q8: 0,
         rounded: if is_rounded { address(&out)? } else { 0 },
+        copy: copies.filter(|_| is_rounded).map_or(Ok(0), |copies| copies.take([tokens, columns], x.device()))?,
         columns: columns as i32,
         eps,
         ..NormParams::default()

@@ -14,7 +14,7 @@ sparse_attn::mirrors! { "layer_params.h":
     /// Memory that is read soon.
     Ahead { from: u64, bytes: i32 }
     /// A residual connection and the norm that follows.
-    NormParams { x: u64, y: u64, y_weight: u64, weight: u64, out: u64, out_q8: u64, rounded: u64, ahead: [Ahead; 8], columns: i32, eps: f32 }
+    NormParams { x: u64, y: u64, y_weight: u64, weight: u64, out: u64, out_q8: u64, rounded: u64, copy: u64, ahead: [Ahead; 8], columns: i32, eps: f32 }
     /// A token's query, key and value.
     WriteParams {
         qkv: u64, q_norm: u64, k_norm: u64, frequencies: u64, position: u64, pages: u64, q: u64, k: u64, v: u64, k_scales: u64, v_scales: u64, summaries: u64, summary_scales: u64,

@@ -1,7 +1,7 @@
 //! Memory that layers use one after the other.
 
 use candle_core::{DType, Device, Result, Tensor};
-use sparse_attn::backend::cuda::uninitialised;
+use sparse_attn::backend::cuda::{address, uninitialised};
 
 /// Where kernels put numbers that nobody needs any more when the next ones are put there.
 #[derive(Debug, Default)]
@@ -31,5 +31,38 @@ impl Place {
             self.kept = Some(place.clone());
         }
         if place.elem_count() == count { place.reshape((rows, columns)) } else { place.narrow(0, 0, count)?.reshape((rows, columns)) }
+    }
+}
+
+/// Where matrices of bf16 are put that are needed together later on, one for each layer.
+#[derive(Debug, Default)]
+pub(crate) struct Parts {
+    all: Option<Tensor>,
+    /// Which of how many is next; none: what comes is not needed.
+    part: Option<[usize; 2]>,
+}
+
+impl Parts {
+    /// Has what comes next be part `index` of `count`, or nothing.
+    pub(crate) fn expect(&mut self, part: Option<[usize; 2]>) {
+        self.part = part;
+    }
+
+    /// Those that there are, `[count, rows, columns]`.
+    pub(crate) fn into_all(self) -> Option<Tensor> {
+        self.all
+    }
+
+    /// Where the next one goes; 0: it is not needed.
+    ///
+    /// # Errors
+    /// If the device is out of memory.
+    pub(super) fn take(&mut self, [rows, columns]: [usize; 2], device: &Device) -> Result<u64> {
+        let Some([index, count]) = self.part else { return Ok(0) };
+        let shape = [count, rows, columns];
+        let all = self.all.take().filter(|all| all.dims() == shape).map_or_else(|| uninitialised(&shape, DType::BF16, device), Ok)?;
+        let first = address(&all)?;
+        self.all = Some(all);
+        Ok(first + (index * rows * columns * DType::BF16.size_in_bytes()) as u64)
     }
 }

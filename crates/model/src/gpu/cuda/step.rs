@@ -494,7 +494,6 @@ impl CudaStep {
             weight: address(weight)?,
             out: address(&normed[0])?,
             out_q8: address(&normed[1])?,
-            rounded: 0,
             columns: x.elem_count() as i32,
             eps: self.eps,
             ..NormParams::default()

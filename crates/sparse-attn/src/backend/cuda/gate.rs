@@ -1,9 +1,9 @@
 //! Gates of token routers on the device, and the verdicts by their scores.
 
-use super::params::{GateParams, ProjectedParams, TellParams, ToldLayer, VerdictParams};
+use super::params::{DecideParams, GateParams, ProjectedParams, TellParams, ToldLayer, VerdictParams, WaitingLayer};
 use super::{Kernels, Mark, Pinned, Spread, address, by_tokens, uninitialised};
 use crate::cache::{OCTET, PAGE_SIZE, Step};
-use crate::token_router::{Projected, Scored, Scores};
+use crate::token_router::{GateStack, Projected, Scored, Scores};
 use candle_core::{DType, Device, Result, Tensor, bail};
 
 /// Tokens of a thread block, rows of a tile, most tiles that a thread block takes, and its threads.
@@ -15,7 +15,7 @@ pub(super) const THREADS: usize = 512;
 /// Octets of positions that a thread block decides on at once by a gate of one layer.
 const OCTETS_AT_ONCE: usize = 32;
 
-/// Layers whose verdicts are brought to the host by a launch.
+/// Layers whose verdicts are made, or brought to the host, by a launch.
 const TOLD: usize = 32;
 
 /// A verdict that the device is to make: in `masks` `[kv_heads, octets]` it notes which tokens of `step` a gate keeps, those before position
@@ -157,6 +157,61 @@ pub(super) fn of_projected(verdict: Verdict<'_>) -> Result<Option<(ProjectedPara
     };
     let octets = step.octets().len();
     Ok(Some((params, if last.is_some() { octets } else { octets.div_ceil(OCTETS_AT_ONCE) })))
+}
+
+/// Makes the verdicts of `layers`, by number, in their masks: by a gate whose layers are alike, and the products of their inputs with its
+/// [`GateStack::projection`], `[layers, tokens, rows]`.
+///
+/// # Errors
+/// If a shape does not fit, or the device fails.
+pub(crate) fn decide(stack: &GateStack, sums: &Tensor, step: Step, (sinks, tau): (usize, f32), layers: &[(usize, &Tensor)]) -> Result<()> {
+    let ((count, rows), kv_heads) = (stack.bias.dims2()?, stack.kv_heads()?);
+    let apart = stack.projection.dim(1)?;
+    if sums.dims() != [count, step.len, apart] || sums.dtype() != DType::F32 || 2 * rows > apart {
+        bail!("gate: products {:?} {:?} of {} tokens, {count} layers of {rows} rows", sums.dims(), sums.dtype(), step.len);
+    }
+    let first = ProjectedParams {
+        sums: address(sums)?,
+        bias: address(&stack.bias)?,
+        weight: stack.last.as_ref().map_or(Ok(0), |(weight, _)| address(weight))?,
+        last_bias: stack.last.as_ref().map_or(Ok(0), |(_, bias)| address(bias))?,
+        masks: 0,
+        apart: apart as i32,
+        start: step.start as i32,
+        tokens: step.len as i32,
+        rows: rows as i32,
+        kv_heads: kv_heads as i32,
+        max_pages: 0,
+        sinks: sinks as i32,
+        tau,
+    };
+    let (octets, has_two) = (step.octets().len(), stack.last.is_some());
+    let (name, blocks) = if has_two { ("decide_layers_2", octets) } else { ("decide_layers_1", octets.div_ceil(OCTETS_AT_ONCE)) };
+    for layers in layers.chunks(TOLD) {
+        let mut params = DecideParams {
+            first,
+            sums_apart: (step.len * apart) as i64,
+            bias_apart: rows as i32,
+            weight_apart: if has_two { (kv_heads * rows) as i32 } else { 0 },
+            last_bias_apart: if has_two { kv_heads as i32 } else { 0 },
+            ..DecideParams::default()
+        };
+        for (to, (layer, masks)) in params.layers.iter_mut().zip(layers) {
+            let (heads, room) = masks.dims2()?;
+            if *layer >= count || heads != kv_heads || step.end() > room * OCTET {
+                bail!(
+                    "gate: layer {layer} of {count}, {heads} heads of {kv_heads}, {} tokens where there is room for {}",
+                    step.end(),
+                    room * OCTET
+                );
+            }
+            *to = WaitingLayer { masks: address(masks)?, layer: *layer as i32, max_pages: (room * OCTET / PAGE_SIZE) as i32 };
+        }
+        let spread = Spread::new([blocks, layers.len(), 1], 256);
+        // SAFETY: the tensors have these shapes, and live until the stream frees them.
+        unsafe { Kernels::of(sums.device())?.launch_following(name, spread, &params) }?;
+    }
+    Ok(())
 }
 
 /// Makes a verdict.

@@ -1,6 +1,6 @@
 //! The code of kernels/cuda on a GPU: loaded once, launched by name.
 
-use super::Pinned;
+use super::{Mark, Pinned};
 use candle_core::cuda_backend::cudarc::driver::{CudaContext, CudaFunction, CudaModule, CudaStream, DevicePtr};
 use candle_core::cuda_backend::cudarc::driver::{result, sys};
 use candle_core::cuda_backend::cudarc::nvrtc::Ptx;
@@ -84,7 +84,8 @@ impl Kernels {
         self.multiprocessors
     }
 
-    /// What a contiguous tensor of f32 holds, once everything before it in the stream is done, and what the host does `meanwhile`.
+    /// What a contiguous tensor of f32 holds, once everything before it in the stream is done, and what the host does `meanwhile`: what it launches
+    /// there is not waited for.
     ///
     /// # Errors
     /// If it is no such tensor, the host cannot lock as much memory, or what it does fails.
@@ -101,8 +102,9 @@ impl Kernels {
         self.stream.context().bind_to_thread().w()?;
         // SAFETY: the tensor has so many numbers, and the memory is there until after the device was waited for.
         unsafe { result::memcpy_dtoh_async(&mut landing.numbers_mut()[..count], from, self.stream.cu_stream()) }.w()?;
+        let fetched = Mark::set(self)?;
         let done = meanwhile();
-        self.stream.synchronize().w()?;
+        fetched.wait()?;
         done?;
         Ok(landing.numbers()[..count].to_vec())
     }

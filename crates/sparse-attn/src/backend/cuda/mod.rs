@@ -12,7 +12,7 @@ mod select;
 
 pub use decode::{DecodeCall, DecodeLists, DecodeScratch, decode};
 pub use gate::gate_layer;
-pub(crate) use gate::{Told, Verdict, note_verdicts, tell};
+pub(crate) use gate::{Told, Verdict, decide, note_verdicts, tell};
 pub use kernels::{Kernels, Spread, address, by_tokens};
 pub(crate) use mark::Mark;
 pub use pinned::Pinned;

@@ -122,6 +122,12 @@ crate::mirrors! { "params.h":
         sums: u64, bias: u64, weight: u64, last_bias: u64, masks: u64,
         apart: i32, start: i32, tokens: i32, rows: i32, kv_heads: i32, max_pages: i32, sinks: i32, tau: f32,
     }
+    /// A layer that waits for its verdicts.
+    WaitingLayer { masks: u64, layer: i32, max_pages: i32 }
+    /// Such verdicts of all layers.
+    DecideParams {
+        first: ProjectedParams, sums_apart: i64, bias_apart: i32, weight_apart: i32, last_bias_apart: i32, layers: [WaitingLayer; 32],
+    }
     /// Keys, values and such verdicts.
     StoreProjectedParams { store: StoreParams, gate: ProjectedParams, gates: i32 }
     /// Keys, values and verdicts.

@@ -4,10 +4,12 @@ mod feedforward;
 mod keys;
 mod rows;
 mod sink;
+mod stack;
 
 pub use feedforward::Feedforward;
 pub use keys::KeyGate;
 pub use sink::SinkGate;
+pub use stack::GateStack;
 
 use super::{Admission, RouterInput, Scored, Scores, TokenRouter};
 use candle_core::{Device, Result, Tensor, bail};
@@ -17,6 +19,7 @@ use candle_core::{Device, Result, Tensor, bail};
 pub struct Gate {
     layers: Vec<GateLayer>,
     projections: Vec<Option<Tensor>>, // of each layer, where a GPU multiplies them beside others
+    stack: Option<GateStack>,
     tau: f32,
     kept_fraction: f32,
 }
@@ -83,7 +86,7 @@ impl Gate {
             }
         }
         let projections = vec![None; layers.len()];
-        Ok(Self { layers, projections, tau, kept_fraction: kept_fraction.clamp(0.0, 0.999) })
+        Ok(Self { layers, projections, stack: None, tau, kept_fraction: kept_fraction.clamp(0.0, 0.999) })
     }
 
     /// The same, computed where the model is, as far as there are kernels: for one layer or two on the attention input.
@@ -102,6 +105,7 @@ impl Gate {
         Ok(Self {
             layers: self.layers.iter().map(of).collect::<Result<_>>()?,
             projections: self.layers.iter().map(projection).collect::<Result<_>>()?,
+            stack: GateStack::of(&self.layers, device)?,
             ..*self
         })
     }
@@ -109,6 +113,11 @@ impl Gate {
     /// The gate of each decoder layer.
     pub fn layers(&self) -> &[GateLayer] {
         &self.layers
+    }
+
+    /// Its layers one after the other, where a GPU has them and they are alike.
+    pub fn stack(&self) -> Option<&GateStack> {
+        self.stack.as_ref()
     }
 
     /// The score from which a token is kept.
