@@ -102,9 +102,13 @@ impl Session {
         &self.model
     }
 
-    /// Its keys and values.
-    pub fn cache(&self) -> &KvCache {
-        &self.cache
+    /// Its keys and values, and what a token router decided on them.
+    ///
+    /// # Errors
+    /// If the device that decided fails.
+    pub fn cache(&mut self) -> Result<&KvCache> {
+        self.cache.learn()?;
+        Ok(&self.cache)
     }
 
     /// Bytes allocated for keys and values.
@@ -113,8 +117,11 @@ impl Session {
     }
 
     /// Keys that the newest step read, over all layers and heads.
-    pub fn read_count(&self) -> ReadCount {
-        self.cache.read_count()
+    ///
+    /// # Errors
+    /// As [`Session::cache`].
+    pub fn read_count(&mut self) -> Result<ReadCount> {
+        Ok(self.cache()?.read_count())
     }
 
     /// Tokens whose keys and values are in the cache.
@@ -259,7 +266,8 @@ impl Session {
     ///
     /// # Errors
     /// If the device has no memory for it.
-    pub fn fork(&self) -> Result<Self> {
+    pub fn fork(&mut self) -> Result<Self> {
+        self.cache.learn()?;
         Ok(Self {
             model: self.model.clone(),
             attention: self.attention.clone(),

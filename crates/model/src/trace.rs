@@ -172,10 +172,11 @@ pub fn trace(
         layer.recall /= count as f64;
         layer.density /= count as f64;
         layer.read.iter_mut().for_each(|read| *read /= count as f32);
-        let store = routed.cache().layer(index);
+        let cached = routed.cached();
+        let store = routed.cache()?.layer(index);
         layer.kept = (0..blocks)
             .map(|block| {
-                let range = block * block_size..((block + 1) * block_size).min(routed.cached());
+                let range = block * block_size..((block + 1) * block_size).min(cached);
                 let kept: usize = (0..kv_heads).map(|head| store.count_admitted(head, range.clone())).sum();
                 kept as f32 / (range.len().max(1) * kv_heads) as f32
             })

@@ -272,6 +272,62 @@ fn a_recorded_step_follows_a_token_router() -> Result<()> {
     Ok(())
 }
 
+/// A gate of one layer for each of two, or of two layers: those of all can decide together.
+fn alike(hidden_size: usize, is_deep: bool, device: &Device) -> Result<Gate> {
+    let gate = gate(hidden_size, &Device::Cpu)?;
+    let layer = gate.layers()[usize::from(is_deep)].clone();
+    Gate::new(vec![layer; 2], 0.0, 0.5)?.to_device(device)
+}
+
+#[test]
+fn a_prompt_in_the_window_is_decided_on_as_one_that_leaves_it() -> Result<()> {
+    let Some(device) = gpu() else { return Ok(()) };
+    let dir = tempfile::tempdir()?;
+    write_checkpoint(dir.path(), "qwen2")?;
+    for (is_deep, dense_len) in [(false, usize::MAX), (true, usize::MAX), (false, 200)] {
+        let weights = Weights::open(dir.path(), &device, Some(GgmlDType::Q8_0))?;
+        let gate = alike(weights.config().hidden_size, is_deep, &device)?;
+        assert!(gate.stack().is_some());
+        let plain = routing(dense_len);
+        let routing = Routing { token_router: Arc::new(gate), limits: Limits { window: 128, ..plain.limits }, ..plain };
+        let prompt = |count: usize| -> Result<Session> {
+            let mut session = session(dir.path(), &device, Some(GgmlDType::Q8_0), routing.clone())?;
+            session.prefill(&ids(count), 1024, |_, _| ControlFlow::Continue(()))?;
+            Ok(session)
+        };
+        let (mut inside, mut beyond) = (prompt(120)?, prompt(190)?);
+        let decided = |session: &mut Session| -> Result<Vec<bool>> {
+            let cache = session.cache()?;
+            let of = |layer: usize, head| cache.layer(layer).admitted(head).expect("a gate decides");
+            let all = (0..2).flat_map(|layer| (0..2).flat_map(move |head| (0..120).map(move |t| (layer, head, t))));
+            Ok(all.map(|(layer, head, t)| of(layer, head).contains(t)).collect())
+        };
+        let (want, got) = (decided(&mut beyond)?, decided(&mut inside)?);
+        let kept = want.iter().filter(|kept| **kept).count();
+        // A product of another shape rounds otherwise.
+        let others = want.iter().zip(&got).filter(|(want, got)| want != got).count();
+        assert!((100..380).contains(&kept) && others < 5, "{is_deep}: {kept} of {} kept, {others} otherwise", want.len());
+        let read = inside.read_count()?;
+        assert!(read.read == read.visible && read.read > 0);
+        // Both go on, the one by itself and the other from a copy made before anyone looked.
+        let mut sampler = Sampler::new(SamplerOptions::greedy())?;
+        let mut go_on = |session: &mut Session| -> Result<Vec<u32>> {
+            let options = GenerateOptions { max_tokens: Some(60), end_tokens: Vec::new(), context: 1024, logprobs: 0 };
+            session.generate(&mut sampler, options).map(|token| Ok(token?.id)).collect()
+        };
+        let mut fresh = prompt(120)?;
+        let mut fork = fresh.fork()?;
+        assert_eq!(go_on(&mut fork)?, go_on(&mut fresh)?);
+        assert_eq!(fresh.tokens()[..140], {
+            go_on(&mut inside)?;
+            inside.tokens()[..140].to_vec()
+        });
+        let read = fresh.read_count()?;
+        assert!(read.read < read.visible, "{read:?}: nothing was dropped");
+    }
+    Ok(())
+}
+
 #[test]
 fn a_text_goes_on_the_same_after_going_back() -> Result<()> {
     let Some(device) = gpu() else { return Ok(()) };

@@ -139,7 +139,8 @@ impl<'a> Run<'a> {
             self.prompt.joules += self.joules_since(before);
             self.prompt.rates.push(prompt as f64 / time.as_secs_f64());
             // Of the last chunk, per token.
-            self.prompt.kv_read = self.session.read_count().bytes / ((prompt - 1) % self.engine.checkpoint.chunk + 1) as u64;
+            self.prompt.kv_read =
+                self.session.read_count().map_err(unexpected)?.bytes / ((prompt - 1) % self.engine.checkpoint.chunk + 1) as u64;
         }
         if generated > 0 {
             self.back(bar, interrupt)?;
@@ -149,7 +150,7 @@ impl<'a> Run<'a> {
             let time = rates::decode(&mut self.session, generated, interrupt)?;
             self.generated.joules += self.joules_since(before);
             self.generated.rates.push(generated as f64 / time.as_secs_f64());
-            self.generated.kv_read = self.session.read_count().bytes;
+            self.generated.kv_read = self.session.read_count().map_err(unexpected)?.bytes;
             bar.inc(generated as u64);
         }
         Ok(())

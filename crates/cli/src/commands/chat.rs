@@ -356,7 +356,7 @@ impl Conversation<'_> {
         Ok(())
     }
 
-    fn show(&self, what: &str) -> Result<()> {
+    fn show(&mut self, what: &str) -> Result<()> {
         match what {
             "prompt" => {
                 let text = match &self.engine.checkpoint.template {
@@ -370,7 +370,7 @@ impl Conversation<'_> {
                 self.session.tokens().len(),
                 self.context,
                 self.session.cached(),
-                kv_use(&self.session),
+                kv_use(&mut self.session)?,
                 bytes(self.engine.plan.weights)
             )),
             "" | "settings" => {

@@ -5,7 +5,7 @@ use super::reply::{Reply, density, kv_use, reply};
 use super::route_log::RouteLog;
 use crate::args::Generate;
 use crate::engine::{Checkpoint, Engine};
-use crate::failure::{Failure, Kind};
+use crate::failure::{Failure, Kind, unexpected};
 use crate::interrupt::Interrupt;
 use crate::plan;
 use crate::routing;
@@ -64,9 +64,9 @@ pub(crate) fn run(args: &Generate, hub: &Hub, ui: Ui, interrupt: &Interrupt) -> 
         if !reply.text.ends_with('\n') {
             stdout("\n")?;
         }
-        announce(&reply, &session, &options, args, ui);
+        announce(&reply, &mut session, &options, args, ui)?;
     } else {
-        stdout(&format!("{}\n", document(&engine, &reply, &session, &prompt, &options)))?;
+        stdout(&format!("{}\n", document(&engine, &reply, &mut session, &prompt, &options)?))?;
     }
     if let Some(log) = log {
         log.finish()?;
@@ -100,7 +100,7 @@ fn check_context(prompt: usize, asked: Option<usize>, context: usize, checkpoint
         .into())
 }
 
-fn announce(reply: &Reply, session: &Session, options: &SamplerOptions, args: &Generate, ui: Ui) {
+fn announce(reply: &Reply, session: &mut Session, options: &SamplerOptions, args: &Generate, ui: Ui) -> Result<()> {
     match reply.finish {
         FinishReason::Length if args.max_tokens.is_none() => ui.say(format!("[cut after {DEFAULT_MAX_TOKENS} tokens: -n N for more]")),
         FinishReason::Overflow => ui.say("[the context is full: -c N for more]"),
@@ -115,11 +115,13 @@ fn announce(reply: &Reply, session: &Session, options: &SamplerOptions, args: &G
         reply.prefill.as_secs_f64(),
         reply.prompt_rate(),
         reply.decode_rate(),
-        kv_use(session)
+        kv_use(session)?
     ));
+    Ok(())
 }
 
-fn document(engine: &Engine, reply: &Reply, session: &Session, prompt: &[u32], options: &SamplerOptions) -> Value {
+fn document(engine: &Engine, reply: &Reply, session: &mut Session, prompt: &[u32], options: &SamplerOptions) -> Result<Value> {
+    let read = session.read_count().map_err(unexpected)?;
     let located = &engine.checkpoint.located;
     let mut document = json!({
         "schema": "foveate.generate/1",
@@ -144,8 +146,8 @@ fn document(engine: &Engine, reply: &Reply, session: &Session, prompt: &[u32], o
             "prompt_tps": reply.prompt_rate(),
             "decode_tps": reply.decode_rate(),
         },
-        "kv_read_bytes_per_token": session.read_count().bytes,
-        "density": density(session),
+        "kv_read_bytes_per_token": read.bytes,
+        "density": density(read),
         "kv_dtypes": {"k": engine.checkpoint.dtypes.k.name(), "v": engine.checkpoint.dtypes.v.name()},
         "memory": {
             "weights_bytes": engine.plan.weights,
@@ -168,5 +170,5 @@ fn document(engine: &Engine, reply: &Reply, session: &Session, prompt: &[u32], o
             .collect();
         document["logprobs"] = Value::Array(rows);
     }
-    document
+    Ok(document)
 }

@@ -144,7 +144,7 @@ pub(super) fn search(
                     .map_err(unexpected)?;
                     rates::read(engine, &mut session, &haystack.ids, interrupt, || bar.tick())?;
                     for question in &haystack.questions {
-                        let score = ask(engine, &session, question)?;
+                        let score = ask(engine, &mut session, question)?;
                         found.push(Found { setting: index, task: question.task, length: *length, depth: *depth, score });
                     }
                     bar.inc(*length as u64);
@@ -278,7 +278,7 @@ fn insert(text: String, mut hidden: Vec<(f64, String)>) -> String {
 }
 
 /// Asks after the text, in a copy of the sequence: 0 to 1.
-fn ask(engine: &Engine, session: &Session, question: &Question) -> Result<f64> {
+fn ask(engine: &Engine, session: &mut Session, question: &Question) -> Result<f64> {
     let mut session = session.fork().map_err(unexpected)?;
     let read = |session: &mut Session, ids: &[u32]| {
         session.prefill(ids, engine.checkpoint.chunk, |_, _| ControlFlow::Continue(())).map_err(unexpected)

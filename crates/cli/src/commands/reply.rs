@@ -7,6 +7,7 @@ use crate::text::TextStream;
 use crate::ui::{Ui, bytes};
 use anyhow::Result;
 use model::{FinishReason, GenerateOptions, Sampler, Session, Token};
+use sparse_attn::cache::ReadCount;
 use std::time::{Duration, Instant};
 
 /// Prompts longer than this get a progress bar.
@@ -37,15 +38,14 @@ impl Reply {
 }
 
 /// Of the keys that the newest token could have read, the part that it read.
-pub(crate) fn density(session: &Session) -> f64 {
-    let count = session.read_count();
+pub(crate) fn density(count: ReadCount) -> f64 {
     count.read as f64 / count.visible.max(1) as f64
 }
 
 /// Both savings by name: what is resident, and what the newest token read of it.
-pub(crate) fn kv_use(session: &Session) -> String {
-    let (resident, read) = (bytes(session.kv_bytes() as u64), bytes(session.read_count().bytes));
-    format!("{resident} resident, {read} read/token ({:.1} %)", 100.0 * density(session))
+pub(crate) fn kv_use(session: &mut Session) -> Result<String> {
+    let (resident, count) = (bytes(session.kv_bytes() as u64), session.read_count().map_err(unexpected)?);
+    Ok(format!("{resident} resident, {} read/token ({:.1} %)", bytes(count.bytes), 100.0 * density(count)))
 }
 
 /// Computes `prompt` after what `session` holds and generates. `print` gets the text as it is certain.

@@ -56,7 +56,8 @@ pub trait CausalLm: std::fmt::Debug + Send + Sync {
         Ok(hidden)
     }
 
-    /// Feeds `tokens` and returns the scores of the token that follows, `[vocab_size]`. On an error the cache is as it was.
+    /// Feeds `tokens` and returns the scores of the token that follows, `[vocab_size]`, when they are there: verdicts of a token router may come later
+    /// ([`KvCache::learn`]). On an error the cache is as it was.
     ///
     /// # Errors
     /// As [`CausalLm::forward`].
@@ -67,7 +68,7 @@ pub trait CausalLm: std::fmt::Debug + Send + Sync {
             // The device makes what verdicts are left once it has the logits; others the host looks through while it makes those.
             gpu::fetch(&logits, || {
                 if !cache.waits_for_verdicts() {
-                    return cache.learn(step);
+                    return cache.learn();
                 }
                 layers::decide(attention, step, cache)?;
                 cache.tell(step)
@@ -76,7 +77,7 @@ pub trait CausalLm: std::fmt::Debug + Send + Sync {
             layers::decide(attention, step, cache)?;
             logits.flatten_all()?.to_vec1()?
         };
-        cache.commit(step)?;
+        cache.commit_untold(step)?;
         Ok(logits)
     }
 

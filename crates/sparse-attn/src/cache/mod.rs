@@ -76,8 +76,8 @@ pub struct KvCache {
     mirrors: Mirrors,
     /// Where a device tells the host verdicts of token routers: every layer's of a step.
     noted: Option<Arc<Pinned<u8>>>,
-    /// When it has, of the running step.
-    told: Option<Mark>,
+    /// Of which step it has, and when, until the host looks.
+    told: Option<(Step, Mark)>,
     /// Attention inputs of all layers, where verdicts on them are still to be made.
     inputs: Option<Tensor>,
 }
@@ -164,6 +164,7 @@ impl KvCache {
         if len == 0 {
             bail!("kv cache: a step needs at least one token");
         }
+        self.learn()?;
         let step = Step { start: self.len, len };
         // What a failed step left behind is moved before anything takes its place.
         if self.layers.iter().any(LayerStore::is_to_move) {
@@ -175,7 +176,7 @@ impl KvCache {
             self.bring_tables()?;
         }
         self.make_room_for_verdicts(step)?;
-        (self.read, self.uncounted, self.told, self.inputs) = (ReadCount::default(), None, None, None);
+        (self.read, self.uncounted, self.inputs) = (ReadCount::default(), None, None);
         Ok(step)
     }
 
@@ -298,19 +299,17 @@ impl KvCache {
         }
         let undecided: Vec<_> = self.layers.iter().filter_map(LayerStore::told).collect();
         if self.told.is_none() && !undecided.is_empty() {
-            self.told = Some(cuda::tell(&undecided, step, &self.device)?);
+            self.told = Some((step, cuda::tell(&undecided, step, &self.device)?));
         }
         Ok(())
     }
 
-    /// Learns the verdicts that only the device knows, of a step whose layers are all done: by [`KvCache::commit`] if not before, while the device
-    /// has something else to do.
+    /// Learns the verdicts that the device tells. Whatever changes the cache does it before.
     ///
     /// # Errors
     /// If the device fails.
-    pub fn learn(&mut self, step: Step) -> Result<()> {
-        self.tell(step)?;
-        let Some(told) = self.told.take() else { return Ok(()) };
+    pub fn learn(&mut self) -> Result<()> {
+        let Some((step, told)) = self.told.take() else { return Ok(()) };
         told.wait()?;
         let undecided: Vec<usize> = (0..self.layers.len()).filter(|layer| !self.layers[*layer].is_decided()).collect();
         undecided.iter().for_each(|layer| self.layers[*layer].settle());
@@ -323,10 +322,20 @@ impl KvCache {
     /// # Errors
     /// If `step` is not the one that follows the committed tokens, or the device fails.
     pub fn commit(&mut self, step: Step) -> Result<()> {
+        self.commit_untold(step)?;
+        self.learn()
+    }
+
+    /// [`KvCache::commit`] that does not wait for verdicts which a device has yet to tell: [`KvCache::learn`] does. Until then layers and counts know
+    /// nothing of them.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn commit_untold(&mut self, step: Step) -> Result<()> {
         if step.start != self.len {
             bail!("kv cache: the step starts at {}, but {} tokens are committed", step.start, self.len);
         }
-        self.learn(step)?;
+        self.tell(step)?;
         self.len = step.end();
         Ok(())
     }
@@ -365,6 +374,7 @@ impl KvCache {
         if len > self.len {
             bail!("kv cache: cannot truncate to {len} tokens, only {} are there", self.len);
         }
+        self.learn()?;
         let oldest = self.oldest_restorable();
         if len != 0 && len < oldest {
             bail!("kv cache: cannot go back to {len} tokens, sliding layers keep what {oldest} and more need");
@@ -383,6 +393,7 @@ impl KvCache {
     /// # Errors
     /// If memory for the copy runs out: nothing is lost then, but some layers have given theirs back and others have not.
     pub fn trim(&mut self) -> Result<()> {
+        self.learn()?;
         if self.device.is_cpu() {
             return self.layers.iter_mut().try_for_each(|layer| layer.trim(self.len));
         }
@@ -423,8 +434,11 @@ impl KvCache {
     /// A copy of the sequence so far, to go on from in another direction: a shared prefix is computed once.
     ///
     /// # Errors
-    /// If the device has no memory for it.
+    /// If the device has no memory for it, or [`KvCache::learn`] has something to wait for.
     pub fn fork(&self) -> Result<Self> {
+        if let Some((step, _)) = &self.told {
+            bail!("kv cache: verdicts on {} tokens from {} on are to be learned before anything is copied", step.len, step.start);
+        }
         let (mut layers, mut slabs) = (Vec::with_capacity(self.layers.len()), Slabs::single(self.layers.len()));
         let bytes = |layer: usize| self.layers[layer].bytes_of(self.layers[layer].k().pages());
         for slab in slabs.renew(|_| true, bytes, slabs::joins(&self.layers)) {

@@ -111,7 +111,7 @@ impl Context<'_> {
                 decode_tokens: generated,
                 decode_seconds,
                 kv_resident_bytes: session.kv_bytes() as u64,
-                kv_read_bytes: session.read_count().bytes,
+                kv_read_bytes: session.read_count().map_err(unexpected)?.bytes,
                 peak_bytes: plan::peak_bytes(),
                 prompt_joules,
                 decode_joules,
