@@ -315,7 +315,7 @@ impl RoutedAttention {
             bail!("attention: layers wait for verdicts of a token router that does not make them together")
         };
         let waiting: Vec<usize> = (0..cache.layers()).filter(|layer| cache.layer(*layer).waits_for_verdict()).collect();
-        let masks = waiting.iter().filter_map(|layer| Some((*layer, &cache.layer(*layer).device_kept()?.masks)));
+        let masks = waiting.iter().filter_map(|layer| Some((*layer, cache.layer(*layer).device_kept()?.verdicts)));
         let sinks = self.routing.limits.sinks;
         cuda::decide(stack, sums, step, (sinks, gate.tau()), &masks.collect::<Vec<_>>())?;
         for layer in waiting {

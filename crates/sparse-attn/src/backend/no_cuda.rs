@@ -1,7 +1,7 @@
 //! What stands for the CUDA backend in a build without it: nothing gets here, since no tensor can be on a GPU.
 
 use super::AttentionBackend;
-use crate::cache::{LayerStore, Layout, Pool, Step, Summaries, Summary};
+use crate::cache::{LayerStore, Layout, Pool, Step, Summaries, Summary, VerdictMasks};
 use crate::select::Selection;
 use crate::token_router::{GateStack, Scored};
 use candle_core::{DType, Device, Result, Shape, Tensor, bail};
@@ -34,6 +34,10 @@ impl AttentionBackend for Cuda {
 }
 
 pub(crate) fn scatter_rows(_pool: &Pool, _rows: &Tensor, _slots: &[u32]) -> Result<()> {
+    absent()
+}
+
+pub(crate) fn address(_tensor: &Tensor) -> Result<u64> {
     absent()
 }
 
@@ -83,7 +87,7 @@ pub(crate) struct Verdict<'a> {
 #[derive(Debug, Clone, Copy)]
 #[expect(dead_code, reason = "of builds with a GPU")]
 pub(crate) struct Told<'a> {
-    pub(crate) masks: &'a Tensor,
+    pub(crate) masks: VerdictMasks,
     pub(crate) noted: (&'a Pinned<u8>, usize),
 }
 
@@ -101,7 +105,7 @@ impl Mark {
     }
 }
 
-pub(crate) fn decide(_stack: &GateStack, _sums: &Tensor, _step: Step, _by: (usize, f32), _layers: &[(usize, &Tensor)]) -> Result<()> {
+pub(crate) fn decide(_stack: &GateStack, _sums: &Tensor, _step: Step, _by: (usize, f32), _layers: &[(usize, VerdictMasks)]) -> Result<()> {
     absent()
 }
 

@@ -467,7 +467,7 @@ impl LayerStore {
     /// What the host is to learn of the running step, if only the device knows it.
     pub(super) fn told(&self) -> Option<Told<'_>> {
         let (noted, first) = self.noted.as_ref().filter(|_| !self.is_decided())?;
-        Some(Told { masks: &self.device_kept()?.masks, noted: (noted, *first) })
+        Some(Told { masks: self.device_kept()?.verdicts, noted: (noted, *first) })
     }
 
     /// Takes over the verdict on the running step, which the device has told.

@@ -2,6 +2,7 @@
 
 use super::admitted::Admitted;
 use super::{OCTET, PAGE_SIZE, PageTable};
+use crate::backend::cuda;
 use candle_core::{DType, Device, Result, Tensor};
 use std::ops::Range;
 
@@ -48,6 +49,17 @@ pub struct DeviceKept {
     pub counts: Tensor,
     /// A bit for each position that is decided, `[kv_heads, room for recent pages * 8]` u8.
     pub masks: Tensor,
+    /// Where those are, for launches of many layers: the host looks at no tensor.
+    pub(crate) verdicts: VerdictMasks,
+}
+
+/// Where a GPU notes verdicts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct VerdictMasks {
+    pub(crate) at: u64,
+    pub(crate) kv_heads: usize,
+    /// That there is room for.
+    pub(crate) octets: usize,
 }
 
 /// What is copied: a layer's tables on the host.
@@ -216,6 +228,7 @@ impl Mirror {
             pages: part(layout.kept_pages(), kv_heads)?,
             ranks: part(layout.ranks(), kv_heads)?,
             counts: part(layout.counts(), 1)?.flatten_all()?,
+            verdicts: VerdictMasks { at: if masks.device().is_cuda() { cuda::address(&masks)? } else { 0 }, kv_heads, octets },
             masks,
         };
         if masks_are_new {

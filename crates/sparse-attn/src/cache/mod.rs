@@ -20,7 +20,7 @@ pub use pool::{LANES, OCTET, Order, Pool};
 pub use summary::{Summaries, Summary};
 
 use layer_store::Places;
-pub(crate) use mirror::Layout;
+pub(crate) use mirror::{Layout, VerdictMasks};
 use mirror::{Mirrors, Staged};
 use slabs::Slabs;
 
@@ -294,13 +294,14 @@ impl KvCache {
     /// # Errors
     /// If the device fails.
     pub fn tell(&mut self, step: Step) -> Result<()> {
+        if self.told.is_some() || self.layers.iter().all(LayerStore::is_decided) {
+            return Ok(());
+        }
         if let Some(layer) = self.layers.iter().position(LayerStore::waits_for_verdict) {
             bail!("kv cache: layer {layer} waits for the verdict on {} tokens from {} on", step.len, step.start);
         }
         let undecided: Vec<_> = self.layers.iter().filter_map(LayerStore::told).collect();
-        if self.told.is_none() && !undecided.is_empty() {
-            self.told = Some((step, cuda::tell(&undecided, step, &self.device)?));
-        }
+        self.told = Some((step, cuda::tell(&undecided, step, &self.device)?));
         Ok(())
     }
 

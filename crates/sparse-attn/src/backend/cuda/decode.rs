@@ -42,7 +42,7 @@ impl DecodeScratch {
 impl Kept {
     /// Of a layer; nothing where every token is kept.
     pub(super) fn of(store: &LayerStore) -> Result<Self> {
-        let Some(DeviceKept { pages, counts, masks, ranks }) = store.device_kept() else { return Ok(Self::default()) };
+        let Some(DeviceKept { pages, counts, masks, ranks, .. }) = store.device_kept() else { return Ok(Self::default()) };
         let max_pages = pages.dim(1)? as i32;
         Ok(Self { pages: address(pages)?, counts: address(counts)?, masks: address(masks)?, ranks: address(ranks)?, max_pages })
     }

@@ -2,7 +2,7 @@
 
 use super::params::{DecideParams, GateParams, ProjectedParams, TellParams, ToldLayer, VerdictParams, WaitingLayer};
 use super::{Kernels, Mark, Pinned, Spread, address, by_tokens, uninitialised};
-use crate::cache::{OCTET, PAGE_SIZE, Step};
+use crate::cache::{OCTET, PAGE_SIZE, Step, VerdictMasks};
 use crate::token_router::{GateStack, Projected, Scored, Scores};
 use candle_core::{DType, Device, Result, Tensor, bail};
 
@@ -31,7 +31,7 @@ pub(crate) struct Verdict<'a> {
 /// Verdicts that the host is to learn: the octets of each head in `masks` go to `noted`, from a place on.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Told<'a> {
-    pub(crate) masks: &'a Tensor,
+    pub(crate) masks: VerdictMasks,
     pub(crate) noted: (&'a Pinned<u8>, usize),
 }
 
@@ -164,7 +164,13 @@ pub(super) fn of_projected(verdict: Verdict<'_>) -> Result<Option<(ProjectedPara
 ///
 /// # Errors
 /// If a shape does not fit, or the device fails.
-pub(crate) fn decide(stack: &GateStack, sums: &Tensor, step: Step, (sinks, tau): (usize, f32), layers: &[(usize, &Tensor)]) -> Result<()> {
+pub(crate) fn decide(
+    stack: &GateStack,
+    sums: &Tensor,
+    step: Step,
+    (sinks, tau): (usize, f32),
+    layers: &[(usize, VerdictMasks)],
+) -> Result<()> {
     let ((count, rows), kv_heads) = (stack.bias.dims2()?, stack.kv_heads()?);
     let apart = stack.projection.dim(1)?;
     if sums.dims() != [count, step.len, apart] || sums.dtype() != DType::F32 || 2 * rows > apart {
@@ -196,16 +202,12 @@ pub(crate) fn decide(stack: &GateStack, sums: &Tensor, step: Step, (sinks, tau):
             last_bias_apart: if has_two { kv_heads as i32 } else { 0 },
             ..DecideParams::default()
         };
-        for (to, (layer, masks)) in params.layers.iter_mut().zip(layers) {
-            let (heads, room) = masks.dims2()?;
-            if *layer >= count || heads != kv_heads || step.end() > room * OCTET {
-                bail!(
-                    "gate: layer {layer} of {count}, {heads} heads of {kv_heads}, {} tokens where there is room for {}",
-                    step.end(),
-                    room * OCTET
-                );
+        for (to, (layer, VerdictMasks { at, kv_heads: heads, octets: room })) in params.layers.iter_mut().zip(layers) {
+            if *layer >= count || *heads != kv_heads || step.end() > room * OCTET {
+                let fits = room * OCTET;
+                bail!("gate: layer {layer} of {count}, {heads} heads of {kv_heads}, {} tokens where there is room for {fits}", step.end());
             }
-            *to = WaitingLayer { masks: address(masks)?, layer: *layer as i32, max_pages: (room * OCTET / PAGE_SIZE) as i32 };
+            *to = WaitingLayer { masks: *at, layer: *layer as i32, max_pages: (room * OCTET / PAGE_SIZE) as i32 };
         }
         let spread = Spread::new([blocks, layers.len(), 1], 256);
         // SAFETY: the tensors have these shapes, and live until the stream frees them.
@@ -252,12 +254,12 @@ pub(crate) fn tell(layers: &[Told<'_>], step: Step, device: &Device) -> Result<M
         let mut params = TellParams { first: octets.start as i32, octets: octets.len() as i32, ..TellParams::default() };
         let mut most = 0;
         for (to, Told { masks, noted: (noted, first) }) in params.layers.iter_mut().zip(layers) {
-            let (kv_heads, room) = masks.dims2()?;
+            let VerdictMasks { at, kv_heads, octets: room } = *masks;
             if octets.end > room || first + kv_heads * octets.len() > noted.len() {
                 bail!("gate: verdicts on {octets:?} of {kv_heads} heads, with room for {room} and, on the host, {}", noted.len() - first);
             }
             let max_pages = (room * OCTET / PAGE_SIZE) as i32;
-            *to = ToldLayer { masks: address(masks)?, told: noted.address() + *first as u64, kv_heads: kv_heads as i32, max_pages };
+            *to = ToldLayer { masks: at, told: noted.address() + *first as u64, kv_heads: kv_heads as i32, max_pages };
             most = most.max(kv_heads);
         }
         let spread = Spread::new([octets.len().div_ceil(256), most, layers.len()], 256);
