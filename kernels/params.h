@@ -208,7 +208,7 @@ struct CompactParams {
     int tensors;
 };
 
-// Summaries of complete blocks; one of which nothing is kept has none.
+// Summaries of complete blocks of a layer; one of which nothing is kept has none.
 struct SummaryParams {
     const void *k;         // [pages * 64, head_dim] S
     const void *k_scales;  // as in DecodeParams
@@ -219,8 +219,14 @@ struct SummaryParams {
     int kind;              // as in ScoreParams
     int max_pages;
     int block_size;        // divides 64, or 64 divides it
-    int first;             // block; grid (blocks, kv_heads)
+    int first;             // block
+    int blocks;
     int head_dim;
+};
+
+// Those of layers that are alike. grid (most blocks, kv_heads, layers)
+struct SummariesParams {
+    SummaryParams layers[32];
 };
 
 // Queries that score together, as [mean] and what the second half of a summary is multiplied with.

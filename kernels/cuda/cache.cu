@@ -208,8 +208,9 @@ __device__ __forceinline__ const uint8_t *masks_of(const uint8_t *masks, int hea
 // Where the summary of a block lies.
 __device__ __forceinline__ int64_t summary_row(int block, int head, int kv_heads) { return ((int64_t)(block / PAGE) * kv_heads + head) * PAGE + block % PAGE; }
 
-// grid (blocks, kv_heads), head_dim threads.
+// grid (most blocks, kv_heads), head_dim threads.
 template <typename S> __device__ void summaries(const SummaryParams &p) {
+    if (blockIdx.x >= p.blocks) return;
     const int head = blockIdx.y, block = p.first + blockIdx.x;
     summarise<S>(p.k, p.k_scales, p.pages + (int64_t)head * p.max_pages, masks_of(p.masks, head, p.max_pages), block, p.block_size, threadIdx.x, p.head_dim, p.kind,
                  p.summaries, p.scales, summary_row(block, head, gridDim.y));
@@ -494,7 +495,7 @@ extern "C" __global__ void __launch_bounds__(256) widen_bytes(const WidenParams 
     STORE_PROJECTED(NAME, S, 1, decide_at_once)                                                                                            \
     STORE_PROJECTED(NAME, S, 2, decide_by_warps)                                                                                           \
     extern "C" __global__ void scatter_rows_##NAME(const ScatterParams p) { cache::scatter<S>(p); }                                         \
-    extern "C" __global__ void summarise_blocks_##NAME(const SummaryParams p) { cache::summaries<S>(p); }
+    extern "C" __global__ void summarise_blocks_##NAME(const __grid_constant__ SummariesParams p) { cache::summaries<S>(p.layers[blockIdx.z]); }
 ROWS(f16, half)
 ROWS(bf16, __nv_bfloat16)
 ROWS(q8_0, Bytes)

@@ -318,14 +318,7 @@ impl RoutedAttention {
         let masks = waiting.iter().filter_map(|layer| Some((*layer, cache.layer(*layer).device_kept()?.verdicts)));
         let sinks = self.routing.limits.sinks;
         cuda::decide(stack, sums, step, (sinks, gate.tau()), &masks.collect::<Vec<_>>())?;
-        for layer in waiting {
-            let (is_routed, limits) = (self.is_routed(layer, cache.layer(layer)), self.routing.limits_of(layer));
-            let store = cache.layer_mut(layer);
-            store.is_given_verdict();
-            if is_routed {
-                store.finish_write(step, self.routing.block_router.summary(), limits.block_size)?;
-            }
-        }
+        waiting.into_iter().for_each(|layer| cache.layer_mut(layer).is_given_verdict());
         Ok(())
     }
 
@@ -350,10 +343,13 @@ impl RoutedAttention {
             store.decide()?;
         }
         let selection = if routed {
-            if !store.waits_for_verdict() {
+            let selects = self.reads_by_score(layer, step);
+            if !selects && !self.is_observed() && self.backend.takes_products() {
+                store.finish_write_later(step, block_router.summary(), limits.block_size);
+            } else {
                 store.finish_write(step, block_router.summary(), limits.block_size)?;
             }
-            if !self.reads_by_score(layer, step) {
+            if !selects {
                 Selection::Every
             } else {
                 let wants_selection = self.observer.is_some();

@@ -67,11 +67,10 @@ pub trait CausalLm: std::fmt::Debug + Send + Sync {
         let logits = if logits.device().is_cuda() {
             // The device makes what verdicts are left once it has the logits; others the host looks through while it makes those.
             gpu::fetch(&logits, || {
-                if !cache.waits_for_verdicts() {
-                    return cache.learn();
-                }
+                let waits = cache.waits_for_verdicts();
                 layers::decide(attention, step, cache)?;
-                cache.tell(step)
+                cache.summarise()?;
+                if waits { cache.tell(step) } else { cache.learn() }
             })?
         } else {
             layers::decide(attention, step, cache)?;

@@ -1,7 +1,7 @@
 //! What stands for the CUDA backend in a build without it: nothing gets here, since no tensor can be on a GPU.
 
 use super::AttentionBackend;
-use crate::cache::{LayerStore, Layout, Pool, Step, Summaries, Summary, VerdictMasks};
+use crate::cache::{LayerStore, Layout, Pool, Step, Summaries, VerdictMasks};
 use crate::select::Selection;
 use crate::token_router::{GateStack, Scored};
 use candle_core::{DType, Device, Result, Shape, Tensor, bail};
@@ -59,13 +59,16 @@ pub(crate) fn compact(_layers: &[Compacted<'_>], _numbers: &Tensor) -> Result<()
     absent()
 }
 
-pub(crate) fn summarise(
-    _store: &LayerStore,
-    _summaries: &Summaries,
-    _kind: Summary,
-    _blocks: Range<usize>,
-    _block_size: usize,
-) -> Result<()> {
+/// Blocks that a device would summarise.
+#[derive(Debug)]
+#[expect(dead_code, reason = "of builds with a GPU")]
+pub(crate) struct Summarised<'a> {
+    pub(crate) store: &'a LayerStore,
+    pub(crate) summaries: &'a Summaries,
+    pub(crate) blocks: Range<usize>,
+}
+
+pub(crate) fn summarise(_layers: &[Summarised<'_>]) -> Result<()> {
     absent()
 }
 

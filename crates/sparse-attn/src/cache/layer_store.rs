@@ -4,7 +4,7 @@ use super::admitted::Admitted;
 use super::mirror::{DeviceKept, Layout, Mirror, Tables};
 use super::{KvDtypes, NO_PAGE, Order, PAGE_SIZE, PageTable, Pool, ReadCount, Step, Summaries, Summary};
 use crate::HeadShape;
-use crate::backend::cuda::{self, Compacted, Pinned, Told, Verdict};
+use crate::backend::cuda::{self, Compacted, Pinned, Summarised, Told, Verdict};
 use crate::simd::with_rows;
 use crate::token_router::{Admission, Scored};
 use candle_core::{DType, Device, IndexOp, Result, Tensor, bail};
@@ -114,6 +114,8 @@ pub struct LayerStore {
     asked: Option<Asked>,
     /// Whether it is to be made with those of other layers.
     waits: bool,
+    /// Of what kind summaries are to be made, and of how many tokens each.
+    due: Option<(Summary, usize)>,
 }
 
 /// What a device is to decide by.
@@ -141,6 +143,7 @@ impl LayerStore {
             undecided: None,
             asked: None,
             waits: false,
+            due: None,
         })
     }
 
@@ -499,10 +502,24 @@ impl LayerStore {
     /// # Errors
     /// If the keys cannot be read.
     pub(crate) fn finish_write(&mut self, step: Step, kind: Summary, block_size: usize) -> Result<()> {
-        self.written = step.end();
-        if kind == Summary::None || self.spec.sliding_window.is_some() {
-            return Ok(());
+        self.finish_write_later(step, kind, block_size);
+        if let Some(blocks) = self.begin_summaries()? {
+            let summaries = self.needed_summaries()?;
+            cuda::summarise(&[Summarised { store: self, summaries, blocks: blocks.clone() }])?;
+            self.end_summaries(&blocks);
         }
+        Ok(())
+    }
+
+    /// [`LayerStore::finish_write`] that leaves it to [`KvCache::summarise`](super::KvCache::summarise) to summarise them.
+    pub(crate) fn finish_write_later(&mut self, step: Step, kind: Summary, block_size: usize) {
+        self.written = step.end();
+        self.due = (kind != Summary::None && self.spec.sliding_window.is_none()).then_some((kind, block_size));
+    }
+
+    /// Summarises what is due, unless a device can: the blocks of which, for which there is room then.
+    pub(super) fn begin_summaries(&mut self) -> Result<Option<Range<usize>>> {
+        let Some((kind, block_size)) = self.due.take() else { return Ok(None) };
         let shape = self.spec.shape;
         let kept = self.summaries.take().filter(|summaries| summaries.is_of(kind, block_size));
         let mut summaries = match kept {
@@ -513,12 +530,12 @@ impl LayerStore {
             }
         };
         let missing = summaries.missing(self.written);
-        if !missing.is_empty() && self.k.values().device().is_cuda() && missing.start * block_size >= self.frontier {
-            // Where the keys are, none of which has moved; and for as many blocks as there is room for keys, or the summaries would often be copied.
+        // Where the keys are, none of which has moved.
+        let by_device = !missing.is_empty() && self.k.values().device().is_cuda() && missing.start * block_size >= self.frontier;
+        if by_device {
+            // For as many blocks as there is room for keys, or the summaries would often be copied.
             let room = self.k.pages() / shape.kv_heads() * PAGE_SIZE / block_size;
             summaries.reserve(room.max(missing.end))?;
-            cuda::summarise(self, &summaries, kind, missing.clone(), block_size)?;
-            summaries.advance(missing.len());
         } else if !missing.is_empty() {
             self.decide()?;
             let positions = missing.start * block_size..missing.end * block_size;
@@ -526,7 +543,19 @@ impl LayerStore {
             summaries.extend(missing.len(), &heads.collect::<Result<Vec<_>>>()?)?;
         }
         self.summaries = Some(summaries);
-        Ok(())
+        Ok(by_device.then_some(missing))
+    }
+
+    /// Notes that a device summarises these blocks.
+    pub(super) fn end_summaries(&mut self, blocks: &Range<usize>) {
+        if let Some(summaries) = &mut self.summaries {
+            summaries.advance(blocks.len());
+        }
+    }
+
+    /// Whether blocks are to be summarised with those of other layers.
+    pub(super) fn has_summaries_due(&self) -> bool {
+        self.due.is_some()
     }
 
     /// Gets ready for a token that the device writes by itself, with the summary of the block that it completes: what left the window
@@ -625,7 +654,7 @@ impl LayerStore {
 
     fn forget(&mut self, len: usize) {
         self.written = self.written.min(len);
-        (self.undecided, self.asked, self.waits) = (None, None, false);
+        (self.undecided, self.asked, self.waits, self.due) = (None, None, false, None);
         for admitted in self.admitted.iter_mut().flatten() {
             admitted.truncate(len);
         }
@@ -740,6 +769,7 @@ impl LayerStore {
             undecided: self.undecided,
             asked: None,
             waits: false,
+            due: None,
         })
     }
 

@@ -24,7 +24,7 @@ pub(crate) use mirror::{Layout, VerdictMasks};
 use mirror::{Mirrors, Staged};
 use slabs::Slabs;
 
-use crate::backend::cuda::{self, Mark, Pinned};
+use crate::backend::cuda::{self, Mark, Pinned, Summarised};
 use candle_core::{Device, Result, Tensor, bail};
 use std::ops::Range;
 use std::sync::Arc;
@@ -288,6 +288,26 @@ impl KvCache {
         self.inputs.is_some()
     }
 
+    /// Summarises the blocks that layers left to be summarised together: by [`KvCache::commit`] if not before.
+    ///
+    /// # Errors
+    /// If keys cannot be read, or the device is out of memory.
+    pub fn summarise(&mut self) -> Result<()> {
+        if !self.layers.iter().any(LayerStore::has_summaries_due) {
+            return Ok(());
+        }
+        let blocks = self.layers.iter_mut().map(LayerStore::begin_summaries).collect::<Result<Vec<_>>>()?;
+        let of_layer = |(store, blocks): (_, &Option<Range<usize>>)| {
+            let store: &LayerStore = store;
+            Some(Summarised { store, summaries: store.summaries()?, blocks: blocks.clone()? })
+        };
+        cuda::summarise(&self.layers.iter().zip(&blocks).filter_map(of_layer).collect::<Vec<_>>())?;
+        for (layer, blocks) in self.layers.iter_mut().zip(&blocks) {
+            blocks.iter().for_each(|blocks| layer.end_summaries(blocks));
+        }
+        Ok(())
+    }
+
     /// Has the device tell the host, once it made them all, the verdicts of a token router that only the device knows: [`KvCache::learn`] waits for
     /// them.
     ///
@@ -336,6 +356,7 @@ impl KvCache {
         if step.start != self.len {
             bail!("kv cache: the step starts at {}, but {} tokens are committed", step.start, self.len);
         }
+        self.summarise()?;
         self.tell(step)?;
         self.len = step.end();
         Ok(())

@@ -113,6 +113,18 @@ impl Summaries {
         Ok(Self { kind, block_size, blocks: 0, kv_heads, head_dim, pool })
     }
 
+    /// What is kept of each.
+    #[cfg_attr(not(feature = "cuda"), expect(dead_code, reason = "of builds with a GPU"))]
+    pub(crate) fn kind(&self) -> Summary {
+        self.kind
+    }
+
+    /// Positions of each.
+    #[cfg_attr(not(feature = "cuda"), expect(dead_code, reason = "of builds with a GPU"))]
+    pub(crate) fn block_size(&self) -> usize {
+        self.block_size
+    }
+
     pub(super) fn is_of(&self, kind: Summary, block_size: usize) -> bool {
         self.kind == kind && self.block_size == block_size
     }

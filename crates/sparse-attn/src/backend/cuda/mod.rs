@@ -17,7 +17,7 @@ pub use kernels::{Kernels, Spread, address, by_tokens};
 pub(crate) use mark::Mark;
 pub use pinned::Pinned;
 pub use rows::scales_of;
-pub(crate) use rows::{Compacted, compact, scatter_rows, summarise};
+pub(crate) use rows::{Compacted, Summarised, compact, scatter_rows, summarise};
 use rows::{in_halves, transformed};
 pub use select::{Budgeted, SelectCall, SelectScratch, kind_of, score_and_select};
 

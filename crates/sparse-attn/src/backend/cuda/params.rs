@@ -103,7 +103,12 @@ crate::mirrors! { "params.h":
     /// That of some layers.
     CompactParams { layers: [CompactedLayer; 16], tensors: i32 }
     /// Summaries of complete blocks.
-    SummaryParams { k: u64, k_scales: u64, pages: u64, masks: u64, summaries: u64, scales: u64, kind: i32, max_pages: i32, block_size: i32, first: i32, head_dim: i32 }
+    SummaryParams {
+        k: u64, k_scales: u64, pages: u64, masks: u64, summaries: u64, scales: u64,
+        kind: i32, max_pages: i32, block_size: i32, first: i32, blocks: i32, head_dim: i32,
+    }
+    /// Those of some layers.
+    SummariesParams { layers: [SummaryParams; 32] }
     /// Queries made ready to score.
     ExpandParams { q: u64, out: u64, kind: i32, start: i32, tokens: i32, tile: i32, first_row: i32, q_heads: i32, head_dim: i32 }
     /// Verdicts of a gate.

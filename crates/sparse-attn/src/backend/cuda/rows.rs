@@ -1,12 +1,12 @@
 //! Rows in pools: written, moved, summarised.
 
 use super::params::{
-    CompactParams, CompactedLayer, Kept, PackParams, ScatterParams, StoreGatedParams, StoreParams, StoreProjectedParams, SummaryParams,
-    TransformParams, WidenParams,
+    CompactParams, CompactedLayer, Kept, PackParams, ScatterParams, StoreGatedParams, StoreParams, StoreProjectedParams, SummariesParams,
+    SummaryParams, TransformParams, WidenParams,
 };
 use super::{Kernels, Spread, Verdict, address, by_tokens, gate, queries_of, summary_code, uninitialised};
 use crate::attention::Products;
-use crate::cache::{KvDtype, LayerStore, Layout, OCTET, PAGE_SIZE, Pool, Step, Summaries, Summary};
+use crate::cache::{KvDtype, LayerStore, Layout, OCTET, PAGE_SIZE, Pool, Step, Summaries};
 use candle_core::{DType, Result, Tensor, bail};
 use std::ops::Range;
 
@@ -61,8 +61,9 @@ const STORING: usize = 8;
 /// Words that are copied by a thread block at a time.
 const COPIED: usize = 256;
 
-/// Layers that are compacted by a launch.
+/// Layers that are compacted by a launch, and those of which blocks are summarised.
 const COMPACTED: usize = 16;
+const SUMMARISED: usize = 32;
 
 /// Numbers that are widened by a thread block.
 const WIDENED: usize = 16 * 256;
@@ -323,24 +324,53 @@ fn compacted(&Compacted { store, new, layout, pages }: &Compacted<'_>, numbers: 
     Ok((layer, to.tensors))
 }
 
-/// Summarises what a token router keeps of `blocks`, for which `summaries` has room.
-pub(crate) fn summarise(store: &LayerStore, summaries: &Summaries, kind: Summary, blocks: Range<usize>, block_size: usize) -> Result<()> {
-    let kernels = Kernels::of(store.k().values().device())?;
-    let (pages, head_dim) = (store.device_pages()?, store.shape().head_dim());
-    let params = SummaryParams {
-        k: address(store.k().values())?,
-        k_scales: scales_of(store.k())?,
-        pages: address(pages)?,
-        masks: store.device_kept().map_or(Ok(0), |kept| address(&kept.masks))?,
-        summaries: address(summaries.pool().values())?,
-        scales: scales_of(summaries.pool())?,
-        kind: summary_code(kind),
-        max_pages: pages.dim(1)? as i32,
-        block_size: block_size as i32,
-        first: blocks.start as i32,
-        head_dim: head_dim as i32,
-    };
-    let spread = Spread::new([blocks.len(), store.shape().kv_heads(), 1], head_dim);
-    // SAFETY: the keys of these blocks are written, and the pool has room for their rows.
-    unsafe { kernels.launch(&name("summarise_blocks", store.k())?, spread, &params) }
+/// Blocks of a layer that are to be summarised, for which its summaries have room.
+#[derive(Debug)]
+pub(crate) struct Summarised<'a> {
+    pub(crate) store: &'a LayerStore,
+    pub(crate) summaries: &'a Summaries,
+    pub(crate) blocks: Range<usize>,
+}
+
+impl Summarised<'_> {
+    fn params(&self) -> Result<SummaryParams> {
+        let Self { store, summaries, blocks } = self;
+        let pages = store.device_pages()?;
+        Ok(SummaryParams {
+            k: address(store.k().values())?,
+            k_scales: scales_of(store.k())?,
+            pages: address(pages)?,
+            masks: store.device_kept().map_or(0, |kept| kept.verdicts.at),
+            summaries: address(summaries.pool().values())?,
+            scales: scales_of(summaries.pool())?,
+            kind: summary_code(summaries.kind()),
+            max_pages: pages.dim(1)? as i32,
+            block_size: summaries.block_size() as i32,
+            first: blocks.start as i32,
+            blocks: blocks.len() as i32,
+            head_dim: store.shape().head_dim() as i32,
+        })
+    }
+
+    /// Whether one launch can summarise both.
+    fn is_like(&self, other: &Self) -> bool {
+        self.store.shape() == other.store.shape() && self.store.k().dtype() == other.store.k().dtype()
+    }
+}
+
+/// Summarises what a token router keeps of these blocks.
+pub(crate) fn summarise(layers: &[Summarised<'_>]) -> Result<()> {
+    for layers in layers.chunk_by(Summarised::is_like).flat_map(|alike| alike.chunks(SUMMARISED)) {
+        let mut params = SummariesParams::default();
+        for (to, layer) in params.layers.iter_mut().zip(layers) {
+            *to = layer.params()?;
+        }
+        let most = layers.iter().map(|layer| layer.blocks.len()).max().unwrap_or(0);
+        let [Summarised { store, .. }, ..] = layers else { continue };
+        let spread = Spread::new([most, store.shape().kv_heads(), layers.len()], store.shape().head_dim());
+        let kernels = Kernels::of(store.k().values().device())?;
+        // SAFETY: the keys of these blocks are written, and the pools have room for their rows.
+        unsafe { kernels.launch(&name("summarise_blocks", store.k())?, spread, &params) }?;
+    }
+    Ok(())
 }
