@@ -2,23 +2,12 @@
 //! by `sqrt(hidden_size)`, five sliding layers to each one that sees everything, with a rope base of their own.
 
 use super::{CausalLm, TokenStep};
-use crate::gpu::{self, DecoderParts, LayerParts, Place};
-use crate::layers::{AttentionParts, Embedding, GatedMlp, OutputHead, Residual, RmsNorm, Rope, RopeTables, SelfAttention, Workspace, name};
+use crate::gpu::{self, DecoderParts, Place};
+use crate::layers::{AttentionParts, DecoderLayer, Embedding, OutputHead, Residual, RmsNorm, Rope, Workspace, name};
 use crate::weights::{Scope, Weights};
 use crate::{Config, config::RopeConfig};
 use candle_core::{DType, Device, Result, Tensor};
 use sparse_attn::{KvCache, RoutedAttention, Step};
-
-/// `x + norm(attention(norm(x)))`, then `x + norm(mlp(norm(x)))`.
-#[derive(Debug)]
-struct SandwichLayer {
-    attention_norm: RmsNorm,
-    attention: SelfAttention,
-    post_attention_norm: RmsNorm,
-    mlp_norm: RmsNorm,
-    mlp: GatedMlp,
-    post_mlp_norm: RmsNorm,
-}
 
 #[derive(Debug)]
 pub(super) struct Gemma3Text {
@@ -26,7 +15,7 @@ pub(super) struct Gemma3Text {
     embedding: Embedding,
     rope: Rope,
     local_rope: Rope,
-    layers: Vec<SandwichLayer>,
+    layers: Vec<DecoderLayer>,
     norm: RmsNorm,
     head: OutputHead,
 }
@@ -38,7 +27,7 @@ pub(super) fn load(weights: &Weights) -> Result<Gemma3Text> {
     Ok(Gemma3Text {
         rope: rope(&config.rope),
         local_rope: rope(config.local_rope.as_ref().unwrap_or(&config.rope)),
-        layers: (0..config.num_layers).map(|layer| SandwichLayer::load(layer, &weights.layer(layer), &config)).collect::<Result<_>>()?,
+        layers: (0..config.num_layers).map(|layer| load_layer(layer, &weights.layer(layer), &config)).collect::<Result<_>>()?,
         norm: RmsNorm::load_plus_one(&root, name("model.norm", "output_norm"), config.hidden_size, config.rms_norm_eps)?,
         head: OutputHead::load(&root, &config, &embedding)?,
         embedding,
@@ -46,45 +35,10 @@ pub(super) fn load(weights: &Weights) -> Result<Gemma3Text> {
     })
 }
 
-impl SandwichLayer {
-    fn load(layer: usize, scope: &Scope<'_>, config: &Config) -> Result<Self> {
-        let norm = |name, width| RmsNorm::load_plus_one(scope, name, width, config.rms_norm_eps);
-        let (hidden, head_dim) = (config.hidden_size, config.heads.head_dim());
-        let qk_norm =
-            Some((norm(name("self_attn.q_norm", "attn_q_norm"), head_dim)?, norm(name("self_attn.k_norm", "attn_k_norm"), head_dim)?));
-        let parts = AttentionParts { qk_norm, ..AttentionParts::load(scope, config)? };
-        Ok(Self {
-            attention_norm: norm(name("input_layernorm", "attn_norm"), hidden)?,
-            attention: SelfAttention::new(layer, config, parts),
-            post_attention_norm: norm(name("post_attention_layernorm", "post_attention_norm"), hidden)?,
-            mlp_norm: norm(name("pre_feedforward_layernorm", "ffn_norm"), hidden)?,
-            mlp: GatedMlp::load(scope, config)?,
-            post_mlp_norm: norm(name("post_feedforward_layernorm", "post_ffw_norm"), hidden)?,
-        })
-    }
-
-    fn forward<'a>(
-        &'a self,
-        stream: &mut Residual<'a>,
-        workspace: &mut Workspace,
-        rope: &RopeTables,
-        attention: &RoutedAttention,
-        step: Step,
-        cache: &mut KvCache,
-    ) -> Result<()> {
-        workspace.begin(&self.attention, &self.mlp, attention, step, cache)?;
-        let x = stream.norm(
-            &self.attention_norm,
-            self.attention.dtype_of_input(step.len, attention),
-            &mut workspace.normed,
-            Some(&mut workspace.inputs),
-        )?;
-        let x = self.attention.forward(&x, workspace, rope, attention, step, cache)?;
-        stream.add_product(&self.attention.parts().o_proj, workspace.output(), &x, Some(&self.post_attention_norm))?;
-        let x = stream.norm(&self.mlp_norm, self.mlp.dtype_of_input(step.len), &mut workspace.normed, None)?;
-        let x = self.mlp.forward(&x, workspace)?;
-        stream.add_product(self.mlp.down(), workspace.down(), &x, Some(&self.post_mlp_norm))
-    }
+fn load_layer(layer: usize, scope: &Scope<'_>, config: &Config) -> Result<DecoderLayer> {
+    let norm = |name| RmsNorm::load_plus_one(scope, name, config.heads.head_dim(), config.rms_norm_eps);
+    let qk_norm = Some((norm(name("self_attn.q_norm", "attn_q_norm"))?, norm(name("self_attn.k_norm", "attn_k_norm"))?));
+    DecoderLayer::load_sandwich(layer, scope, config, AttentionParts { qk_norm, ..AttentionParts::load(scope, config)? })
 }
 
 impl CausalLm for Gemma3Text {
@@ -115,11 +69,7 @@ impl CausalLm for Gemma3Text {
     fn token_step(&self, attention: &RoutedAttention, cache: &KvCache) -> Result<Option<Box<dyn TokenStep>>> {
         let layers = self.layers.iter().zip(&self.config.sliding_window).map(|(layer, window)| {
             let rope = if window.is_some() { &self.local_rope } else { &self.rope };
-            LayerParts {
-                post_attention_norm: Some(&layer.post_attention_norm),
-                post_mlp_norm: Some(&layer.post_mlp_norm),
-                ..LayerParts::new(&self.config, rope, [&layer.attention_norm, &layer.mlp_norm], &layer.attention, &layer.mlp)
-            }
+            layer.parts(&self.config, rope)
         });
         let parts = DecoderParts {
             heads: self.config.heads,

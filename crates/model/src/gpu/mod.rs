@@ -14,8 +14,8 @@ pub use absent::DeviceMatrix;
 #[cfg(not(feature = "cuda"))]
 pub(crate) use absent::{Parts, Place, add_norm, add_product, angles, fetch, gated, multiply_parts, multiply_unpacked, record, rotated};
 
-use crate::config::{Activation, Config};
-use crate::layers::{GatedMlp, Linear, RmsNorm, Rope, SelfAttention};
+use crate::config::Activation;
+use crate::layers::{Linear, RmsNorm, Rope};
 use crate::weights::Matrix;
 use candle_core::Tensor;
 use sparse_attn::HeadShape;
@@ -59,25 +59,4 @@ pub(crate) struct LayerParts<'a> {
     pub(crate) down: &'a Linear,
     pub(crate) activation: Activation,
     pub(crate) post_mlp_norm: Option<&'a RmsNorm>,
-}
-
-impl<'a> LayerParts<'a> {
-    /// A layer with norms before attention and before the feedforward part, and none after.
-    pub(crate) fn new(config: &Config, rope: &'a Rope, norms: [&'a RmsNorm; 2], attention: &'a SelfAttention, mlp: &'a GatedMlp) -> Self {
-        let (parts, [gate, up, down], [attention_norm, mlp_norm]) = (attention.parts(), mlp.projections(), norms);
-        Self {
-            attention_norm,
-            qkv: [&parts.q_proj, &parts.k_proj, &parts.v_proj],
-            qk_norm: parts.qk_norm.as_ref().map(|(q, k)| (q, k)),
-            rope,
-            output: &parts.o_proj,
-            post_attention_norm: None,
-            mlp_norm,
-            gate,
-            up,
-            down,
-            activation: config.activation,
-            post_mlp_norm: None,
-        }
-    }
 }

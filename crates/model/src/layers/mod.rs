@@ -1,6 +1,7 @@
 //! The parts that decoders are built of. Activations are `[tokens, width]`, f32.
 
 mod attention;
+mod decoder_layer;
 mod embedding;
 pub(crate) mod fused;
 mod linear;
@@ -12,11 +13,12 @@ mod rope;
 mod workspace;
 
 pub use attention::{AttentionParts, SelfAttention};
+pub use decoder_layer::DecoderLayer;
 pub use embedding::{Embedding, OutputHead};
 pub use linear::Linear;
 pub use mlp::GatedMlp;
 pub use norm::RmsNorm;
-pub use pre_norm::{PreNormDecoder, PreNormLayer};
+pub use pre_norm::PreNormDecoder;
 pub use residual::Residual;
 pub use rope::{Rope, RopeTables};
 

@@ -1,54 +1,10 @@
-use super::{AttentionParts, Embedding, GatedMlp, OutputHead, Residual, RmsNorm, Rope, RopeTables, SelfAttention, Workspace, name};
+use super::{AttentionParts, DecoderLayer, Embedding, OutputHead, Residual, RmsNorm, Rope, Workspace, name};
 use crate::arch::{CausalLm, TokenStep};
 use crate::config::Config;
-use crate::gpu::{self, DecoderParts, LayerParts, Place};
+use crate::gpu::{self, DecoderParts, Place};
 use crate::weights::{Scope, Weights};
 use candle_core::{DType, Device, Result, Tensor};
 use sparse_attn::{KvCache, RoutedAttention, Step};
-
-/// `x + attention(norm(x))`, then `x + mlp(norm(x))`.
-#[derive(Debug, Clone)]
-pub struct PreNormLayer {
-    attention_norm: RmsNorm,
-    attention: SelfAttention,
-    mlp_norm: RmsNorm,
-    mlp: GatedMlp,
-}
-
-impl PreNormLayer {
-    fn load(layer: usize, scope: &Scope<'_>, config: &Config, parts: AttentionParts) -> Result<Self> {
-        let norm = |name| RmsNorm::load(scope, name, config.hidden_size, config.rms_norm_eps);
-        Ok(Self {
-            attention_norm: norm(name("input_layernorm", "attn_norm"))?,
-            attention: SelfAttention::new(layer, config, parts),
-            mlp_norm: norm(name("post_attention_layernorm", "ffn_norm"))?,
-            mlp: GatedMlp::load(scope, config)?,
-        })
-    }
-
-    fn forward(
-        &self,
-        stream: &mut Residual<'_>,
-        workspace: &mut Workspace,
-        rope: &RopeTables,
-        attention: &RoutedAttention,
-        step: Step,
-        cache: &mut KvCache,
-    ) -> Result<()> {
-        workspace.begin(&self.attention, &self.mlp, attention, step, cache)?;
-        let x = stream.norm(
-            &self.attention_norm,
-            self.attention.dtype_of_input(step.len, attention),
-            &mut workspace.normed,
-            Some(&mut workspace.inputs),
-        )?;
-        let x = self.attention.forward(&x, workspace, rope, attention, step, cache)?;
-        stream.add_product(&self.attention.parts().o_proj, workspace.output(), &x, None)?;
-        let x = stream.norm(&self.mlp_norm, self.mlp.dtype_of_input(step.len), &mut workspace.normed, None)?;
-        let x = self.mlp.forward(&x, workspace)?;
-        stream.add_product(self.mlp.down(), workspace.down(), &x, None)
-    }
-}
 
 /// The decoder that Llama, Mistral and Qwen share; they differ in the parts of their attention.
 #[derive(Debug, Clone)]
@@ -56,7 +12,7 @@ pub struct PreNormDecoder {
     config: Config,
     embedding: Embedding,
     rope: Rope,
-    layers: Vec<PreNormLayer>,
+    layers: Vec<DecoderLayer>,
     norm: RmsNorm,
     head: OutputHead,
 }
@@ -74,7 +30,7 @@ impl PreNormDecoder {
         let layers = (0..config.num_layers)
             .map(|layer| {
                 let scope = weights.layer(layer);
-                PreNormLayer::load(layer, &scope, &config, attention_parts(&scope, &config)?)
+                DecoderLayer::load(layer, &scope, &config, attention_parts(&scope, &config)?)
             })
             .collect::<Result<Vec<_>>>()?;
         Ok(Self {
@@ -113,16 +69,12 @@ impl CausalLm for PreNormDecoder {
     }
 
     fn token_step(&self, attention: &RoutedAttention, cache: &KvCache) -> Result<Option<Box<dyn TokenStep>>> {
-        let layers = self
-            .layers
-            .iter()
-            .map(|layer| LayerParts::new(&self.config, &self.rope, [&layer.attention_norm, &layer.mlp_norm], &layer.attention, &layer.mlp));
         let parts = DecoderParts {
             heads: self.config.heads,
             scale: self.config.attn_scale as f32,
             embedding: self.embedding.weight(),
             embedding_factor: 1.0,
-            layers: layers.collect(),
+            layers: self.layers.iter().map(|layer| layer.parts(&self.config, &self.rope)).collect(),
             norm: &self.norm,
             head: self.head.weight(),
         };
