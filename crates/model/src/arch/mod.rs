@@ -73,7 +73,6 @@ pub trait CausalLm: std::fmt::Debug + Send + Sync {
                 if waits { cache.tell(step) } else { cache.learn() }
             })?
         } else {
-            layers::decide(attention, step, cache)?;
             logits.flatten_all()?.to_vec1()?
         };
         cache.commit_untold(step)?;

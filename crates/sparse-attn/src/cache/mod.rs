@@ -297,11 +297,12 @@ impl KvCache {
             return Ok(());
         }
         let blocks = self.layers.iter_mut().map(LayerStore::begin_summaries).collect::<Result<Vec<_>>>()?;
-        let of_layer = |(store, blocks): (_, &Option<Range<usize>>)| {
-            let store: &LayerStore = store;
-            Some(Summarised { store, summaries: store.summaries()?, blocks: blocks.clone()? })
-        };
-        cuda::summarise(&self.layers.iter().zip(&blocks).filter_map(of_layer).collect::<Vec<_>>())?;
+        let by_device = self
+            .layers
+            .iter()
+            .zip(&blocks)
+            .filter_map(|(store, blocks)| Some(Summarised { store, summaries: store.summaries()?, blocks: blocks.clone()? }));
+        cuda::summarise(&by_device.collect::<Vec<_>>())?;
         for (layer, blocks) in self.layers.iter_mut().zip(&blocks) {
             blocks.iter().for_each(|blocks| layer.end_summaries(blocks));
         }

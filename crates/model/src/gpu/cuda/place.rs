@@ -30,7 +30,7 @@ impl Place {
         if self.keeps {
             self.kept = Some(place.clone());
         }
-        if place.elem_count() == count { place.reshape((rows, columns)) } else { place.narrow(0, 0, count)?.reshape((rows, columns)) }
+        place.narrow(0, 0, count)?.reshape((rows, columns))
     }
 }
 
