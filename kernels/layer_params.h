@@ -13,35 +13,13 @@ struct Matrix {
     int format;
 };
 
-// The verdict of a token router's gate on one token; see Kept in params.h.
-struct Verdict {
-    const float *scores;   // [kv_heads], or, of a hidden layer before its activation, [width]; null: the token is kept
-    const float *weight;   // [kv_heads, width]; null: no hidden layer
-    const float *bias;     // [kv_heads]
-    uint8_t *masks;        // [kv_heads, max_pages, 8]; null: no gate
-    int *kept;             // [kv_heads]: 1 or 0, for LikeliestParams::told
-    int width;
-    int sinks;             // positions that are kept anyway
-    float tau;             // kept from this score on
-};
-
-// That of all heads.
-struct Decisions {
-    Verdict verdict;
-    const int *position;
-    int max_pages;
-    int heads;             // 0: none is made here
-};
-
-// `out = W x + bias` for up to four matrices of one width, for few tokens. The first may be wide, f32. grid (wide + rows of all others / 4 + deciding heads, tokens).
+// `out = W x + bias` for up to four matrices of one width, for few tokens. grid (rows of all / 4, tokens).
 struct ProductParams {
     Matrix matrices[4];
     const float *x;        // [tokens, columns]
     const void *x_q8;      // the same in 8 bits, see weights.cuh
     int count;
     int columns;
-    int wide;              // rows of the first matrix that take a thread block each: all or none
-    Decisions decisions;   // of one token, on what kernels before made: by thread blocks of their own
 };
 
 // `out = activation(W0 x) * W1 x`, in 8 bits and as it is.
@@ -71,15 +49,16 @@ struct NormParams {
     const float *weight;
     float *out;            // null: not of many tokens
     void *out_q8;          // of one token
-    void *rounded;         // [tokens, columns] bf16; null: none
-    void *copy;            // the same again; null: none
+    void *rounded;         // [tokens, columns] bf16, of one token [rows, columns]; null: none
+    void *copy;            // of many tokens: the same again; null: none
+    const int *position;   // of one token, which has row `position % rows`
     Ahead ahead[8];        // of one token: brought to the L2 cache
+    int rows;              // a power of two
     int columns;
     float eps;
 };
 
-// What becomes of one token's query, key and value: norms, rotation, rounding; key and value go into the cache, and the block that
-// the key completes is summarised. grid kv_heads.
+// What becomes of one token's query, key and value: norms, rotation, rounding; key and value go into the cache. grid kv_heads.
 struct WriteParams {
     const float *qkv;      // [q_heads + 2 kv_heads, head_dim]
     const float *q_norm;   // [head_dim]; may be null
@@ -92,11 +71,6 @@ struct WriteParams {
     void *v;
     void *k_scales;        // as in DecodeParams
     void *v_scales;
-    void *summaries;       // null: none
-    void *summary_scales;  // null: they have none
-    Verdict verdict;
-    int kind;
-    int block_size;
     int max_pages;
     int group_size;
     int head_dim;

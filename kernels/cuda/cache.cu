@@ -1,6 +1,6 @@
 // What keeps the cache: rows into slots, moves, block summaries, and queries made ready to score.
 
-#include "verdict.cuh"
+#include "common.cuh"
 
 namespace cache {
 
@@ -282,6 +282,17 @@ template <typename T> __device__ __forceinline__ Halves eight(const void *x, int
         return halves(from[0], left > 4 ? from[1] : make_float4(0.f, 0.f, 0.f, 0.f));
     } else *(uint4 *)out.high = *(const uint4 *)((const T *)x + at);
     return out;
+}
+
+__device__ __forceinline__ float gelu(float x) { return 0.5f * x * (1.f + erff(x * 0.70710678118654752f)); }
+
+// GELU of so many numbers of a layer, `at(row)`, by a warp; those beyond its rows are 0.
+template <int N, typename At> __device__ __forceinline__ void activate(float (&x)[N], int rows, At at) {
+    // All are under way before one is waited for.
+#pragma unroll
+    for (int i = 0; i < N; ++i) x[i] = threadIdx.x % 32 + 32 * i < rows ? at(threadIdx.x % 32 + 32 * i) : 0.f;
+#pragma unroll
+    for (int i = 0; i < N; ++i) x[i] = gelu(x[i]);
 }
 
 // TILES tiles of rows with GATE_TOKENS tokens, from a multiple of them on. Products are of bf16 and of what is lost by that: 16 bits of

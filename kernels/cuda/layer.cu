@@ -1,6 +1,5 @@
 // The steps of a decoder layer between products and attention.
 
-#include "verdict.cuh"
 #include "weights.cuh"
 
 namespace layer {
@@ -45,6 +44,7 @@ template <int THREADS, int GROUPS, bool MANY> __device__ __forceinline__ void ad
     if constexpr (!MANY) {
 #pragma unroll
         for (int i = 0; i < AHEAD; ++i) fetch_ahead(p.ahead[i]);
+        if (p.rounded) p.rounded = (__nv_bfloat16 *)p.rounded + (int64_t)(*p.position & (p.rows - 1)) * p.columns;
     }
     follow();
 #pragma unroll
@@ -78,10 +78,10 @@ template <int THREADS, int GROUPS, bool MANY> __device__ __forceinline__ void ad
         const float4 out = scaled(x[i], factor, weight[i]);
         if (p.out && place(i) < p.columns) *(float4 *)(p.out + place(i)) = out;
         if (!MANY) quantize4(out, p.out_q8, p.columns, place(i));
-        else if (p.rounded && place(i) < p.columns) {
+        if (p.rounded && place(i) < p.columns) {
             const uint2 rounded = make_uint2(pack<__nv_bfloat16>(out.x, out.y), pack<__nv_bfloat16>(out.z, out.w));
             *(uint2 *)((__nv_bfloat16 *)p.rounded + place(i)) = rounded;
-            if (p.copy) *(uint2 *)((__nv_bfloat16 *)p.copy + place(i)) = rounded;
+            if (MANY && p.copy) *(uint2 *)((__nv_bfloat16 *)p.copy + place(i)) = rounded;
         }
     }
 }
@@ -136,11 +136,7 @@ template <typename S> __device__ void write(const WriteParams &p) {
         shared[0][i] = turn.x * p.magnitude, shared[1][i] = turn.y * p.magnitude;
     }
     __syncthreads();
-    if (p.verdict.masks && warp == warps - 1) {
-        const Decision decision(p.verdict, head, p.max_pages, t);
-        wait_for_last();
-        decision.make();
-    } else wait_for_last();
+    wait_for_last();
     // A warp takes a head: the queries of the group, the key, the value.
     for (int i = warp; i < p.group_size + 2; i += warps) {
         const bool is_q = i < p.group_size, is_k = i == p.group_size;
@@ -168,12 +164,6 @@ template <typename S> __device__ void write(const WriteParams &p) {
             }
         }
     }
-    if (!p.summaries || (t + 1) % p.block_size) return;
-    __syncthreads();
-    const int block = t / p.block_size;
-    for (int d = threadIdx.x; d < D; d += blockDim.x)
-        cache::summarise<S>(p.k, p.k_scales, p.pages + (int64_t)head * p.max_pages, cache::masks_of(p.verdict.masks, head, p.max_pages), block, p.block_size, d, D, p.kind,
-                            p.summaries, p.summary_scales, cache::summary_row(block, head, kv_heads));
 }
 
 } // namespace layer

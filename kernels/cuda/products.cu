@@ -1,6 +1,5 @@
 // Products of weight matrices with few tokens, at the speed of memory; and matrices unpacked for products with many.
 
-#include "verdict.cuh"
 #include "weights.cuh"
 
 namespace products {
@@ -86,55 +85,10 @@ __device__ __forceinline__ float activated(float x, int activation) {
     return x * sigmoid(2.f * u);
 }
 
-// A row of f32 by a whole thread block, whose weights are here, or on their way, before the kernel before is done. Such a row is as long as four of others.
-__device__ __forceinline__ void wide_row(const Matrix &m, int row, int columns, const float *x, float *out) {
-    constexpr int STEP = 8 * 32 * WARPS, HELD = 2;
-    __shared__ float parts[WARPS];
-    const float *weights = (const float *)m.planes[0] + (int64_t)row * columns;
-    const int first = 8 * threadIdx.x;
-    float held[HELD][8];
-#pragma unroll
-    for (int i = 0; i < HELD; ++i)
-        if (first + i * STEP < columns) plain8<F32>(held[i], (const uint8_t *)weights, first + i * STEP);
-#pragma unroll 1
-    for (int at = first + HELD * STEP; at < columns; at += STEP) asm volatile("prefetch.global.L2 [%0];" ::"l"(weights + at));
-    const float bias = m.bias ? m.bias[row] : 0.f;
-    follow();
-    float sum = 0.f;
-    auto add = [&](const float (&w)[8], int at) {
-        const float4 a = __ldg((const float4 *)(x + at)), b = __ldg((const float4 *)(x + at) + 1);
-        sum += w[0] * a.x + w[1] * a.y + w[2] * a.z + w[3] * a.w + w[4] * b.x + w[5] * b.y + w[6] * b.z + w[7] * b.w;
-    };
-#pragma unroll
-    for (int i = 0; i < HELD; ++i)
-        if (first + i * STEP < columns) add(held[i], first + i * STEP);
-#pragma unroll 1
-    for (int at = first + HELD * STEP; at < columns; at += STEP) {
-        plain8<F32>(held[0], (const uint8_t *)weights, at);
-        add(held[0], at);
-    }
-    sum = sum_of_warp(sum);
-    if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = sum;
-    __syncthreads();
-    if (threadIdx.x) return;
-#pragma unroll
-    for (int i = 1; i < WARPS; ++i) sum += parts[i];
-    *out = sum + bias;
-}
-
-// A warp takes a row; of the first matrix a thread block does, if it is wide.
+// A warp takes a row.
 template <int FORMAT> __device__ __forceinline__ void product(const ProductParams &p) {
-    const int token = blockIdx.y, deciding = (int)blockIdx.x - ((int)gridDim.x - p.decisions.heads);
-    if (deciding >= 0) {
-        if (threadIdx.x >= 32) return;
-        const Decision decision(p.decisions.verdict, deciding, p.decisions.max_pages, *p.decisions.position);
-        follow();
-        decision.make();
-        return;
-    }
-    if ((int)blockIdx.x < p.wide)
-        return wide_row(p.matrices[0], blockIdx.x, p.columns, p.x + (int64_t)token * p.columns, p.matrices[0].out + (int64_t)token * p.wide + blockIdx.x);
-    int row = p.wide + (blockIdx.x - p.wide) * WARPS + threadIdx.x / 32;
+    const int token = blockIdx.y;
+    int row = blockIdx.x * WARPS + threadIdx.x / 32;
     // Selected, not indexed: a parameter that is indexed is copied to memory.
     Matrix m = p.matrices[0];
     int index = 0;

@@ -2,6 +2,7 @@
 
 use crate::CausalLm;
 use crate::arch::TokenStep;
+use crate::layers;
 use crate::sampler::{Sampler, logprobs};
 use crate::weights::MANY_TOKENS;
 use candle_core::{Device, Result, bail};
@@ -107,8 +108,14 @@ impl Session {
     /// # Errors
     /// If the device that decided fails.
     pub fn cache(&mut self) -> Result<&KvCache> {
-        self.cache.learn()?;
+        self.settle()?;
         Ok(&self.cache)
+    }
+
+    /// Has all verdicts made and learned that nobody asked for yet.
+    fn settle(&mut self) -> Result<()> {
+        layers::decide(&self.attention, &mut self.cache)?;
+        self.cache.learn()
     }
 
     /// Bytes allocated for keys and values.
@@ -267,7 +274,7 @@ impl Session {
     /// # Errors
     /// If the device has no memory for it.
     pub fn fork(&mut self) -> Result<Self> {
-        self.cache.learn()?;
+        self.settle()?;
         Ok(Self {
             model: self.model.clone(),
             attention: self.attention.clone(),

@@ -246,7 +246,8 @@ fn a_recorded_step_follows_a_token_router() -> Result<()> {
                 let want = model.logits(&hidden)?.flatten_all()?.to_vec1::<f32>()?;
                 assert!(step.run(*id, &mut recorded)?, "{model_type} at {}", recorded.len());
                 let cosine = cosine(&want, &step.logits()?);
-                let least = if dense_len == usize::MAX { 0.9995 } else { 0.99 };
+                // A verdict by inputs in bf16 may be another one.
+                let least = if dense_len == usize::MAX { 0.997 } else { 0.99 };
                 assert!(cosine > least, "{model_type} {quantize:?} at {}: {cosine}", recorded.len());
                 // A score near the threshold falls on either side, and another block has another number of tokens.
                 let (plain, recorded) = (plain.read_count(), recorded.read_count());
@@ -287,7 +288,7 @@ fn a_prompt_in_the_window_is_decided_on_as_one_that_leaves_it() -> Result<()> {
     for (is_deep, dense_len) in [(false, usize::MAX), (true, usize::MAX), (false, 200)] {
         let weights = Weights::open(dir.path(), &device, Some(GgmlDType::Q8_0))?;
         let gate = alike(weights.config().hidden_size, is_deep, &device)?;
-        assert!(gate.stack().is_some());
+        assert_eq!(gate.stacks().len(), 1);
         let plain = routing(dense_len);
         let routing = Routing { token_router: Arc::new(gate), limits: Limits { window: 128, ..plain.limits }, ..plain };
         let prompt = |count: usize| -> Result<Session> {
@@ -324,6 +325,70 @@ fn a_prompt_in_the_window_is_decided_on_as_one_that_leaves_it() -> Result<()> {
         });
         let read = fresh.read_count()?;
         assert!(read.read < read.visible, "{read:?}: nothing was dropped");
+    }
+    Ok(())
+}
+
+#[test]
+fn verdicts_on_generated_tokens_are_those_of_the_same_prompt() -> Result<()> {
+    let Some(device) = gpu() else { return Ok(()) };
+    for model_type in ["llama", "gemma3_text"] {
+        let dir = tempfile::tempdir()?;
+        write_checkpoint(dir.path(), model_type)?;
+        let weights = Weights::open(dir.path(), &device, Some(GgmlDType::Q8_0))?;
+        let hidden_size = weights.config().hidden_size;
+        let (deep, mixed) = (alike(hidden_size, true, &device)?, gate(hidden_size, &device)?);
+        let open = Gate::new(vec![gate(hidden_size, &Device::Cpu)?.layers()[0].clone(), GateLayer::Open], 0.0, 0.5)?.to_device(&device)?;
+        assert_eq!([&deep, &mixed, &open].map(|gate| gate.stacks().len()), [1, 2, 1]);
+        // Windows and blocks that leave room for 32 tokens to wait, and for one.
+        for (gate, window, dense_len) in [(deep, 64, usize::MAX), (mixed, 64, 200), (open, 64, 200), (gate(hidden_size, &device)?, 17, 150)]
+        {
+            let plain = routing(dense_len);
+            let routing = Routing { token_router: Arc::new(gate), limits: Limits { window, ..plain.limits }, ..plain };
+            let start = || session(dir.path(), &device, Some(GgmlDType::Q8_0), routing.clone());
+            let mut sampler = Sampler::new(SamplerOptions::greedy())?;
+            let mut go_on = |session: &mut Session, count: usize| -> Result<Vec<u32>> {
+                let options = GenerateOptions { max_tokens: Some(count), end_tokens: Vec::new(), context: 1024, logprobs: 0 };
+                session.generate(&mut sampler, options).map(|token| Ok(token?.id)).collect()
+            };
+            let mut generated = start()?;
+            generated.prefill(&ids(50), 1024, |_, _| ControlFlow::Continue(()))?;
+            let first = go_on(&mut generated, 300)?;
+            // Looked at in between, gone back a little, and gone on from a copy: the same.
+            let mut looked_at = start()?;
+            looked_at.prefill(&ids(50), 1024, |_, _| ControlFlow::Continue(()))?;
+            let mut again = Vec::new();
+            for count in [1, 7, 100, 1, 60] {
+                again.extend(go_on(&mut looked_at, count)?);
+                looked_at.cache()?;
+                looked_at = if count == 7 { looked_at.fork()? } else { looked_at };
+                if count == 100 {
+                    // The newest token that stays is fed again.
+                    again.truncate(again.len() - 10);
+                    let (back, last) = (49 + again.len(), again[again.len() - 1]);
+                    assert_eq!(looked_at.rewind(back)?, back);
+                    looked_at.prefill(&[last], 1024, |_, _| ControlFlow::Continue(()))?;
+                }
+            }
+            assert_eq!(again, first[..again.len()], "{model_type}, window {window}");
+            let mut prompt = start()?;
+            prompt.prefill(&generated.tokens()[..349], 1024, |_, _| ControlFlow::Continue(()))?;
+            let mut kept = 0;
+            let (of_prompt, of_text) = (prompt.cache()?, generated.cache()?);
+            for (layer, head) in [(0, 0), (0, 1), (1, 0), (1, 1)] {
+                let of = |cache: &sparse_attn::KvCache| -> Option<Vec<bool>> {
+                    let admitted = cache.layer(layer).admitted(head)?;
+                    Some((0..349).map(|t| admitted.contains(t)).collect())
+                };
+                let (want, got) = (of(of_prompt), of(of_text));
+                // What a token saw before, and so its own score, depends on others that are near the threshold.
+                let others = want.iter().flatten().zip(got.iter().flatten()).filter(|(want, got)| want != got).count();
+                kept += got.iter().flatten().filter(|kept| **kept).count();
+                let all = got.map_or(0, |got| got.len());
+                assert!(want.is_some() == (all > 0) && others <= 35, "{model_type}, layer {layer}: {others} of {all} otherwise");
+            }
+            assert!(kept > 200);
+        }
     }
     Ok(())
 }

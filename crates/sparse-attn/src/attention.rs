@@ -2,7 +2,7 @@
 
 use crate::backend::{AttentionBackend, Routed, RoutedJob, cuda};
 use crate::block_router::{self, BlockRouter, Queries};
-use crate::cache::{KvCache, KvDtypes, LayerSpec, LayerStore, Local, Pool, ReadCount, Step};
+use crate::cache::{KvCache, KvDtypes, LayerSpec, LayerStore, Local, Pool, ReadCount, Step, Waiting};
 use crate::select::{Budget, Limits, Selection, TILE, select};
 use crate::token_router::{self, RouterInput, TokenRouter};
 use crate::{HeadShape, parallel};
@@ -300,26 +300,36 @@ impl RoutedAttention {
     /// alone, and a device makes them.
     pub fn decides_later(&self, layer: usize, step: Step, store: &LayerStore) -> bool {
         let selects = self.is_routed(layer, store) && self.reads_by_score(layer, step);
-        let is_stacked = self.routing.token_router.as_gate().is_some_and(|gate| gate.stack().is_some());
+        let is_stacked = self.routing.token_router.as_gate().is_some_and(|gate| gate.stacked(layer).is_some());
         let hides_none = store.local_window().is_some_and(|window| step.end() <= window);
         is_stacked && hides_none && !selects && !self.is_observed() && self.backend.takes_products() && store.may_wait_for_verdict()
     }
 
-    /// Makes the verdicts on `step` that its layers wait for, by the products of their inputs with [`token_router::GateStack::projection`],
-    /// `[layers, tokens, rows]` f32.
+    /// Makes the verdicts that tokens wait for, and has the host told. `multiply`: products of weights `[layers, rows, hidden_size]`, bf16
+    /// ([`token_router::GateStack::projection`]), and inputs `[layers, tokens, hidden_size]`, bf16: `[layers, tokens, rows]`, f32.
     ///
     /// # Errors
     /// If a shape does not fit, or the device fails.
-    pub fn decide(&self, sums: &Tensor, step: Step, cache: &mut KvCache) -> Result<()> {
-        let Some((gate, stack)) = self.routing.token_router.as_gate().and_then(|gate| Some((gate, gate.stack()?))) else {
-            bail!("attention: layers wait for verdicts of a token router that does not make them together")
+    pub fn decide(&self, cache: &mut KvCache, multiply: impl Fn(&Tensor, &Tensor) -> Result<Tensor>) -> Result<()> {
+        let Some(Waiting { step, inputs, first }) = cache.waiting_by().cloned() else { return Ok(()) };
+        let Some(gate) = self.routing.token_router.as_gate() else {
+            bail!("attention: {} tokens from {} on wait for verdicts of another token router", step.len, step.start)
         };
-        let waiting: Vec<usize> = (0..cache.layers()).filter(|layer| cache.layer(*layer).waits_for_verdict()).collect();
-        let masks = waiting.iter().filter_map(|layer| Some((*layer, cache.layer(*layer).device_kept()?.verdicts)));
         let sinks = self.routing.limits.sinks;
-        cuda::decide(stack, sums, step, (sinks, gate.tau()), &masks.collect::<Vec<_>>())?;
-        waiting.into_iter().for_each(|layer| cache.layer_mut(layer).is_given_verdict());
-        Ok(())
+        for (stack, inputs) in gate.stacks().iter().zip(&inputs) {
+            let waiting = stack.layers.iter().map(|layer| cache.layer(*layer)).enumerate().filter(|(_, store)| store.waiting().is_some());
+            let masks: Vec<_> = waiting.filter_map(|(index, store)| Some((index, store.device_kept()?.verdicts))).collect();
+            match inputs {
+                _ if masks.is_empty() => {}
+                Some(inputs) => cuda::decide(stack, (&multiply(&stack.projection, inputs)?, first), step, (sinks, gate.tau()), &masks)?,
+                None => bail!("attention: {} tokens wait for verdicts, and their inputs were not kept", step.len),
+            }
+        }
+        for layer in (0..cache.layers()).filter(|layer| gate.stacked(*layer).is_none()) {
+            cache.layer_mut(layer).keep_waiting(sinks)?;
+        }
+        cache.is_given_verdicts();
+        cache.tell()
     }
 
     /// Has the token router decide on the tokens of a step.
@@ -373,6 +383,8 @@ impl RoutedAttention {
         self.show(layer, &input, step, store, &selection)?;
         if store.is_decided() {
             self.count(layer, step, &selection, cache);
+        } else {
+            cache.count_visible_later(layer, step);
         }
         Ok(out)
     }

@@ -489,7 +489,8 @@ fn verdicts_on_all_layers_at_once_are_those_of_each() -> Result<()> {
     for is_deep in [false, true] {
         let gates = (0..LAYERS as u64).map(|layer| of_layer(layer, is_deep).map(GateLayer::Feedforward)).collect::<Result<Vec<_>>>()?;
         let gate = Arc::new(Gate::new(gates, 0.5, 0.5)?.to_device(&device)?);
-        let stack = gate.stack().expect("layers that are alike");
+        let [stack] = gate.stacks() else { panic!("layers that are alike are together") };
+        assert_eq!(stack.layers, [0, 1, 2]);
         let routing =
             Routing { token_router: gate.clone(), limits: Limits { window: tokens, ..Routing::dense().limits }, ..Routing::dense() };
         let attention = on_gpu(&device, routing)?;
@@ -507,21 +508,31 @@ fn verdicts_on_all_layers_at_once_are_those_of_each() -> Result<()> {
                 let (q, k) = (rows(9)?, rows(kv_heads)?);
                 let turns = Tensor::zeros((step.len, 32), DType::F32, &device)?;
                 let products = Products { q: &q, k: &k, v: &k, biases: [None; 3], norms: None, angles: [&turns, &turns] };
-                let mut sums = Vec::new();
                 for (layer, x) in inputs.iter().enumerate() {
                     assert!(attention.decides_later(layer, step, cache.layer(layer)));
                     let own = projected(gate.projection(layer).expect("of a gate on a GPU"), &x.narrow(0, step.start, step.len)?)?
                         .to_device(&device)?;
                     let input = ProductsInput { hidden: &part(x)?, projected: Some(&own), products, scale: 0.1, decides_later };
                     attention.forward_products(layer, input, step, &mut cache, DType::F32)?.expect("a GPU takes products");
-                    sums.push(projected(&stack.projection.get(layer)?, &x.narrow(0, step.start, step.len)?)?);
                 }
                 if decides_later {
-                    let error = cache.commit(step).unwrap_err().to_string();
-                    assert!(error.contains("layer 0 waits"), "{error}");
-                    attention.decide(&Tensor::stack(&sums, 0)?.to_device(&device)?, step, &mut cache)?;
+                    // In rows that begin with others.
+                    let rows =
+                        inputs.iter().map(|x| x.narrow(0, step.start, step.len)?.pad_with_zeros(0, 5, 2)).collect::<Result<Vec<_>>>()?;
+                    let rows = Tensor::stack(&rows, 0)?.to_dtype(DType::BF16)?.to_device(&device)?;
+                    cache.wait_for_verdicts(step, &[Some(rows)], 5)?;
                 }
                 cache.commit(step)?;
+                if decides_later {
+                    assert_eq!(cache.waiting(), Some(step));
+                    let error = cache.reserve(2).unwrap_err().to_string();
+                    assert!(error.contains("wait for verdicts") && cache.fork().is_err(), "{error}");
+                    attention.decide(&mut cache, |weights, x| {
+                        let plain = |x: &Tensor| x.to_device(&Device::Cpu)?.to_dtype(DType::F32);
+                        plain(x)?.matmul(&plain(weights)?.transpose(1, 2)?.contiguous()?)?.to_device(&device)
+                    })?;
+                    cache.learn()?;
+                }
             }
             let admitted = |layer, head, t| cache.layer(layer).admitted(head).is_some_and(|admitted| admitted.contains(t));
             let all = (0..LAYERS).flat_map(|layer| (0..kv_heads).flat_map(move |head| (0..tokens).map(move |t| (layer, head, t))));

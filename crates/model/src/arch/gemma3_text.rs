@@ -58,7 +58,7 @@ impl CausalLm for Gemma3Text {
             let rope = if window.is_some() { &local } else { &global };
             layer.forward(&mut stream, &mut workspace, rope, attention, step, cache)?;
         }
-        workspace.end(cache);
+        workspace.end(step, cache)?;
         stream.norm(&self.norm, DType::F32, &mut Place::default(), None)
     }
 

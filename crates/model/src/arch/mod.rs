@@ -51,13 +51,13 @@ pub trait CausalLm: std::fmt::Debug + Send + Sync {
     /// If `tokens` is empty, an id is beyond the vocabulary, or memory runs out.
     fn forward(&self, tokens: &[u32], attention: &RoutedAttention, cache: &mut KvCache) -> Result<Tensor> {
         let (step, hidden) = self.feed(tokens, attention, cache)?;
-        layers::decide(attention, step, cache)?;
+        layers::decide(attention, cache)?;
         cache.commit(step)?;
         Ok(hidden)
     }
 
     /// Feeds `tokens` and returns the scores of the token that follows, `[vocab_size]`, when they are there: verdicts of a token router may come later
-    /// ([`KvCache::learn`]). On an error the cache is as it was.
+    /// ([`KvCache::learn`]), or be still to be made ([`KvCache::waiting`]). On an error the cache is as it was.
     ///
     /// # Errors
     /// As [`CausalLm::forward`].
@@ -65,13 +65,8 @@ pub trait CausalLm: std::fmt::Debug + Send + Sync {
         let (step, hidden) = self.feed(tokens, attention, cache)?;
         let logits = self.logits(&hidden.narrow(0, step.len - 1, 1)?.contiguous()?)?;
         let logits = if logits.device().is_cuda() {
-            // The device makes what verdicts are left once it has the logits; others the host looks through while it makes those.
-            gpu::fetch(&logits, || {
-                let waits = cache.waits_for_verdicts();
-                layers::decide(attention, step, cache)?;
-                cache.summarise()?;
-                if waits { cache.tell(step) } else { cache.learn() }
-            })?
+            // Verdicts that are made the host looks through meanwhile.
+            gpu::fetch(&logits, || cache.learn())?
         } else {
             logits.flatten_all()?.to_vec1()?
         };
@@ -79,8 +74,8 @@ pub trait CausalLm: std::fmt::Debug + Send + Sync {
         Ok(logits)
     }
 
-    /// Checks `tokens`, makes places for them and feeds them, with the verdicts of token routers on their way to the host, or left to
-    /// `layers::decide`. The step is to be committed.
+    /// Checks `tokens`, makes places for them and feeds them, with the verdicts of token routers on their way to the host, or still to be made where
+    /// nobody asks for them yet. The step is to be committed.
     ///
     /// # Errors
     /// As [`CausalLm::forward`].
@@ -89,12 +84,11 @@ pub trait CausalLm: std::fmt::Debug + Send + Sync {
         if let Some(id) = tokens.iter().find(|id| **id as usize >= vocab_size) {
             bail!("token id {id} is beyond the vocabulary of {vocab_size}");
         }
+        layers::decide(attention, cache)?;
         let step = cache.reserve(tokens.len())?;
         let device = cache.device().clone();
         let hidden = self.hidden(&Tensor::new(tokens, &device)?, attention, step, cache)?;
-        if !cache.waits_for_verdicts() {
-            cache.tell(step)?;
-        }
+        cache.tell()?;
         Ok((step, hidden))
     }
 }

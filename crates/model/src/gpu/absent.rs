@@ -1,6 +1,6 @@
 //! What stands for a GPU in a build without one: nothing gets here, since no tensor can be on it.
 
-use super::{DecoderParts, Group};
+use super::{DecoderParts, Group, Unpacked};
 use crate::arch::TokenStep;
 use crate::config::Activation;
 use candle_core::quantized::GgmlDType;
@@ -24,7 +24,12 @@ impl DeviceMatrix {
         matrices.iter().map(|matrix| match **matrix {}).collect()
     }
 
-    pub(crate) fn unpack_groups(_groups: &[Group<'_, Self>], _tokens: usize, _places: Vec<Tensor>) -> Result<Option<Vec<Tensor>>> {
+    pub(crate) fn unpack_groups(
+        _groups: &[Group<'_, Self>],
+        _tokens: usize,
+        _places: Vec<Tensor>,
+        _more: usize,
+    ) -> Result<Option<Unpacked>> {
         Ok(None)
     }
 
@@ -50,7 +55,11 @@ impl Place {
 pub(crate) struct Parts {}
 
 impl Parts {
-    pub(crate) fn expect(&mut self, _part: Option<[usize; 2]>) {}
+    pub(crate) fn new(_given: Option<Tensor>) -> Self {
+        Self {}
+    }
+
+    pub(crate) fn expect(&mut self, _part: [usize; 2]) {}
 
     pub(crate) fn into_all(self) -> Option<Tensor> {
         None

@@ -29,6 +29,9 @@ pub(crate) struct Group<'a, M> {
     pub(crate) whole: usize,
 }
 
+/// Unpacked weights of groups, and memory that was asked for with them.
+pub(crate) type Unpacked = (Vec<Tensor>, Option<Tensor>);
+
 /// The parts of a decoder, for devices that run a step of one token as a whole.
 #[derive(Debug)]
 #[cfg_attr(not(feature = "cuda"), expect(dead_code, reason = "for builds with a GPU"))]

@@ -58,7 +58,8 @@ impl DecoderLayer {
     ) -> Result<()> {
         workspace.begin(&self.attention, &self.mlp, attention, step, cache)?;
         let dtype = self.attention.dtype_of_input(step.len, attention);
-        let x = stream.norm(&self.attention_norm, dtype, &mut workspace.normed, Some(&mut workspace.inputs))?;
+        let (place, copies) = workspace.attention_input();
+        let x = stream.norm(&self.attention_norm, dtype, place, copies)?;
         let x = self.attention.forward(&x, workspace, rope, attention, step, cache)?;
         stream.add_product(&self.attention.parts().o_proj, workspace.output(), &x, self.post_attention_norm.as_ref())?;
         let x = stream.norm(&self.mlp_norm, self.mlp.dtype_of_input(step.len), &mut workspace.normed, None)?;

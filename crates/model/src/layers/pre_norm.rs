@@ -60,7 +60,7 @@ impl CausalLm for PreNormDecoder {
         for layer in &self.layers {
             layer.forward(&mut stream, &mut workspace, &rope, attention, step, cache)?;
         }
-        workspace.end(cache);
+        workspace.end(step, cache)?;
         stream.norm(&self.norm, DType::F32, &mut Place::default(), None)
     }
 

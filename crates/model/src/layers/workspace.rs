@@ -3,7 +3,7 @@ use crate::config::Config;
 use crate::gpu::{self, Group, Parts, Place};
 use crate::weights::Matrix;
 use candle_core::{DType, Result, Tensor};
-use sparse_attn::token_router::Gate;
+use sparse_attn::token_router::{Gate, GateStack};
 use sparse_attn::{KvCache, RoutedAttention, Step};
 
 /// Bytes of the attention inputs of all layers that are kept until verdicts on them are made.
@@ -17,9 +17,9 @@ pub(crate) struct Workspace {
     shape: [usize; 2],
     /// Weights in 16 bits: a layer's are unpacked by one kernel before the first product, if there is room for all at once.
     unpacked: Vec<Tensor>,
-    /// Attention inputs of layers on which verdicts are made when all are done.
-    pub(crate) inputs: Parts,
-    decides_later: bool,
+    /// Attention inputs of layers on which verdicts are made later, of each of a gate's stacks, and which of them has the layer.
+    inputs: Vec<Parts>,
+    waits_in: Option<usize>,
     /// Where the input of a part goes, what its first product gives, and what its last one reads of that.
     pub(crate) normed: Place,
     pub(crate) product: Place,
@@ -45,32 +45,57 @@ impl Workspace {
         cache: &KvCache,
     ) -> Result<()> {
         let [layers, hidden_size] = self.shape;
-        self.decides_later = layers * step.len * hidden_size * size_of::<u16>() <= INPUT_BYTES
-            && attention.decides_later(layer.index(), step, cache.layer(layer.index()));
+        let is_little = layers * step.len * hidden_size * size_of::<u16>() <= INPUT_BYTES;
+        let decides_later = is_little && attention.decides_later(layer.index(), step, cache.layer(layer.index()));
+        let stacks = attention.routing().token_router.as_gate().filter(|_| decides_later).map_or(&[][..], Gate::stacks);
         if !attention.is_observed() {
-            let groups = [layer.qkv_group(attention, self.decides_later), layer.output_group(), mlp.gate_up_group(), mlp.down_group()];
-            self.unpacked = Matrix::unpack_groups(&groups, step.len, std::mem::take(&mut self.unpacked))?.unwrap_or_default();
+            let groups = [layer.qkv_group(attention, decides_later), layer.output_group(), mlp.gate_up_group(), mlp.down_group()];
+            // The device waits for the first layer's memory: all at once.
+            let of_stack = |stack: &GateStack| stack.layers.len() * step.len * hidden_size;
+            let more = if self.inputs.is_empty() { stacks.iter().map(of_stack).sum() } else { 0 };
+            let (unpacked, more) = Matrix::unpack_groups(&groups, step.len, std::mem::take(&mut self.unpacked), more)?.unwrap_or_default();
+            self.unpacked = unpacked;
+            if self.inputs.is_empty() {
+                let mut first = 0;
+                let place = |stack: &GateStack| {
+                    first += of_stack(stack);
+                    let own = more.as_ref().map(|more| more.narrow(0, first - of_stack(stack), of_stack(stack)));
+                    own.transpose().map(Parts::new)
+                };
+                self.inputs = stacks.iter().map(place).collect::<Result<_>>()?;
+            }
         }
         // Of large models each part gives its memory back: another one may need it.
         let keeps = !self.unpacked.is_empty();
-        self.decides_later &= keeps;
         for place in [&mut self.normed, &mut self.product, &mut self.gated] {
             place.keep(keeps);
         }
-        self.inputs.expect(self.decides_later.then_some([layer.index(), layers]));
+        self.waits_in = None;
+        let place = attention.routing().token_router.as_gate().and_then(|gate| gate.stacked(layer.index()));
+        if let Some([stack, index]) = place.filter(|_| decides_later && keeps) {
+            self.inputs[stack].expect([index, stacks[stack].layers.len()]);
+            self.waits_in = Some(stack);
+        }
         Ok(())
     }
 
-    /// Whether the token router decides when all layers are done.
+    /// Where attention's input goes, and a copy of it if the token router decides later.
+    pub(crate) fn attention_input(&mut self) -> (&mut Place, Option<&mut Parts>) {
+        (&mut self.normed, self.waits_in.map(|stack| &mut self.inputs[stack]))
+    }
+
+    /// Whether the token router decides later on the layer's tokens.
     pub(crate) fn decides_later(&self) -> bool {
-        self.decides_later
+        self.waits_in.is_some()
     }
 
     /// Leaves `cache` what the token router is to decide by.
-    pub(crate) fn end(self, cache: &mut KvCache) {
-        if let Some(inputs) = self.inputs.into_all() {
-            cache.keep_inputs(inputs);
-        }
+    ///
+    /// # Errors
+    /// If other tokens wait there.
+    pub(crate) fn end(self, step: Step, cache: &mut KvCache) -> Result<()> {
+        let inputs: Vec<_> = self.inputs.into_iter().map(Parts::into_all).collect();
+        if inputs.iter().any(Option::is_some) { cache.wait_for_verdicts(step, &inputs, 0) } else { Ok(()) }
     }
 
     /// Weights of queries, keys and values, and the matrix that a token router wants beside them; else those of `group` by itself, if they are to be
@@ -102,19 +127,18 @@ impl Workspace {
 
     fn group_or<'a>(&self, index: usize, group: impl FnOnce() -> Group<'a, Matrix>, x: &Tensor) -> Result<Option<Tensor>> {
         match self.unpacked.get(index) {
-            None if x.dtype() == DType::BF16 => Ok(Matrix::unpack_groups(&[group()], x.dim(0)?, Vec::new())?.and_then(|mut one| one.pop())),
+            None if x.dtype() == DType::BF16 => {
+                Ok(Matrix::unpack_groups(&[group()], x.dim(0)?, Vec::new(), 0)?.and_then(|(mut one, _)| one.pop()))
+            }
             weights => Ok(weights.cloned()),
         }
     }
 }
 
-/// Has a token router make the verdicts on `step` that layers wait for.
+/// Has a token router make the verdicts that tokens of `cache` wait for.
 ///
 /// # Errors
 /// If the device is out of memory, or shapes do not fit.
-pub(crate) fn decide(attention: &RoutedAttention, step: Step, cache: &mut KvCache) -> Result<()> {
-    match (cache.take_inputs(), attention.routing().token_router.as_gate().and_then(Gate::stack)) {
-        (Some(inputs), Some(stack)) => attention.decide(&gpu::multiply_parts(&stack.projection, &inputs)?, step, cache),
-        _ => Ok(()),
-    }
+pub(crate) fn decide(attention: &RoutedAttention, cache: &mut KvCache) -> Result<()> {
+    attention.decide(cache, gpu::multiply_parts)
 }

@@ -108,7 +108,13 @@ impl Mark {
     }
 }
 
-pub(crate) fn decide(_stack: &GateStack, _sums: &Tensor, _step: Step, _by: (usize, f32), _layers: &[(usize, VerdictMasks)]) -> Result<()> {
+pub(crate) fn decide(
+    _stack: &GateStack,
+    _sums: (&Tensor, usize),
+    _step: Step,
+    _by: (usize, f32),
+    _layers: &[(usize, VerdictMasks)],
+) -> Result<()> {
     absent()
 }
 

@@ -380,7 +380,7 @@ impl LayerStore {
     }
 
     /// Whether a device is to decide on steps, which can be done with other layers.
-    pub(crate) fn may_wait_for_verdict(&self) -> bool {
+    pub fn may_wait_for_verdict(&self) -> bool {
         self.admitted.is_some() && self.noted.is_some()
     }
 
@@ -388,17 +388,19 @@ impl LayerStore {
     ///
     /// # Errors
     /// If no device is to decide.
-    pub(crate) fn wait_for_verdict(&mut self, step: Step) -> Result<()> {
+    pub fn wait_for_verdict(&mut self, step: Step) -> Result<()> {
         if !self.may_wait_for_verdict() || self.device_kept().is_none() {
             bail!("token router: no device decides on this layer's tokens");
         }
-        (self.undecided, self.asked, self.waits) = (Some(step), None, true);
+        // With those before it that wait, too.
+        let waiting = self.undecided.filter(|_| self.waits).and_then(|waiting| waiting.and(step));
+        (self.undecided, self.asked, self.waits) = (Some(waiting.unwrap_or(step)), None, true);
         Ok(())
     }
 
-    /// Whether that is to come.
-    pub(crate) fn waits_for_verdict(&self) -> bool {
-        self.waits
+    /// The tokens on which that is to come.
+    pub(crate) fn waiting(&self) -> Option<Step> {
+        self.undecided.filter(|_| self.waits)
     }
 
     /// Notes that it came.
@@ -449,9 +451,24 @@ impl LayerStore {
         Ok(())
     }
 
+    /// Notes that all tokens are kept on which it is to come.
+    ///
+    /// # Errors
+    /// If that cannot be brought to the device.
+    pub(crate) fn keep_waiting(&mut self, sinks: usize) -> Result<()> {
+        let Some(step) = self.undecided.take_if(|_| self.waits) else { return Ok(()) };
+        self.waits = false;
+        self.admit(step, Admission::Every, sinks)
+    }
+
     /// Whether the host knows the verdict on the running step.
     pub(crate) fn is_decided(&self) -> bool {
         self.undecided.is_none()
+    }
+
+    /// A step on which only the device knows the verdict that it made.
+    pub(super) fn untold(&self) -> Option<Step> {
+        self.undecided.filter(|_| !self.waits)
     }
 
     /// Octets of all heads that the verdicts on `step` fill, where a token router decides.
@@ -467,28 +484,20 @@ impl LayerStore {
         }
     }
 
-    /// What the host is to learn of the running step, if only the device knows it.
+    /// What the host is to learn of it.
     pub(super) fn told(&self) -> Option<Told<'_>> {
-        let (noted, first) = self.noted.as_ref().filter(|_| !self.is_decided())?;
+        let (noted, first) = self.noted.as_ref().filter(|_| self.untold().is_some())?;
         Some(Told { masks: self.device_kept()?.verdicts, noted: (noted, *first) })
     }
 
-    /// Takes over the verdict on the running step, which the device has told.
+    /// Takes over the verdict that the device has told.
     pub(super) fn settle(&mut self) {
-        if let (Some(step), Some((noted, first))) = (self.undecided.take(), &self.noted) {
+        if let (Some(step), Some((noted, first))) = (self.undecided.take_if(|_| !self.waits), &self.noted) {
             let octets = noted.numbers()[*first..].chunks_exact(step.octets().len());
             for (bits, octets) in self.admitted.iter_mut().flatten().zip(octets) {
                 bits.truncate(step.start);
                 bits.extend_octets(octets, step.end());
             }
-        }
-    }
-
-    /// Notes what the device decided on the token of `step`, which it wrote: whether each head keeps it.
-    pub fn admit_written(&mut self, step: Step, keeps: impl Iterator<Item = bool>) {
-        for (bits, keeps) in self.admitted.iter_mut().flatten().zip(keeps) {
-            bits.truncate(step.start);
-            bits.push(keeps);
         }
     }
 
@@ -520,7 +529,7 @@ impl LayerStore {
     /// Summarises what is due, unless a device can: the blocks of which, for which there is room then.
     pub(super) fn begin_summaries(&mut self) -> Result<Option<Range<usize>>> {
         let Some((kind, block_size)) = self.due.take() else { return Ok(None) };
-        let shape = self.spec.shape;
+        let (shape, decided) = (self.spec.shape, self.waiting().map_or(self.written, |waiting| waiting.start.min(self.written)));
         let kept = self.summaries.take().filter(|summaries| summaries.is_of(kind, block_size));
         let mut summaries = match kept {
             Some(summaries) => summaries,
@@ -529,14 +538,16 @@ impl LayerStore {
                 Summaries::new(kind, block_size, [shape.kv_heads(), shape.head_dim()], self.k.dtype(), device)?
             }
         };
-        let missing = summaries.missing(self.written);
-        // Where the keys are, none of which has moved.
-        let by_device = !missing.is_empty() && self.k.values().device().is_cuda() && missing.start * block_size >= self.frontier;
-        if by_device {
+        let missing = summaries.missing(decided);
+        let is_on_gpu = self.k.values().device().is_cuda();
+        if is_on_gpu {
             // For as many blocks as there is room for keys, or the summaries would often be copied.
             let room = self.k.pages() / shape.kv_heads() * PAGE_SIZE / block_size;
             summaries.reserve(room.max(missing.end))?;
-        } else if !missing.is_empty() {
+        }
+        // Where the keys are, none of which has moved.
+        let by_device = is_on_gpu && !missing.is_empty() && missing.start * block_size >= self.frontier;
+        if !by_device && !missing.is_empty() {
             self.decide()?;
             let positions = missing.start * block_size..missing.end * block_size;
             let heads = (0..shape.kv_heads()).map(|head| self.admitted_keys(head, positions.clone()));
@@ -558,28 +569,16 @@ impl LayerStore {
         self.due.is_some()
     }
 
-    /// Gets ready for a token that the device writes by itself, with the summary of the block that it completes: what left the window
-    /// moves. Returns whether it may: if not, blocks before it are not summarised, and a step that the host leads must come first.
-    ///
-    /// # Errors
-    /// If the device has no memory for the summaries.
-    pub fn begin_device_write(&mut self, step: Step, kind: Summary, block_size: usize) -> Result<bool> {
-        let room = self.k.pages() / self.spec.shape.kv_heads() * PAGE_SIZE / block_size;
-        if kind != Summary::None {
-            let Some(summaries) = self.summaries.as_mut().filter(|summaries| summaries.is_of(kind, block_size)) else { return Ok(false) };
-            if !summaries.missing(step.start).is_empty() {
-                return Ok(false);
-            }
-            let new = summaries.missing(step.end());
-            if !new.is_empty() && new.start * block_size < self.frontier {
-                return Ok(false);
-            }
-            summaries.reserve(room.max(new.end))?;
-            summaries.advance(new.len());
+    /// Notes that the device writes the token of `step` by itself, and leaves the blocks that are complete then to
+    /// [`KvCache::summarise`](super::KvCache::summarise). Returns whether a GPU can do that: not if a block lies before the frontier that was
+    /// never summarised, and a step that the host leads must come first.
+    pub fn begin_device_write(&mut self, step: Step, kind: Summary, block_size: usize) -> bool {
+        let blocks = self.summaries.as_ref().filter(|summaries| summaries.is_of(kind, block_size)).map_or(0, Summaries::blocks);
+        if kind != Summary::None && self.spec.sliding_window.is_none() && blocks * block_size < self.frontier {
+            return false;
         }
-        self.apply_moves()?;
-        self.written = step.end();
-        Ok(true)
+        self.finish_write_later(step, kind, block_size);
+        true
     }
 
     /// What queries of `step` read where they read all that they see.
@@ -654,7 +653,8 @@ impl LayerStore {
 
     fn forget(&mut self, len: usize) {
         self.written = self.written.min(len);
-        (self.undecided, self.asked, self.waits, self.due) = (None, None, false, None);
+        (self.undecided, self.asked) = (self.waiting().and_then(|waiting| waiting.until(len)), None);
+        self.waits = self.undecided.is_some();
         for admitted in self.admitted.iter_mut().flatten() {
             admitted.truncate(len);
         }
@@ -769,7 +769,7 @@ impl LayerStore {
             undecided: self.undecided,
             asked: None,
             waits: false,
-            due: None,
+            due: self.due,
         })
     }
 

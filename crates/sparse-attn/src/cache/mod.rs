@@ -53,6 +53,16 @@ impl Step {
         before(self.end()) - before(self.start)
     }
 
+    /// Its tokens before position `len`, if there are any.
+    pub(crate) fn until(self, len: usize) -> Option<Self> {
+        (self.start < len).then(|| Self { len: self.len.min(len - self.start), ..self })
+    }
+
+    /// The tokens of both, where `next` follows.
+    pub(crate) fn and(self, next: Self) -> Option<Self> {
+        (self.end() == next.start).then(|| Self { len: self.len + next.len, ..self })
+    }
+
     /// The octets of positions that it has tokens in.
     pub(crate) fn octets(&self) -> Range<usize> {
         self.start / OCTET..self.end().div_ceil(OCTET)
@@ -72,14 +82,25 @@ pub struct KvCache {
     /// What the newest step read, but for layers of which that was not counted yet: they read all that is visible.
     read: ReadCount,
     uncounted: Option<(Step, Vec<usize>)>,
+    /// See [`KvCache::changes`].
+    changes: u64,
     /// The page tables, where a device has the pools.
     mirrors: Mirrors,
     /// Where a device tells the host verdicts of token routers: every layer's of a step.
     noted: Option<Arc<Pinned<u8>>>,
-    /// Of which step it has, and when, until the host looks.
-    told: Option<(Step, Mark)>,
-    /// Attention inputs of all layers, where verdicts on them are still to be made.
-    inputs: Option<Tensor>,
+    /// When it has, until the host looks.
+    told: Option<Mark>,
+    /// The newest tokens, where verdicts on them are still to be made.
+    waiting: Option<Waiting>,
+}
+
+/// Tokens that wait for their verdicts, and what those are made of.
+#[derive(Debug, Clone)]
+pub(crate) struct Waiting {
+    pub(crate) step: Step,
+    /// For each of [`Gate::stacks`](crate::token_router::Gate::stacks) attention inputs, `[layers, rows, hidden_size]`, the first token's in row `first`.
+    pub(crate) inputs: Vec<Option<Tensor>>,
+    pub(crate) first: usize,
 }
 
 /// Keys that a step read, over all its queries, layers and heads.
@@ -117,7 +138,19 @@ impl KvCache {
 
     fn of(layers: Vec<LayerStore>, slabs: Slabs, device: &Device, len: usize) -> Self {
         let (read, mirrors) = (ReadCount::default(), Mirrors::default());
-        Self { layers, slabs, device: device.clone(), len, read, uncounted: None, mirrors, noted: None, told: None, inputs: None }
+        Self {
+            layers,
+            slabs,
+            device: device.clone(),
+            len,
+            read,
+            uncounted: None,
+            changes: 0,
+            mirrors,
+            noted: None,
+            told: None,
+            waiting: None,
+        }
     }
 
     /// Bytes that [`KvCache::new`] allocates, without allocating them.
@@ -159,13 +192,46 @@ impl KvCache {
     /// see [`KvCache::bring_tables`].
     ///
     /// # Errors
-    /// If `len` is zero or the device is out of memory; the cache is then as it was.
+    /// If `len` is zero, tokens wait for verdicts, or the device is out of memory; the cache is then as it was.
     pub fn reserve(&mut self, len: usize) -> Result<Step> {
         if len == 0 {
             bail!("kv cache: a step needs at least one token");
         }
-        self.learn()?;
+        if let Some(Waiting { step, .. }) = self.waiting.as_ref().filter(|waiting| waiting.step.start < self.len) {
+            bail!("kv cache: {} tokens from {} on wait for verdicts, which are to be made before {len} more come", step.len, step.start);
+        }
+        self.summarise()?;
         let step = Step { start: self.len, len };
+        self.reserve_step(step)?;
+        self.make_room_for_verdicts(step)?;
+        Ok(step)
+    }
+
+    /// Makes room for one more token while others may wait for verdicts, and blocks for their summaries: those that nobody asks for yet.
+    ///
+    /// # Errors
+    /// If one of them leaves the window, or the device is out of memory; the cache is then as it was.
+    pub fn reserve_token(&mut self) -> Result<Step> {
+        let step = Step { start: self.len, len: 1 };
+        if self.needs_verdicts(step) {
+            bail!("kv cache: the query at {} needs verdicts that are still to be made: {:?}", self.len, self.waiting());
+        }
+        self.reserve_step(step)?;
+        if self.noted.is_none() {
+            // Of a copy.
+            self.make_room_for_verdicts(step)?;
+        }
+        Ok(step)
+    }
+
+    /// Whether queries of `step` have a token outside of their window that waits for its verdict.
+    pub fn needs_verdicts(&self, step: Step) -> bool {
+        let leaves = |first: usize, layer: &LayerStore| layer.local_window().is_some_and(|window| first + window < step.end());
+        self.waiting.as_ref().is_some_and(|waiting| self.layers.iter().any(|layer| leaves(waiting.step.start, layer)))
+    }
+
+    fn reserve_step(&mut self, step: Step) -> Result<()> {
+        self.learn()?;
         // What a failed step left behind is moved before anything takes its place.
         if self.layers.iter().any(LayerStore::is_to_move) {
             self.bring_tables()?;
@@ -175,9 +241,11 @@ impl KvCache {
         if step.len == 1 {
             self.bring_tables()?;
         }
-        self.make_room_for_verdicts(step)?;
-        (self.read, self.uncounted, self.inputs) = (ReadCount::default(), None, None);
-        Ok(step)
+        self.changes += 1;
+        // A step that failed may have left some.
+        self.waiting = self.waiting.take().and_then(|waiting| waiting.until(self.len));
+        (self.read, self.uncounted) = (ReadCount::default(), None);
+        Ok(())
     }
 
     /// Makes room for the token after `step` while a device is at work on that, so that [`KvCache::reserve`] has little left to do. Pools that were
@@ -187,6 +255,9 @@ impl KvCache {
     /// As there; `step` is not affected.
     pub fn reserve_next(&mut self, step: Step) -> Result<()> {
         let next = Step { start: step.end(), len: 1 };
+        if self.needs_verdicts(next) {
+            return Ok(());
+        }
         let places: Vec<_> = self.layers.iter().map(|layer| layer.places_for(next)).collect();
         let are_planned =
             |(layer, places): (&LayerStore, &Option<Places>)| layer.local_window().is_none() && layer.lacks_pages(places.as_ref());
@@ -273,22 +344,52 @@ impl KvCache {
         self.read.add(count);
     }
 
-    /// Keeps the attention inputs of the running step's layers, `[layers, tokens, hidden_size]`, until verdicts on them are made.
-    pub fn keep_inputs(&mut self, inputs: Tensor) {
-        self.inputs = Some(inputs);
+    /// Counts for a layer all that the running step sees, once somebody asks.
+    pub fn count_visible_later(&mut self, layer: usize, step: Step) {
+        self.uncounted.get_or_insert_with(|| (step, Vec::new())).1.push(layer);
     }
 
-    /// Those that are kept; `None`: no layer waits for verdicts, or they were taken before.
-    pub fn take_inputs(&mut self) -> Option<Tensor> {
-        self.inputs.take()
+    /// How often steps began and tokens were forgotten: who led the last one knows by it whether somebody else did since.
+    pub fn changes(&self) -> u64 {
+        self.changes
     }
 
-    /// Whether layers wait for verdicts on the running step, which are made when all are done.
-    pub fn waits_for_verdicts(&self) -> bool {
-        self.inputs.is_some()
+    /// Has the tokens of the running step wait for their verdicts, with those before it that do. `inputs`: of each of a gate's stacks the attention
+    /// inputs, `[layers, rows, hidden_size]` bf16, the first token's in row `first`, and all others in those that follow; `None`: no layer of it waits.
+    ///
+    /// # Errors
+    /// If others wait that these do not follow, in the same tensors.
+    pub fn wait_for_verdicts(&mut self, step: Step, inputs: &[Option<Tensor>], first: usize) -> Result<()> {
+        let Some(waiting) = &mut self.waiting else {
+            self.waiting = Some(Waiting { step, inputs: inputs.to_vec(), first });
+            return Ok(());
+        };
+        let ids = |inputs: &[Option<Tensor>]| inputs.iter().map(|inputs| inputs.as_ref().map(Tensor::id)).collect::<Vec<_>>();
+        let are_same = ids(&waiting.inputs) == ids(inputs) && waiting.first + waiting.step.len == first;
+        match waiting.step.and(step).filter(|_| are_same) {
+            Some(both) => waiting.step = both,
+            None => bail!("kv cache: {} tokens from {} on wait for other verdicts", waiting.step.len, waiting.step.start),
+        }
+        Ok(())
     }
 
-    /// Summarises the blocks that layers left to be summarised together: by [`KvCache::commit`] if not before.
+    /// The tokens that wait for verdicts; `None`: all are made, or on their way.
+    pub fn waiting(&self) -> Option<Step> {
+        self.waiting.as_ref().map(|waiting| waiting.step)
+    }
+
+    pub(crate) fn waiting_by(&self) -> Option<&Waiting> {
+        self.waiting.as_ref()
+    }
+
+    /// Notes that these verdicts are made.
+    pub(crate) fn is_given_verdicts(&mut self) {
+        self.waiting = None;
+        self.layers.iter_mut().for_each(LayerStore::is_given_verdict);
+    }
+
+    /// Summarises the blocks that layers left to be summarised together, as far as verdicts on their tokens are made. [`KvCache::reserve`] does
+    /// it if nobody did before.
     ///
     /// # Errors
     /// If keys cannot be read, or the device is out of memory.
@@ -310,19 +411,15 @@ impl KvCache {
     }
 
     /// Has the device tell the host, once it made them all, the verdicts of a token router that only the device knows: [`KvCache::learn`] waits for
-    /// them.
+    /// them. Those that are still to be made are told when they are.
     ///
     /// # Errors
     /// If the device fails.
-    pub fn tell(&mut self, step: Step) -> Result<()> {
-        if self.told.is_some() || self.layers.iter().all(LayerStore::is_decided) {
-            return Ok(());
-        }
-        if let Some(layer) = self.layers.iter().position(LayerStore::waits_for_verdict) {
-            bail!("kv cache: layer {layer} waits for the verdict on {} tokens from {} on", step.len, step.start);
-        }
-        let undecided: Vec<_> = self.layers.iter().filter_map(LayerStore::told).collect();
-        self.told = Some((step, cuda::tell(&undecided, step, &self.device)?));
+    pub fn tell(&mut self) -> Result<()> {
+        let Some(step) = self.layers.iter().find_map(LayerStore::untold).filter(|_| self.told.is_none()) else { return Ok(()) };
+        self.make_room_for_verdicts(step)?;
+        let untold: Vec<_> = self.layers.iter().filter_map(LayerStore::told).collect();
+        self.told = Some(cuda::tell(&untold, step, &self.device)?);
         Ok(())
     }
 
@@ -331,20 +428,22 @@ impl KvCache {
     /// # Errors
     /// If the device fails.
     pub fn learn(&mut self) -> Result<()> {
-        let Some((step, told)) = self.told.take() else { return Ok(()) };
+        let Some(told) = self.told.take() else { return Ok(()) };
         told.wait()?;
-        let undecided: Vec<usize> = (0..self.layers.len()).filter(|layer| !self.layers[*layer].is_decided()).collect();
-        undecided.iter().for_each(|layer| self.layers[*layer].settle());
-        self.uncounted = Some((step, undecided));
+        self.layers.iter_mut().for_each(LayerStore::settle);
         Ok(())
     }
 
-    /// Makes the tokens of `step` part of the cache, and learns what a token router decided on them where a device did.
+    /// Makes the tokens of `step` part of the cache, and learns what a token router decided on them where a device did; verdicts that they wait for
+    /// are still to be made.
     ///
     /// # Errors
-    /// If `step` is not the one that follows the committed tokens, or the device fails.
+    /// If `step` is not the one that follows the committed tokens, the device fails, or verdicts are to be made of nothing.
     pub fn commit(&mut self, step: Step) -> Result<()> {
         self.commit_untold(step)?;
+        if self.waiting.is_none() {
+            self.summarise()?;
+        }
         self.learn()
     }
 
@@ -357,8 +456,10 @@ impl KvCache {
         if step.start != self.len {
             bail!("kv cache: the step starts at {}, but {} tokens are committed", step.start, self.len);
         }
-        self.summarise()?;
-        self.tell(step)?;
+        if let Some(layer) = self.layers.iter().position(|layer| self.waiting.is_none() && layer.waiting().is_some()) {
+            bail!("kv cache: layer {layer} waits for the verdict on {} tokens that nothing is kept of", step.len);
+        }
+        self.tell()?;
         self.len = step.end();
         Ok(())
     }
@@ -402,6 +503,8 @@ impl KvCache {
         if len != 0 && len < oldest {
             bail!("kv cache: cannot go back to {len} tokens, sliding layers keep what {oldest} and more need");
         }
+        self.changes += 1;
+        self.waiting = self.waiting.take().and_then(|waiting| waiting.until(len));
         (self.read, self.uncounted) = (self.read_count(), None);
         for layer in &mut self.layers {
             layer.truncate(len);
@@ -422,6 +525,10 @@ impl KvCache {
         }
         if !self.layers.iter().any(LayerStore::has_grown) {
             return Ok(());
+        }
+        // While the keys are where blocks have them; where tokens wait for verdicts, none left the window.
+        if self.waiting.is_none() {
+            self.summarise()?;
         }
         // By the old tables, which are on the device, and the new ones.
         self.bring_tables()?;
@@ -457,10 +564,10 @@ impl KvCache {
     /// A copy of the sequence so far, to go on from in another direction: a shared prefix is computed once.
     ///
     /// # Errors
-    /// If the device has no memory for it, or [`KvCache::learn`] has something to wait for.
+    /// If the device has no memory for it, or verdicts are still to be made or learned.
     pub fn fork(&self) -> Result<Self> {
-        if let Some((step, _)) = &self.told {
-            bail!("kv cache: verdicts on {} tokens from {} on are to be learned before anything is copied", step.len, step.start);
+        if self.told.is_some() || self.waiting.is_some() {
+            bail!("kv cache: verdicts on the newest of its {} tokens are to be made and learned before anything is copied", self.len);
         }
         let (mut layers, mut slabs) = (Vec::with_capacity(self.layers.len()), Slabs::single(self.layers.len()));
         let bytes = |layer: usize| self.layers[layer].bytes_of(self.layers[layer].k().pages());
@@ -478,6 +585,13 @@ impl KvCache {
     /// Bytes allocated for keys, values, page tables and block summaries, slack included.
     pub fn allocated_bytes(&self) -> usize {
         self.layers.iter().map(LayerStore::allocated_bytes).sum()
+    }
+}
+
+impl Waiting {
+    /// Those before position `len`.
+    fn until(self, len: usize) -> Option<Self> {
+        self.step.until(len).map(|step| Self { step, ..self })
     }
 }
 

@@ -1,10 +1,10 @@
 //! A matrix on the GPU: multiplied as it is with few tokens, unpacked to 16 bits with many.
 
-use super::super::Group;
+use super::super::{Group, Unpacked};
 use super::Place;
 use super::gemm::{Arithmetic, Gemm};
 use super::pack::{self, Format};
-use super::params::{Decisions, Matrix, ProductParams, QuantizeParams, RoundParams, RowsParams, UnpackParams};
+use super::params::{Matrix, ProductParams, QuantizeParams, RoundParams, RowsParams, UnpackParams};
 use candle_core::quantized::{GgmlDType, QStorage, QTensor};
 use candle_core::{DType, Device, Result, Tensor, bail};
 use sparse_attn::backend::cuda::{Kernels, Spread, address, uninitialised};
@@ -150,7 +150,7 @@ impl DeviceMatrix {
         let products = matrices.iter().zip(&outs).map(|(matrix, out)| Ok(Product { matrix, out: address(out)?, bias: 0 }));
         let products = products.collect::<Result<Vec<_>>>()?;
         // SAFETY: as above.
-        unsafe { product(&first.kernels, &products, [address(x)?, address(&x_q8)?], columns, tokens, Decisions::default()) }?;
+        unsafe { product(&first.kernels, &products, [address(x)?, address(&x_q8)?], columns, tokens) }?;
         Ok(outs)
     }
 
@@ -165,12 +165,12 @@ impl DeviceMatrix {
     }
 
     /// Unpacks matrices to be multiplied with so many tokens, each group as one product by [`multiply_unpacked`]: `[rows, columns]` bf16, where rows
-    /// beyond theirs are of no meaning. They go to `places` if those are of these shapes. `None`: they are too large to be there at once, or not
-    /// unpacked anyway.
+    /// beyond theirs are of no meaning. They go to `places` if those are of these shapes, else to new ones, and with them come `more` numbers for
+    /// whatever is asked for. `None`: they are too large to be there at once, or not unpacked anyway.
     ///
     /// # Errors
     /// If widths of a group differ, or the device is out of memory.
-    pub(crate) fn unpack_groups(groups: &[Group<'_, Self>], tokens: usize, places: Vec<Tensor>) -> Result<Option<Vec<Tensor>>> {
+    pub(crate) fn unpack_groups(groups: &[Group<'_, Self>], tokens: usize, places: Vec<Tensor>, more: usize) -> Result<Option<Unpacked>> {
         let Some(first) = groups.first().and_then(|group| group.matrices.first()) else { return Ok(None) };
         let is_unpacked = |matrix: &&Self| matrix.rounds(tokens) && matrix.format != Format::Bf16;
         let count: usize = groups.iter().map(|group| group.matrices.len() + usize::from(group.beside.is_some())).sum();
@@ -179,7 +179,7 @@ impl DeviceMatrix {
         if !is_little || !groups.iter().all(|group| group.matrices.iter().all(is_unpacked)) {
             return Ok(None);
         }
-        first.unpack(groups, places).map(Some)
+        first.unpack(groups, places, more).map(Some)
     }
 
     fn multiply_many(&self, x: &Tensor, rounded: Option<&Tensor>) -> Result<Tensor> {
@@ -189,7 +189,7 @@ impl DeviceMatrix {
             (Format::F16, _) => self.gemm.multiply(&self.planes[0].to_dtype(DType::F32)?, x, Arithmetic::Tf32),
             (Format::Bf16, Some(rounded)) => self.gemm.multiply(&self.planes[0], rounded, Arithmetic::Bf16),
             (_, Some(rounded)) => self.gemm.multiply(
-                &self.unpack(&[Group { matrices: vec![self], beside: None, whole: 1 }], Vec::new())?[0],
+                &self.unpack(&[Group { matrices: vec![self], beside: None, whole: 1 }], Vec::new(), 0)?.0[0],
                 rounded,
                 Arithmetic::Bf16,
             ),
@@ -198,10 +198,10 @@ impl DeviceMatrix {
     }
 
     /// [`DeviceMatrix::unpack_groups`] of any size.
-    fn unpack(&self, groups: &[Group<'_, Self>], places: Vec<Tensor>) -> Result<Vec<Tensor>> {
+    fn unpack(&self, groups: &[Group<'_, Self>], places: Vec<Tensor>, more: usize) -> Result<Unpacked> {
         let fit = places.len() == groups.len()
             && groups.iter().zip(&places).all(|(group, place)| place.dims() == [group.rows(), group.columns()]);
-        let outs = if fit { places } else { self.places(groups)? };
+        let (outs, more) = if fit { (places, None) } else { self.places(groups, more)? };
         let (mut params, mut blocks) = (UnpackParams::default(), 0);
         for (group, out) in groups.iter().zip(&outs) {
             let (mut room, columns) = (out.elem_count(), group.columns());
@@ -233,20 +233,22 @@ impl DeviceMatrix {
         let spread = Spread::new([blocks, 1, 1], UNPACK_THREADS);
         // SAFETY: there is room for the rows of all matrices, which are as wide as they are said to be.
         unsafe { self.kernels.launch_following("unpack_matrices", spread, &params) }?;
-        Ok(outs)
+        Ok((outs, more))
     }
 
-    /// Memory for unpacked groups, all in one allocation.
-    fn places(&self, groups: &[Group<'_, Self>]) -> Result<Vec<Tensor>> {
+    /// Memory for unpacked groups and for `more` numbers, all in one allocation.
+    fn places(&self, groups: &[Group<'_, Self>], more: usize) -> Result<Unpacked> {
         let device = self.planes.first().map_or(&Device::Cpu, Tensor::device);
-        let all = uninitialised(groups.iter().map(|group| group.rows() * group.columns()).sum::<usize>(), DType::BF16, device)?;
+        let numbers = groups.iter().map(|group| group.rows() * group.columns()).sum::<usize>();
+        let all = uninitialised(numbers + more, DType::BF16, device)?;
         let mut first = 0;
         let place = |group: &Group<'_, Self>| {
             let shape = (group.rows(), group.columns());
             first += shape.0 * shape.1;
             all.narrow(0, first - shape.0 * shape.1, shape.0 * shape.1)?.reshape(shape)
         };
-        groups.iter().map(place).collect()
+        let places = groups.iter().map(place).collect::<Result<_>>()?;
+        Ok((places, if more > 0 { Some(all.narrow(0, numbers, more)?) } else { None }))
     }
 
     /// Rows by index: ids `[tokens]` u32 -> `[tokens, columns]` f32.
@@ -332,7 +334,7 @@ pub(super) struct Product<'a> {
     pub(super) bias: u64,
 }
 
-/// Products of up to four matrices with few tokens, `x` as it is and in 8 bits, and verdicts beside them that need nothing of them.
+/// Products of up to four matrices with few tokens, `x` as it is and in 8 bits.
 ///
 /// # Safety
 /// The addresses must be of what layer_params.h says, and live until the kernel has run.
@@ -342,21 +344,14 @@ pub(super) unsafe fn product(
     [x, x_q8]: [u64; 2],
     columns: usize,
     tokens: usize,
-    decisions: Decisions,
 ) -> Result<()> {
-    let rows = |products: &[Product<'_>]| products.iter().map(|product| product.matrix.rows).sum::<usize>();
-    // A gate beside weights in blocks: rows of f32 are the longest by far.
-    let is_wide = matches!(products, [gate, other, ..] if gate.matrix.format == Format::F32 && other.matrix.format != Format::F32);
-    let (wide, narrow) = products.split_at(usize::from(is_wide));
-    let (count, wide_rows) = (products.len() as i32, rows(wide));
-    let mut params =
-        ProductParams { x, x_q8, count, columns: columns as i32, wide: wide_rows as i32, decisions, ..ProductParams::default() };
+    let mut params = ProductParams { x, x_q8, count: products.len() as i32, columns: columns as i32, ..ProductParams::default() };
     for (to, product) in params.matrices.iter_mut().zip(products) {
         *to = product.matrix.params(product.out, product.bias)?;
     }
-    let name = Format::kernel("product", narrow.iter().map(|product| product.matrix.format));
-    let blocks = wide_rows + rows(narrow).div_ceil(WARPS) + decisions.heads as usize;
-    let spread = Spread::new([blocks, tokens, 1], WARPS * 32);
+    let name = Format::kernel("product", products.iter().map(|product| product.matrix.format));
+    let rows: usize = products.iter().map(|product| product.matrix.rows).sum();
+    let spread = Spread::new([rows.div_ceil(WARPS), tokens, 1], WARPS * 32);
     // SAFETY: the caller's.
     unsafe { kernels.launch_following(&name, spread, &params) }
 }

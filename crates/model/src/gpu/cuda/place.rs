@@ -38,14 +38,21 @@ impl Place {
 #[derive(Debug, Default)]
 pub(crate) struct Parts {
     all: Option<Tensor>,
+    /// Memory for all of them, where somebody had some.
+    given: Option<Tensor>,
     /// Which of how many is next; none: what comes is not needed.
     part: Option<[usize; 2]>,
 }
 
 impl Parts {
-    /// Has what comes next be part `index` of `count`, or nothing.
-    pub(crate) fn expect(&mut self, part: Option<[usize; 2]>) {
-        self.part = part;
+    /// Some that go to `given`, where there is memory already: as many numbers of bf16 as they have.
+    pub(crate) fn new(given: Option<Tensor>) -> Self {
+        Self { given, ..Self::default() }
+    }
+
+    /// Has what comes next be part `index` of `count`.
+    pub(crate) fn expect(&mut self, part: [usize; 2]) {
+        self.part = Some(part);
     }
 
     /// Those that there are, `[count, rows, columns]`.
@@ -60,7 +67,11 @@ impl Parts {
     pub(super) fn take(&mut self, [rows, columns]: [usize; 2], device: &Device) -> Result<u64> {
         let Some([index, count]) = self.part else { return Ok(0) };
         let shape = [count, rows, columns];
-        let all = self.all.take().filter(|all| all.dims() == shape).map_or_else(|| uninitialised(&shape, DType::BF16, device), Ok)?;
+        let all = match (self.all.take().filter(|all| all.dims() == shape), self.given.take()) {
+            (Some(all), _) => all,
+            (None, Some(place)) => place.reshape(&shape)?,
+            (None, None) => uninitialised(&shape, DType::BF16, device)?,
+        };
         let first = address(&all)?;
         self.all = Some(all);
         Ok(first + (index * rows * columns * DType::BF16.size_in_bytes()) as u64)

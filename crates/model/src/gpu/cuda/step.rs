@@ -6,10 +6,10 @@ use super::graph::Graph;
 use super::matrix::{Product, activation_bytes, product};
 use super::norm::WIDEST;
 use super::pack::Format;
-use super::params::{Ahead, BestParams, Decisions, FetchParams, GatedParams, LikeliestParams, NormParams, Verdict, WriteParams};
+use super::params::{Ahead, BestParams, FetchParams, GatedParams, LikeliestParams, NormParams, WriteParams};
 use super::{DeviceMatrix, gated};
 use crate::arch::TokenStep;
-use crate::layers::{Linear, RmsNorm};
+use crate::layers::{self, Linear, RmsNorm};
 use crate::weights::Matrix;
 use candle_core::cuda_backend::WrapErr;
 use candle_core::{DType, Device, Result, Tensor, TensorId, bail};
@@ -17,9 +17,8 @@ use sparse_attn::backend::cuda::{
     Budgeted, DecodeCall, DecodeLists, DecodeScratch, Kernels, Pinned, SelectCall, SelectScratch, Spread, address, decode, kind_of,
     queries_of, scales_of, score_and_select,
 };
-use sparse_attn::cache::{Summaries, Summary};
-use sparse_attn::select::Limits;
-use sparse_attn::token_router::{Feedforward, GateLayer};
+use sparse_attn::cache::Summary;
+use sparse_attn::token_router::GateLayer;
 use sparse_attn::{HeadShape, KvCache, LayerStore, RoutedAttention, Step};
 use std::sync::Arc;
 
@@ -32,6 +31,9 @@ const WRITE_WARPS: usize = 16;
 
 /// Positions that selection makes room for at a time: with more, everything is recorded anew.
 const ROOM: usize = 16 * 1024;
+
+/// Most tokens whose verdicts and block summaries are made at once. Nobody asks for those of the newest tokens.
+const MOST_WAITING: usize = 64;
 
 /// Room for the likeliest tokens; some more than asked for are found.
 const MOST_BEST: usize = 512;
@@ -51,18 +53,21 @@ struct Layer {
     up: Arc<DeviceMatrix>,
     down: Projection,
     post_mlp_norm: Option<Tensor>,
-    token_gate: TokenGate,
+    /// Where attention's input goes, by which a token router decides, `[rows, hidden_size]` bf16: that of the token at `position` to row
+    /// `position % rows`.
+    input: Option<Tensor>,
 }
 
-/// What decides on a layer's tokens when they leave the window.
-#[derive(Debug, Clone)]
-enum TokenGate {
-    /// Nothing: every token is kept.
-    None,
-    /// A token router that keeps all of this layer's, where it is not the model that forgets them.
-    Open,
-    /// A gate on the attention input, and where its first product goes.
-    Scored { gate: Feedforward, first: Arc<DeviceMatrix>, scores: Tensor },
+/// The newest tokens, of which verdicts and block summaries are still to be made.
+#[derive(Debug)]
+struct Newest {
+    /// How many there may be, a power of two.
+    most: usize,
+    /// Of each of the gate's stacks the attention inputs of its layers, `[layers, most, hidden_size]` bf16. None: no token router decides.
+    inputs: Vec<Option<Tensor>>,
+    routes_tokens: bool,
+    /// What the cache said of its changes after the step before.
+    seen: Option<u64>,
 }
 
 #[derive(Debug, Clone)]
@@ -85,7 +90,8 @@ struct CudaStep {
     layers: Vec<Layer>,
     norm: Tensor,
     head: Arc<DeviceMatrix>,
-    attention: RoutedAttention,
+    attention: Arc<RoutedAttention>,
+    newest: Newest,
     buffers: Buffers,
     recorded: Option<Recorded>,
     /// The kernels that were run before: of a step without selections, and of those for that many scores.
@@ -112,8 +118,8 @@ struct Buffers {
     best: Tensor,        // [1 + 2 MOST_BEST] u32: how many, ids, bits of scores
 }
 
-/// What a step tells the host, all numbers in one list: the likeliest token, whether a logit is broken, then for each layer and head
-/// whether a token router keeps the token, then how many kept tokens the chosen blocks have.
+/// What a step tells the host, all numbers in one list: the likeliest token, whether a logit is broken, then for each layer and head how many
+/// kept tokens the chosen blocks have.
 #[derive(Debug)]
 struct Report<'a>(&'a [u32]);
 
@@ -125,10 +131,9 @@ impl<'a> Report<'a> {
         Ok(self.0[0])
     }
 
-    /// Of a layer: the verdicts, and the tokens of chosen blocks.
-    fn of_layer(&self, layer: usize, kv_heads: usize) -> [&'a [u32]; 2] {
-        let (kept, picked) = self.0[2..].split_at((self.0.len() - 2) / 2);
-        [kept, picked].map(|numbers| &numbers[layer * kv_heads..][..kv_heads])
+    /// The tokens of a layer's chosen blocks.
+    fn of_layer(&self, layer: usize, kv_heads: usize) -> &'a [u32] {
+        &self.0[2..][layer * kv_heads..][..kv_heads]
     }
 }
 
@@ -148,11 +153,22 @@ impl std::fmt::Debug for Recorded {
 }
 
 /// What a graph was recorded with: where keys, values, pages and summaries are, which layers select, and for how many positions.
-#[derive(Debug, PartialEq)]
+#[derive(Debug)]
 struct Key {
     tensors: Vec<TensorId>,
     selects: Vec<bool>,
     room: usize,
+}
+
+/// The tensors of a cache that a graph has the addresses of, where these layers select.
+fn tensors_of<'a>(cache: &'a KvCache, selects: &'a [bool]) -> impl Iterator<Item = TensorId> + 'a {
+    selects.iter().enumerate().flat_map(|(layer, selects)| {
+        let store = cache.layer(layer);
+        let rows = store.k().tensors().chain(store.v().tensors()).chain(store.device_pages().ok());
+        let kept = store.device_kept().into_iter().flat_map(|kept| [&kept.pages, &kept.counts, &kept.masks, &kept.ranks]);
+        let summaries = store.summaries().filter(|_| *selects).map(|summaries| summaries.pool().values());
+        rows.chain(kept).chain(summaries).map(Tensor::id)
+    })
 }
 
 /// A step of the decoder made of `parts`; `None` where some part has no kernel, and layers run one operation at a time.
@@ -161,7 +177,6 @@ pub(crate) fn record(parts: &DecoderParts<'_>, attention: &RoutedAttention, cach
     if !device.is_cuda() || attention.is_observed() {
         return Ok(None);
     }
-    let Some(gates) = token_gates(attention, parts.layers.len())? else { return Ok(None) };
     let Some(layers) = parts.layers.iter().map(|layer| of_layer(layer, device)).collect::<Option<Result<Vec<Layer>>>>() else {
         return Ok(None);
     };
@@ -169,13 +184,11 @@ pub(crate) fn record(parts: &DecoderParts<'_>, attention: &RoutedAttention, cach
         return Ok(None);
     };
     let mut layers = layers?;
-    for (layer, gate) in layers.iter_mut().zip(gates) {
-        layer.token_gate = gate;
-    }
     let (hidden_size, inner) = (embedding.columns(), layers[0].gate.height());
     if hidden_size > WIDEST || !inner.is_multiple_of(GATED_ROWS) {
         return Ok(None);
     }
+    let Some(newest) = Newest::of(attention, &mut layers, hidden_size, device)? else { return Ok(None) };
     let heads = parts.heads;
     let (q_heads, kv_heads, head_dim) = (heads.q_heads(), heads.kv_heads(), heads.head_dim());
     let plain = |count: usize| Tensor::zeros(count, DType::F32, device);
@@ -191,8 +204,8 @@ pub(crate) fn record(parts: &DecoderParts<'_>, attention: &RoutedAttention, cach
         projected: plain(hidden_size)?,
         inner: both(inner)?,
         logits: plain(head.height())?,
-        report: Pinned::zeros(device, 2 + 2 * layers.len() * kv_heads)?,
-        told: Tensor::zeros(2 * layers.len() * kv_heads, DType::U32, device)?,
+        report: Pinned::zeros(device, 2 + layers.len() * kv_heads)?,
+        told: Tensor::zeros(layers.len() * kv_heads, DType::U32, device)?,
         best: Tensor::zeros(1 + 2 * MOST_BEST, DType::U32, device)?,
     };
     Ok(Some(Box::new(CudaStep {
@@ -207,7 +220,8 @@ pub(crate) fn record(parts: &DecoderParts<'_>, attention: &RoutedAttention, cach
         layers,
         norm: parts.norm.weight().clone(),
         head,
-        attention: attention.clone(),
+        attention: Arc::new(attention.clone()),
+        newest,
         buffers,
         recorded: None,
         loaded: Vec::new(),
@@ -215,26 +229,41 @@ pub(crate) fn record(parts: &DecoderParts<'_>, attention: &RoutedAttention, cach
     })))
 }
 
-/// What the token router does in each layer; `None`: something that there is no kernel for.
-fn token_gates(attention: &RoutedAttention, layers: usize) -> Result<Option<Vec<TokenGate>>> {
-    let router = &attention.routing().token_router;
-    if router.kept_fraction() >= 1.0 {
-        return Ok(Some(vec![TokenGate::None; layers]));
-    }
-    let Some(gate) = router.as_gate().filter(|gate| gate.layers().len() == layers) else { return Ok(None) };
-    let mut gates = Vec::with_capacity(layers);
-    for layer in gate.layers() {
-        gates.push(match layer {
-            GateLayer::Open => TokenGate::Open,
-            GateLayer::Feedforward(gate) if gate.weight.device().is_cuda() => {
-                let first = DeviceMatrix::from_tensor(gate.hidden.as_ref().map_or(&gate.weight, |(weight, _)| weight))?;
-                let scores = Tensor::zeros(first.height(), DType::F32, gate.weight.device())?;
-                TokenGate::Scored { gate: gate.clone(), first: Arc::new(first), scores }
+impl Newest {
+    /// Gives layers where their attention inputs go. `None`: the token router decides by something that there is no kernel for.
+    fn of(attention: &RoutedAttention, layers: &mut [Layer], hidden_size: usize, device: &Device) -> Result<Option<Self>> {
+        let routing = attention.routing();
+        let routes_tokens = routing.token_router.kept_fraction() < 1.0;
+        let (limits, mut inputs) = (routing.limits, Vec::new());
+        // A block that was selected from has its summary, of tokens that were decided on.
+        let mut most = (limits.window + 1).saturating_sub(if routes_tokens { limits.block_size } else { 0 });
+        if routing.block_router.summary() == Summary::None {
+            most = MOST_WAITING;
+        }
+        let most = most.min(routing.token_window()).clamp(1, MOST_WAITING);
+        let most = 1 << most.ilog2();
+        if routes_tokens {
+            let Some(gate) = routing.token_router.as_gate().filter(|gate| gate.layers().len() == layers.len()) else { return Ok(None) };
+            let is_known = |(index, layer): (usize, &GateLayer)| matches!(layer, GateLayer::Open) || gate.stacked(index).is_some();
+            if !gate.layers().iter().enumerate().all(is_known) {
+                return Ok(None);
             }
-            _ => return Ok(None),
-        });
+            for stack in gate.stacks() {
+                let of_stack = Tensor::zeros((stack.layers.len(), most, hidden_size), DType::BF16, device)?;
+                for (index, layer) in stack.layers.iter().enumerate() {
+                    layers[*layer].input = Some(of_stack.get(index)?);
+                }
+                inputs.push(Some(of_stack));
+            }
+        }
+        Ok(Some(Self { most, inputs, routes_tokens, seen: None }))
     }
-    Ok(Some(gates))
+
+    /// Has all verdicts made that there are attention inputs for, and learns them.
+    fn decide(attention: &RoutedAttention, cache: &mut KvCache) -> Result<()> {
+        layers::decide(attention, cache)?;
+        cache.learn()
+    }
 }
 
 fn on_device(matrix: &Matrix) -> Option<Arc<DeviceMatrix>> {
@@ -268,19 +297,28 @@ fn of_layer(parts: &LayerParts<'_>, device: &Device) -> Option<Result<Layer>> {
         up: bare(parts.up)?,
         down: projection(parts.down)?,
         post_mlp_norm: parts.post_mlp_norm.map(weight),
-        token_gate: TokenGate::None,
+        input: None,
     }))
 }
 
 impl TokenStep for CudaStep {
     fn run(&mut self, token: u32, cache: &mut KvCache) -> Result<bool> {
-        let step = cache.reserve(1)?;
-        let routing = self.attention.routing().clone();
+        let attention = self.attention.clone();
+        let routing = attention.routing();
+        let next = Step { start: cache.len(), len: 1 };
+        let selects = |layer| attention.is_routed(layer, cache.layer(layer)) && attention.reads_by_score(layer, next);
+        // Somebody else was here, and may have left something to be done: after this step, unless it is asked for in it.
+        let is_behind = self.newest.seen.take() != Some(cache.changes());
+        if is_behind && (cache.waiting().is_none() || cache.needs_verdicts(next) || (0..self.layers.len()).any(selects)) {
+            Newest::decide(&attention, cache)?;
+            cache.summarise()?;
+        }
+        let step = cache.reserve_token()?;
         // What each layer selects from; `None`: it reads everything.
         let mut calls = Vec::with_capacity(self.layers.len());
         for layer in 0..self.layers.len() {
             let store = cache.layer(layer);
-            if !(self.attention.is_routed(layer, store) && self.attention.reads_by_score(layer, step)) {
+            if !(attention.is_routed(layer, store) && attention.reads_by_score(layer, step)) {
                 calls.push(None);
                 continue;
             }
@@ -288,9 +326,9 @@ impl TokenStep for CudaStep {
             calls.push(Some(call));
         }
         for layer in 0..self.layers.len() {
-            let routed = self.attention.is_routed(layer, cache.layer(layer));
+            let routed = attention.is_routed(layer, cache.layer(layer));
             let kind = if routed { routing.block_router.summary() } else { Summary::None };
-            if !cache.layer_mut(layer).begin_device_write(step, kind, routing.limits.block_size)? {
+            if !cache.layer_mut(layer).begin_device_write(step, kind, routing.limits.block_size) {
                 return Ok(false);
             }
         }
@@ -303,8 +341,11 @@ impl TokenStep for CudaStep {
         }
         self.report()?; // once the step before is done, it has read its orders
         self.buffers.orders.numbers_mut().copy_from_slice(&state);
-        let key = self.key(cache, calls.iter().map(Option::is_some).collect(), step);
-        if self.recorded.as_ref().is_none_or(|recorded| recorded.key != key) {
+        let selects: Vec<bool> = calls.iter().map(Option::is_some).collect();
+        let room = (step.end() + 1).next_multiple_of(ROOM);
+        let fits = |key: &Key| key.room == room && key.selects == selects && key.tensors.iter().copied().eq(tensors_of(cache, &selects));
+        if self.recorded.as_ref().is_none_or(|recorded| !fits(&recorded.key)) {
+            let key = Key { tensors: tensors_of(cache, &selects).collect(), selects, room };
             // Of the same kernels, or it could not be brought up to date.
             let last = self.recorded.take().filter(|last| last.key.selects == key.selects && last.key.room == key.room);
             let last = last.map(|last| last.graph);
@@ -315,24 +356,34 @@ impl TokenStep for CudaStep {
         self.is_running = true;
         // While it runs. What there is no memory for is asked for again by the next step, which then fails.
         let _ = cache.reserve_next(step);
-        for layer in (0..self.layers.len()).filter(|layer| calls[*layer].is_none()) {
-            let count = cache.layer(layer).count_visible(step);
+        for (layer, call) in calls.iter().enumerate() {
+            let Some(call) = call else {
+                cache.count_visible_later(layer, step);
+                continue;
+            };
+            let routes_tokens = self.newest.routes_tokens;
+            let picked = if routes_tokens { self.report()?.of_layer(layer, cache.layer(layer).shape().kv_heads()) } else { &[] };
+            let count = call.count(cache.layer(layer), picked);
             cache.count_read(count);
         }
-        let routes_tokens = self.routes_tokens();
-        for (layer, call) in calls.iter().enumerate() {
-            let mut picked: &[u32] = &[];
-            if routes_tokens {
-                let [kept, of_blocks] = self.report()?.of_layer(layer, cache.layer(layer).shape().kv_heads());
-                picked = of_blocks;
-                cache.layer_mut(layer).admit_written(step, kept.iter().map(|kept| *kept == 1));
-            }
-            if let Some(call) = call {
-                let count = call.count(cache.layer(layer), picked);
-                cache.count_read(count);
-            }
+        if is_behind {
+            Newest::decide(&attention, cache)?;
         }
-        cache.commit(step)?;
+        if self.newest.routes_tokens {
+            for layer in (0..self.layers.len()).filter(|layer| cache.layer(*layer).may_wait_for_verdict()).collect::<Vec<_>>() {
+                cache.layer_mut(layer).wait_for_verdict(step)?;
+            }
+            cache.wait_for_verdicts(step, &self.newest.inputs, step.start % self.newest.most)?;
+        }
+        let are_most = step.end().is_multiple_of(self.newest.most);
+        if are_most {
+            layers::decide(&attention, cache)?;
+        }
+        if is_behind || are_most {
+            cache.summarise()?;
+        }
+        cache.commit_untold(step)?;
+        self.newest.seen = Some(cache.changes());
         Ok(true)
     }
 
@@ -376,19 +427,6 @@ impl CudaStep {
         Ok(Report(self.buffers.report.numbers()))
     }
 
-    fn key(&self, cache: &KvCache, selects: Vec<bool>, step: Step) -> Key {
-        let mut tensors = Vec::with_capacity(4 * self.layers.len());
-        for layer in 0..self.layers.len() {
-            let store = cache.layer(layer);
-            tensors.extend(store.k().tensors().chain(store.v().tensors()).map(Tensor::id));
-            tensors.extend(store.device_pages().ok().map(Tensor::id));
-            let kept = store.device_kept().into_iter().flat_map(|kept| [&kept.pages, &kept.counts, &kept.masks, &kept.ranks]);
-            tensors.extend(kept.map(Tensor::id));
-            tensors.extend(store.summaries().map(|summaries| summaries.pool().values().id()));
-        }
-        Key { tensors, selects, room: (step.end() + 1).next_multiple_of(ROOM) }
-    }
-
     /// Records the kernels of a step. `last` is what was recorded before.
     fn record(&mut self, key: Key, cache: &KvCache, last: Option<Graph>) -> Result<Recorded> {
         let first = cache.layer(0);
@@ -429,9 +467,10 @@ impl CudaStep {
         let mut pending: Option<Option<&Tensor>> = None; // a product that is not added yet, and the norm over it
         for (index, layer) in self.layers.iter().enumerate() {
             let store = cache.layer(index);
-            self.add_norm(pending, &layer.attention_norm, &self.looked_up(layer, store)?)?;
+            let input = layer.input.as_ref().map(|input| (input, position));
+            self.add_norm(pending, &layer.attention_norm, input, &self.looked_up(layer, store)?)?;
             self.project_qkv(layer)?;
-            self.write(index, layer, store, q, position)?;
+            self.write(layer, store, q, position)?;
             let lists = match select {
                 Some(select) if key.selects[index] => Some(self.select(index, store, select, q, position)?),
                 _ => None,
@@ -446,16 +485,16 @@ impl CudaStep {
             };
             // SAFETY: as above.
             unsafe { decode(&self.kernels, call, scratch, store) }?;
-            self.project(&layer.output, attended, projected, self.decisions(index, layer, store, position)?)?;
-            self.add_norm(Some(layer.post_attention_norm.as_ref()), &layer.mlp_norm, &[])?;
+            self.project(&layer.output, attended, projected)?;
+            self.add_norm(Some(layer.post_attention_norm.as_ref()), &layer.mlp_norm, None, &[])?;
             self.feed(layer)?;
-            self.project(&layer.down, &self.buffers.inner, projected, Decisions::default())?;
+            self.project(&layer.down, &self.buffers.inner, projected)?;
             pending = Some(layer.post_mlp_norm.as_ref());
         }
-        self.add_norm(pending, &self.norm, &[])?;
+        self.add_norm(pending, &self.norm, None, &[])?;
         let products = [Product { matrix: &self.head, out: address(logits)?, bias: 0 }];
-        self.multiply(&products, normed, self.head.columns(), Decisions::default())?;
-        let tells = select.is_some() || self.routes_tokens();
+        self.multiply(&products, normed, self.head.columns())?;
+        let tells = select.is_some() && self.newest.routes_tokens;
         let params = LikeliestParams {
             logits: address(logits)?,
             told: address(told)?,
@@ -473,9 +512,6 @@ impl CudaStep {
         if let Some(kept) = store.device_kept() {
             tables.extend([&kept.counts, &kept.pages, &kept.masks]);
         }
-        if let TokenGate::Scored { gate: Feedforward { hidden: Some(_), weight, bias }, .. } = &layer.token_gate {
-            tables.extend([weight, bias]);
-        }
         if let Some((q, k)) = &layer.qk_norm {
             tables.extend([q, k]);
         }
@@ -484,8 +520,9 @@ impl CudaStep {
         tables.into_iter().map(ahead).collect()
     }
 
-    /// Adds the newest product to the residual stream, and norms that. Meanwhile it brings `ahead` to the L2 cache.
-    fn add_norm(&self, pending: Option<Option<&Tensor>>, weight: &Tensor, ahead: &[Ahead]) -> Result<()> {
+    /// Adds the newest product to the residual stream, and norms that; in bf16 to the row of `input` that is the token's by its position, too.
+    /// Meanwhile it brings `ahead` to the L2 cache.
+    fn add_norm(&self, pending: Option<Option<&Tensor>>, weight: &Tensor, input: Option<(&Tensor, u64)>, ahead: &[Ahead]) -> Result<()> {
         let Buffers { x, normed, projected, .. } = &self.buffers;
         let mut params = NormParams {
             x: address(x)?,
@@ -494,6 +531,9 @@ impl CudaStep {
             weight: address(weight)?,
             out: address(&normed[0])?,
             out_q8: address(&normed[1])?,
+            rounded: input.map_or(Ok(0), |(input, _)| address(input))?,
+            position: input.map_or(0, |(_, position)| position),
+            rows: self.newest.most as i32,
             columns: x.elem_count() as i32,
             eps: self.eps,
             ..NormParams::default()
@@ -505,36 +545,28 @@ impl CudaStep {
 
     fn project_qkv(&self, layer: &Layer) -> Result<()> {
         let mut out = address(&self.buffers.qkv)?;
-        let mut products = Vec::with_capacity(4);
-        // First, or its few rows of f32 would be read when all others are done.
-        if let TokenGate::Scored { gate, first, scores } = &layer.token_gate {
-            let bias = gate.hidden.as_ref().map_or(&gate.bias, |(_, bias)| bias);
-            products.push(Product { matrix: first, out: address(scores)?, bias: address(bias)? });
-        }
+        let mut products = Vec::with_capacity(3);
         for projection in &layer.qkv {
             let bias = projection.bias.as_ref().map_or(Ok(0), address)?;
             products.push(Product { matrix: &projection.weight, out, bias });
             out += (projection.weight.height() * size_of::<f32>()) as u64;
         }
-        self.multiply(&products, &self.buffers.normed, layer.qkv[0].weight.columns(), Decisions::default())
+        self.multiply(&products, &self.buffers.normed, layer.qkv[0].weight.columns())
     }
 
-    fn project(&self, projection: &Projection, x: &[Tensor; 2], out: &Tensor, decisions: Decisions) -> Result<()> {
+    fn project(&self, projection: &Projection, x: &[Tensor; 2], out: &Tensor) -> Result<()> {
         let bias = projection.bias.as_ref().map_or(Ok(0), address)?;
         let product = Product { matrix: &projection.weight, out: address(out)?, bias };
-        self.multiply(&[product], x, projection.weight.columns(), decisions)
+        self.multiply(&[product], x, projection.weight.columns())
     }
 
-    fn multiply(&self, products: &[Product<'_>], x: &[Tensor; 2], columns: usize, decisions: Decisions) -> Result<()> {
+    fn multiply(&self, products: &[Product<'_>], x: &[Tensor; 2], columns: usize) -> Result<()> {
         // SAFETY: as in `launch_all`.
-        unsafe { product(&self.kernels, products, [address(&x[0])?, address(&x[1])?], columns, 1, decisions) }
+        unsafe { product(&self.kernels, products, [address(&x[0])?, address(&x[1])?], columns, 1) }
     }
 
     /// Norms, rotates and stores the token's query, key and value.
-    fn write(&self, index: usize, layer: &Layer, store: &LayerStore, q: &Tensor, position: u64) -> Result<()> {
-        let Limits { block_size, .. } = self.attention.routing().limits;
-        let summaries = self.summaries(index, store);
-        let kind = kind_of(&*self.attention.routing().block_router).unwrap_or(0);
+    fn write(&self, layer: &Layer, store: &LayerStore, q: &Tensor, position: u64) -> Result<()> {
         let pages = store.device_pages()?;
         let (q_norm, k_norm) =
             layer.qk_norm.as_ref().map_or(Ok((0, 0)), |(q, k)| Ok::<_, candle_core::Error>((address(q)?, address(k)?)))?;
@@ -550,12 +582,6 @@ impl CudaStep {
             v: address(store.v().values())?,
             k_scales: scales_of(store.k())?,
             v_scales: scales_of(store.v())?,
-            summaries: summaries.map_or(Ok(0), |summaries| address(summaries.pool().values()))?,
-            summary_scales: summaries.map_or(Ok(0), |summaries| scales_of(summaries.pool()))?,
-            // A block is summarised by the verdicts on its tokens. Elsewhere they are made beside a longer kernel.
-            verdict: if summaries.is_some() { self.verdict(index, layer, store)? } else { Verdict::default() },
-            kind,
-            block_size: block_size as i32,
             max_pages: pages.dim(1)? as i32,
             group_size: self.heads.group_size() as i32,
             head_dim: self.heads.head_dim() as i32,
@@ -563,55 +589,10 @@ impl CudaStep {
             magnitude: layer.magnitude,
         };
         let name = format!("write_kv_{}", store.k().dtype().name());
-        // A warp for each query of a head, its key, its value, and the gate.
-        let warps = (self.heads.group_size() + 3).min(WRITE_WARPS);
+        // A warp for each query of a head, its key, and its value.
+        let warps = (self.heads.group_size() + 2).min(WRITE_WARPS);
         // SAFETY: as in `launch_all`.
         unsafe { self.kernels.launch_following(&name, Spread::new([self.heads.kv_heads(), 1, 1], 32 * warps), &params) }
-    }
-
-    /// Whether a token router decides on tokens.
-    fn routes_tokens(&self) -> bool {
-        self.layers.iter().any(|layer| !matches!(layer.token_gate, TokenGate::None))
-    }
-
-    /// Where the report has numbers of a layer before the last kernel brings them to the host: verdicts (0), or tokens of chosen blocks (1).
-    fn reported(&self, index: usize, kind: usize) -> Result<u64> {
-        let number = (kind * self.layers.len() + index) * self.heads.kv_heads();
-        Ok(address(&self.buffers.told)? + (number * size_of::<u32>()) as u64)
-    }
-
-    /// The summaries that a layer keeps.
-    fn summaries<'a>(&self, index: usize, store: &'a LayerStore) -> Option<&'a Summaries> {
-        store.summaries().filter(|_| self.attention.is_routed(index, store))
-    }
-
-    /// The verdict on the token, where nothing in the layer waits for it.
-    fn decisions(&self, index: usize, layer: &Layer, store: &LayerStore, position: u64) -> Result<Decisions> {
-        let verdict = self.verdict(index, layer, store)?;
-        if verdict.masks == 0 || self.summaries(index, store).is_some() {
-            return Ok(Decisions::default());
-        }
-        let max_pages = store.device_pages()?.dim(1)? as i32;
-        Ok(Decisions { verdict, position, max_pages, heads: self.heads.kv_heads() as i32 })
-    }
-
-    /// How the token router decides on the token.
-    fn verdict(&self, index: usize, layer: &Layer, store: &LayerStore) -> Result<Verdict> {
-        let routing = self.attention.routing();
-        let (Some(kept), Some(gate)) = (store.device_kept(), routing.token_router.as_gate()) else { return Ok(Verdict::default()) };
-        let verdict = Verdict {
-            masks: address(&kept.masks)?,
-            kept: self.reported(index, 0)?,
-            sinks: routing.limits.sinks as i32,
-            tau: gate.tau(),
-            ..Verdict::default()
-        };
-        let TokenGate::Scored { gate, first, scores } = &layer.token_gate else { return Ok(verdict) };
-        let verdict = Verdict { scores: address(scores)?, ..verdict };
-        if gate.hidden.is_none() {
-            return Ok(verdict);
-        }
-        Ok(Verdict { weight: address(&gate.weight)?, bias: address(&gate.bias)?, width: first.height() as i32, ..verdict })
     }
 
     fn select(&self, index: usize, store: &LayerStore, scratch: &SelectScratch, q: &Tensor, position: u64) -> Result<DecodeLists> {
@@ -629,7 +610,7 @@ impl CudaStep {
             takes: address(&self.buffers.state)? + ((2 + index * self.heads.kv_heads()) * size_of::<u32>()) as u64,
             scores: address(&scratch.scores)?,
             lists,
-            picked: self.reported(index, 1)?,
+            picked: address(&self.buffers.told)? + (index * self.heads.kv_heads() * size_of::<u32>()) as u64,
             blocks: 0,
             kind: kind_of(&*routing.block_router).unwrap_or(0),
             max_scores: scratch.max_scores,

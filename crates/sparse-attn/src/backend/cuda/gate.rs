@@ -159,25 +159,28 @@ pub(super) fn of_projected(verdict: Verdict<'_>) -> Result<Option<(ProjectedPara
     Ok(Some((params, if last.is_some() { octets } else { octets.div_ceil(OCTETS_AT_ONCE) })))
 }
 
-/// Makes the verdicts of `layers`, by number, in their masks: by a gate whose layers are alike, and the products of their inputs with its
-/// [`GateStack::projection`], `[layers, tokens, rows]`.
+/// Makes the verdicts on `step` of `layers`, by their number in a gate's `stack`, in their masks: by the products of their inputs with its
+/// [`GateStack::projection`], `[layers, tokens, rows]`, from the token `first` on.
 ///
 /// # Errors
 /// If a shape does not fit, or the device fails.
 pub(crate) fn decide(
     stack: &GateStack,
-    sums: &Tensor,
+    (sums, first): (&Tensor, usize),
     step: Step,
     (sinks, tau): (usize, f32),
     layers: &[(usize, VerdictMasks)],
 ) -> Result<()> {
     let ((count, rows), kv_heads) = (stack.bias.dims2()?, stack.kv_heads()?);
     let apart = stack.projection.dim(1)?;
-    if sums.dims() != [count, step.len, apart] || sums.dtype() != DType::F32 || 2 * rows > apart {
-        bail!("gate: products {:?} {:?} of {} tokens, {count} layers of {rows} rows", sums.dims(), sums.dtype(), step.len);
+    let (layers_there, tokens, columns) = sums.dims3()?;
+    let is_odd = [layers_there, columns] != [count, apart] || first + step.len > tokens || 2 * rows > apart;
+    if is_odd || sums.dtype() != DType::F32 {
+        let (dims, end) = (sums.dims(), first + step.len);
+        bail!("gate: products {dims:?} {:?}, for the tokens {first}..{end} of {count} layers of {rows} rows", sums.dtype());
     }
     let first = ProjectedParams {
-        sums: address(sums)?,
+        sums: address(sums)? + (first * apart * size_of::<f32>()) as u64,
         bias: address(&stack.bias)?,
         weight: stack.last.as_ref().map_or(Ok(0), |(weight, _)| address(weight))?,
         last_bias: stack.last.as_ref().map_or(Ok(0), |(_, bias)| address(bias))?,
@@ -196,7 +199,7 @@ pub(crate) fn decide(
     for layers in layers.chunks(TOLD) {
         let mut params = DecideParams {
             first,
-            sums_apart: (step.len * apart) as i64,
+            sums_apart: (tokens * apart) as i64,
             bias_apart: rows as i32,
             weight_apart: if has_two { (kv_heads * rows) as i32 } else { 0 },
             last_bias_apart: if has_two { kv_heads as i32 } else { 0 },

@@ -236,12 +236,9 @@ impl Budgeted {
             }
             visible += tile.clone().map(|t| kv_heads as u64 * (t as u64 + 1)).sum::<u64>();
         }
-        let scored = match store.summaries() {
-            Some(summaries) => {
-                (self.step.len * kv_heads * summaries.blocks()) as u64 * summaries.pool().dtype().row_bytes(summaries.pool().width()) as u64
-            }
-            None => 0,
-        };
+        // Of the blocks that are complete, though the newest may have no summary yet.
+        let blocks = (self.step.len * kv_heads * (self.step.end() / limits.block_size)) as u64;
+        let scored = store.summaries().map_or(0, |summaries| blocks * summaries.pool().dtype().row_bytes(summaries.pool().width()) as u64);
         let row = |pool: &crate::cache::Pool| pool.dtype().row_bytes(pool.width()) as u64;
         ReadCount { read, visible, bytes: read * (row(store.k()) + row(store.v())) + scored }
     }

@@ -19,7 +19,7 @@ use candle_core::{Device, Result, Tensor, bail};
 pub struct Gate {
     layers: Vec<GateLayer>,
     projections: Vec<Option<Tensor>>, // of each layer, where a GPU multiplies them beside others
-    stack: Option<GateStack>,
+    stacks: Vec<GateStack>,
     tau: f32,
     kept_fraction: f32,
 }
@@ -86,7 +86,7 @@ impl Gate {
             }
         }
         let projections = vec![None; layers.len()];
-        Ok(Self { layers, projections, stack: None, tau, kept_fraction: kept_fraction.clamp(0.0, 0.999) })
+        Ok(Self { layers, projections, stacks: Vec::new(), tau, kept_fraction: kept_fraction.clamp(0.0, 0.999) })
     }
 
     /// The same, computed where the model is, as far as there are kernels: for one layer or two on the attention input.
@@ -105,7 +105,7 @@ impl Gate {
         Ok(Self {
             layers: self.layers.iter().map(of).collect::<Result<_>>()?,
             projections: self.layers.iter().map(projection).collect::<Result<_>>()?,
-            stack: GateStack::of(&self.layers, device)?,
+            stacks: GateStack::all_of(&self.layers, device)?,
             ..*self
         })
     }
@@ -115,9 +115,15 @@ impl Gate {
         &self.layers
     }
 
-    /// Its layers one after the other, where a GPU has them and they are alike.
-    pub fn stack(&self) -> Option<&GateStack> {
-        self.stack.as_ref()
+    /// The layers that a GPU has, those that are alike together.
+    pub fn stacks(&self) -> &[GateStack] {
+        &self.stacks
+    }
+
+    /// Which of [`Gate::stacks`] has the gate of this decoder layer, and which layer of it that is.
+    pub fn stacked(&self, layer: usize) -> Option<[usize; 2]> {
+        let of = |(index, stack): (usize, &GateStack)| Some([index, stack.layers.binary_search(&layer).ok()?]);
+        self.stacks.iter().enumerate().find_map(of)
     }
 
     /// The score from which a token is kept.

@@ -4,10 +4,11 @@ use candle_core::{DType, Device, Result, Tensor};
 /// Rows of a product on a GPU: whole 16 bytes of f32 and more.
 const WHOLE: usize = 8;
 
-/// The layers of a gate that are all alike, one after the other, on a GPU: verdicts of a step that nobody asks for in its layers are made for all of
-/// them together.
+/// Layers of a gate that are alike, one after the other, on a GPU: verdicts that nobody asks for yet are made for all of them together.
 #[derive(Debug, Clone)]
 pub struct GateStack {
+    /// The decoder layers that they are of, ascending.
+    pub layers: Vec<usize>,
     /// What a layer's input is multiplied with: the weights of the gate's first layer in bf16, what those lose by that, and zeros,
     /// `[layers, rows, hidden_size]`.
     pub projection: Tensor,
@@ -18,14 +19,24 @@ pub struct GateStack {
 }
 
 impl GateStack {
-    /// Of layers on `device`; `None`: they are not alike, or none that a GPU computes.
-    pub(super) fn of(layers: &[GateLayer], device: &Device) -> Result<Option<Self>> {
-        let gates = layers.iter().map(|layer| if let GateLayer::Feedforward(gate) = layer { Some(gate) } else { None });
-        let Some(gates) = gates.collect::<Option<Vec<&Feedforward>>>().filter(|_| device.is_cuda()) else { return Ok(None) };
+    /// The layers that a GPU computes, if `device` is one: those that are alike together.
+    pub(super) fn all_of(layers: &[GateLayer], device: &Device) -> Result<Vec<Self>> {
         let dims = |gate: &Feedforward| (gate.weight.dims().to_vec(), gate.hidden.as_ref().map(|(weight, _)| weight.dims().to_vec()));
-        if gates.is_empty() || gates.iter().any(|gate| dims(gate) != dims(gates[0])) {
-            return Ok(None);
+        let mut alike: Vec<(Vec<usize>, Vec<&Feedforward>)> = Vec::new();
+        for (layer, gate) in layers.iter().enumerate().filter(|_| device.is_cuda()) {
+            let GateLayer::Feedforward(gate) = gate else { continue };
+            match alike.iter_mut().find(|(_, gates)| dims(gates[0]) == dims(gate)) {
+                Some((layers, gates)) => {
+                    layers.push(layer);
+                    gates.push(gate);
+                }
+                None => alike.push((vec![layer], vec![gate])),
+            }
         }
+        alike.into_iter().map(|(layers, gates)| Self::of(layers, &gates, device)).collect()
+    }
+
+    fn of(layers: Vec<usize>, gates: &[&Feedforward], device: &Device) -> Result<Self> {
         let stack = |of: &dyn Fn(&Feedforward) -> Result<Tensor>| {
             let each = gates.iter().map(|gate| of(gate)).collect::<Result<Vec<_>>>()?;
             Tensor::stack(&each, 0)?.contiguous()?.to_device(device)
@@ -39,7 +50,7 @@ impl GateStack {
         let bias = stack(&|gate| f32_of(gate.hidden.as_ref().map_or(&gate.bias, |(_, bias)| bias)))?;
         let has_two = gates[0].hidden.is_some();
         let last = has_two.then(|| Ok::<_, candle_core::Error>((stack(&|gate| f32_of(&gate.weight))?, stack(&|gate| f32_of(&gate.bias))?)));
-        Ok(Some(Self { projection, bias, last: last.transpose()? }))
+        Ok(Self { layers, projection, bias, last: last.transpose()? })
     }
 
     /// Heads that it decides on.
