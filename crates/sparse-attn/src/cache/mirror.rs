@@ -19,6 +19,8 @@ fn roomy(pages: usize) -> usize {
 pub(super) struct Mirrors {
     numbers: Option<Tensor>, // u32
     parts: Vec<Part>,
+    /// Whether no layer has kept tokens there.
+    none_kept: bool,
 }
 
 #[derive(Debug)]
@@ -72,21 +74,25 @@ pub(super) struct Tables<'a> {
     pub(super) frontier: usize,
 }
 
-/// Where a layer's tables are among the numbers of all.
+/// Where a layer's tables are among the numbers of all: first come the recent pages of each.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Layout {
     first: usize,
+    /// Of what a token router leaves.
+    first_routed: usize,
     /// For recent and kept pages of a head.
     pub(crate) rooms: [usize; 2],
     kv_heads: usize,
     is_routed: bool,
 }
 
-/// Tables on their way: all that will be in the tensor of [`Mirrors`], which still says what was.
+/// Tables on their way: all that will be in the tensor of [`Mirrors`], which still says what was, or no more than the recent pages, where no token left
+/// a window and none had.
 #[derive(Debug)]
 pub(crate) struct Staged {
     /// u32
     pub(crate) numbers: Tensor,
+    none_kept: bool,
     /// Of each layer.
     pub(crate) layouts: Vec<Layout>,
     versions: Vec<u64>,
@@ -100,8 +106,7 @@ impl Layout {
 
     /// `[kv_heads, room]`
     pub(crate) fn kept_pages(&self) -> Range<usize> {
-        let first = self.pages().end;
-        first..first + self.routed(self.kv_heads * self.rooms[1])
+        self.first_routed..self.first_routed + self.routed(self.kv_heads * self.rooms[1])
     }
 
     /// `[kv_heads, room for recent pages]`
@@ -127,11 +132,11 @@ impl Mirrors {
         self.parts.len() == tables.len() && self.parts.iter().zip(tables).all(|(part, table)| part.version == table.version())
     }
 
-    /// Brings the tables to `device`, beside those that are there.
+    /// Brings the tables to `device`, beside those that are there: `all` of them, or as little as tells what is new.
     ///
     /// # Errors
     /// If the device has no memory for it.
-    pub(super) fn stage(&self, tables: &[Tables<'_>], device: &Device) -> Result<Staged> {
+    pub(super) fn stage(&self, tables: &[Tables<'_>], device: &Device, all: bool) -> Result<Staged> {
         let (mut layouts, mut first) = (Vec::with_capacity(tables.len()), 0);
         let longest: Vec<[usize; 2]> = tables.iter().map(Tables::longest).collect();
         let had: Vec<[usize; 2]> = (0..tables.len()).map(|index| self.parts.get(index).map_or([0; 2], |part| part.layout.rooms)).collect();
@@ -139,16 +144,28 @@ impl Mirrors {
         let grows = longest.as_flattened().iter().zip(had.as_flattened()).any(|(longest, had)| longest > had);
         for ((tables, longest), had) in tables.iter().zip(longest).zip(had) {
             let room = |kind: usize| if grows { had[kind].max(roomy(longest[kind])) } else { had[kind] };
-            let layout = Layout { first, rooms: [room(0), room(1)], kv_heads: tables.kv_heads, is_routed: tables.admitted.is_some() };
-            first = layout.counts().end;
+            let (rooms, is_routed) = ([room(0), room(1)], tables.admitted.is_some());
+            let layout = Layout { first, first_routed: 0, rooms, kv_heads: tables.kv_heads, is_routed };
+            first = layout.pages().end;
             layouts.push(layout);
         }
+        for layout in &mut layouts {
+            layout.first_routed = first;
+            first = layout.counts().end;
+        }
+        let none_kept = tables.iter().all(|tables| tables.frontier == 0);
+        let is_short = !all && none_kept && self.none_kept && self.has(&layouts);
         let mut numbers = Vec::with_capacity(first);
         for (tables, layout) in tables.iter().zip(&layouts) {
-            tables.put_into(&mut numbers, layout);
+            tables.put_recent(&mut numbers, layout);
         }
+        for (tables, layout) in tables.iter().zip(&layouts).filter(|_| !is_short) {
+            tables.put_routed(&mut numbers, layout);
+        }
+        let count = numbers.len();
         Ok(Staged {
-            numbers: Tensor::from_vec(numbers, first, device)?,
+            numbers: Tensor::from_vec(numbers, count, device)?,
+            none_kept,
             layouts,
             versions: tables.iter().map(|tables| tables.table.version()).collect(),
         })
@@ -159,10 +176,9 @@ impl Mirrors {
     /// # Errors
     /// If the device has no memory for it.
     pub(super) fn put(&mut self, staged: Staged, tables: &[Tables<'_>]) -> Result<bool> {
-        let Staged { numbers, layouts, versions } = staged;
-        if let Some(old) = &self.numbers
-            && self.parts.iter().map(|part| &part.layout).eq(&layouts)
-        {
+        let Staged { numbers, none_kept, layouts, versions } = staged;
+        self.none_kept = none_kept;
+        if let Some(old) = self.numbers.as_ref().filter(|_| self.has(&layouts)) {
             old.slice_set(&numbers, 0, 0)?;
             self.parts.iter_mut().zip(versions).for_each(|(part, version)| part.version = version);
             return Ok(false);
@@ -174,6 +190,10 @@ impl Mirrors {
         }
         (self.numbers, self.parts) = (Some(numbers), parts);
         Ok(true)
+    }
+
+    fn has(&self, layouts: &[Layout]) -> bool {
+        self.parts.iter().map(|part| &part.layout).eq(layouts)
     }
 
     /// Where a layer's tables are.
@@ -190,10 +210,14 @@ impl Tables<'_> {
         [longest(PageTable::recent), longest(PageTable::kept)]
     }
 
-    /// Adds them to the numbers of other layers.
-    fn put_into(&self, numbers: &mut Vec<u32>, layout: &Layout) {
+    /// Adds the recent pages to those of other layers.
+    fn put_recent(&self, numbers: &mut Vec<u32>, layout: &Layout) {
+        (0..self.kv_heads).for_each(|head| put(numbers, self.table.recent(head).iter().copied(), layout.rooms[0]));
+    }
+
+    /// Adds what a token router leaves to the numbers of other layers.
+    fn put_routed(&self, numbers: &mut Vec<u32>, layout: &Layout) {
         let [recent, kept] = layout.rooms;
-        (0..self.kv_heads).for_each(|head| put(numbers, self.table.recent(head).iter().copied(), recent));
         let Some(admitted) = self.admitted else { return };
         (0..self.kv_heads).for_each(|head| put(numbers, self.table.kept(head).iter().copied(), kept));
         for admitted in admitted {
@@ -281,7 +305,7 @@ mod tests {
         let (mut routed, mut plain) = (PageTable::new(2, Some(100)), PageTable::new(1, None));
         let mut admitted = vec![Admitted::default(), Admitted::default()];
         let mut mirrors = Mirrors::default();
-        for (start, len) in [(0, 300), (300, 1), (301, 2000), (2301, 40)] {
+        for (start, len) in [(0, 60), (60, 1), (61, 239), (300, 1), (301, 2000), (2301, 40)] {
             let step = Step { start, len };
             let frontier = routed.frontier(step);
             for (head, admitted) in admitted.iter_mut().enumerate() {
@@ -294,7 +318,13 @@ mod tests {
                 Tables { kv_heads: 1, table: &plain, admitted: None, frontier: 0 },
             ];
             assert!(!mirrors.are_of([&routed, &plain].into_iter()));
-            let staged = mirrors.stage(&tables, &Device::Cpu)?;
+            let staged = mirrors.stage(&tables, &Device::Cpu, false)?;
+            let whole = mirrors.stage(&tables, &Device::Cpu, true)?.numbers.elem_count();
+            assert_eq!(
+                staged.numbers.elem_count() < whole,
+                matches!(start, 60 | 61),
+                "what a router leaves comes once it leaves something"
+            );
             assert_eq!(mirrors.put(staged, &tables)?, start == 0 || start == 301, "only tables that need more room move");
             assert!(mirrors.are_of([&routed, &plain].into_iter()));
             let own = mirrors.part(1);

@@ -314,7 +314,7 @@ impl KvCache {
             return Ok(());
         }
         let tables: Vec<_> = self.layers.iter().map(LayerStore::tables).collect();
-        let staged = self.mirrors.stage(&tables, &self.device)?;
+        let staged = self.mirrors.stage(&tables, &self.device, false)?;
         let moved = self.layers.iter().zip(&staged.layouts).filter_map(|(layer, layout)| layer.moved(*layout));
         cuda::compact(&moved.collect::<Vec<_>>(), &staged.numbers)?;
         self.look_up(staged)
@@ -545,7 +545,7 @@ impl KvCache {
             places[layer] = after[layer].take().map(|(places, _)| places);
         }
         let tables: Vec<_> = self.layers.iter().zip(&places).map(|(layer, places)| layer.tables_after(places.as_ref())).collect();
-        let staged = self.mirrors.stage(&tables, &self.device)?;
+        let staged = self.mirrors.stage(&tables, &self.device, true)?;
         // One after the other: only so much is there twice.
         for slab in slabs {
             let (layers, places, layouts) = (&mut self.layers[slab.clone()], &mut places[slab.clone()], &staged.layouts[slab]);
