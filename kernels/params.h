@@ -71,6 +71,7 @@ struct PrefillParams {
     int max_pages;
     int max_octets;
     int max_packed;
+    int frontier;         // kept.counts[0]
     int start;            // position of the first query
     int tokens;
     int tile;             // most queries of a tile; tile * group_size <= 128

@@ -173,7 +173,8 @@ struct Reads {
     int kept, kept_octets; // tokens before the recent ones
     int oldest, count;     // first recent octet; all octets
 
-    template <typename Params> __device__ __forceinline__ Reads(const Params &p, int head, int row_of_list, int eldest, int newest) {
+    // By the tokens that are kept before the recent ones, see `before`.
+    template <typename Params> __device__ __forceinline__ Reads(const Params &p, int head, int row_of_list, int eldest, int newest, int2 before) {
         list = p.octets ? p.octets + (int64_t)row_of_list * p.max_octets : nullptr;
         pages = p.pages + (int64_t)head * p.max_pages;
         kept_pages = nullptr, masks = nullptr, kept = kept_octets = 0;
@@ -182,10 +183,18 @@ struct Reads {
         if (!list && p.kept.masks && newest >= p.local_window) {
             kept_pages = p.kept.pages + (int64_t)head * p.kept.max_pages;
             masks = p.kept.masks + (int64_t)head * p.max_pages * (PAGE / OCTET);
-            oldest = p.kept.counts[0] / OCTET;
-            kept = p.kept.counts[1 + head], kept_octets = (kept + OCTET - 1) / OCTET;
+            oldest = before.x / OCTET, kept = before.y, kept_octets = (kept + OCTET - 1) / OCTET;
         }
         count = list ? p.counts[row_of_list] : kept_octets + newest / OCTET + 1 - oldest;
+    }
+
+    // Of a prompt from which nothing is hidden.
+    __device__ __forceinline__ Reads(const PrefillParams &p, int head, int row_of_list, int eldest, int newest)
+        : Reads(p, head, row_of_list, eldest, newest, make_int2(0, 0)) {}
+
+    // The first recent position, and the tokens of a head that are kept before it: where a token router decides, and nothing is listed.
+    template <typename Params> static __device__ __forceinline__ int2 before(const Params &p, int head) {
+        return p.kept.masks && !p.octets ? make_int2(p.kept.counts[0], p.kept.counts[1 + head]) : make_int2(0, 0);
     }
 
     __device__ __forceinline__ int octets() const { return count; }
@@ -237,8 +246,11 @@ constexpr int PACKED = -2; // the position of octets that are packed beside the 
 struct PromptReads : Reads {
     int packed, first_packed; // tokens, and the first octet of the head's
 
+    // What the host knows need not be waited for.
+    static __device__ __forceinline__ int2 before(const PrefillParams &p, int head) { return p.frontier ? Reads::before(p, head) : make_int2(0, 0); }
+
     __device__ __forceinline__ PromptReads(const PrefillParams &p, int head, int row_of_list, int eldest, int newest)
-        : Reads(p, head, row_of_list, eldest, newest), packed(0), first_packed(head * (p.max_packed / OCTET)) {
+        : Reads(p, head, row_of_list, eldest, newest, before(p, head)), packed(0), first_packed(head * (p.max_packed / OCTET)) {
         if (!masks || !p.packed) return;
         const int skipped = max(0, eldest - p.local_window + 1 - oldest * OCTET) / OCTET;
         packed = p.packed[first_packed + skipped];

@@ -150,11 +150,17 @@ template <int D> struct Places {
     __device__ __forceinline__ uint32_t values(int step) const { return queries + (1 + STAGES + step % STAGES) * TILE_BYTES<D>; }
 };
 
-// Copies queries, keys and values: the work of one warpgroup.
+// Where 16 bytes of a row of a tile are: swizzled by the row.
+__device__ __forceinline__ uint32_t place(uint32_t tile, int row, int chunk) { return tile + chunk / 8 * PANEL + row * 128 + ((chunk ^ row) % 8) * 16; }
+
+// What this thread copied is there, and wgmma may read it once those that do are told.
+__device__ __forceinline__ void publish() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// Copies keys and values: the work of one warpgroup.
 template <typename T, int D, bool KEPT>
 __device__ __forceinline__ void fetch(const PrefillParams &p, const Tile<KEPT> &tile, Places<D> places, Shared<KEPT> &shared, int head) {
     constexpr int CHUNKS = D / 8, ROWS_AT_ONCE = GROUP / CHUNKS; // chunks of 16 bytes
-    const int thread = threadIdx.x % GROUP, chunk = thread % CHUNKS, G = p.group_size;
+    const int thread = threadIdx.x % GROUP, chunk = thread % CHUNKS;
     // Octets of some steps are looked up together, one for each thread, well before they are copied: whole warps.
     auto look_up = [&](int step) {
         const int index = step * OCTETS + thread;
@@ -175,7 +181,6 @@ __device__ __forceinline__ void fetch(const PrefillParams &p, const Tile<KEPT> &
         const uint32_t bits = __ballot_sync(~0u, is_mixed);
         if (place == 0) shared.partly[listed] = bits >> threadIdx.x % 32 & (1 << OCTETS) - 1;
     };
-    auto place = [&](uint32_t to, int row) { return to + chunk / 8 * PANEL + row * 128 + ((chunk ^ row) % 8) * 16; };
     auto copy = [&](const void *pool, const void *packed, int step, uint32_t to) {
 #pragma unroll(KEPT ? 4 : 8)
         for (int row = thread / CHUNKS; row < KEYS; row += ROWS_AT_ONCE) {
@@ -184,25 +189,15 @@ __device__ __forceinline__ void fetch(const PrefillParams &p, const Tile<KEPT> &
             const bool there = octet.position < 0 ? octet.row >> row % OCTET & 1 : octet.position + row % OCTET <= tile.newest;
             const int64_t at = there ? ((int64_t)(octet.row >> 8) * OCTET + row % OCTET) * D : 0;
             const T *from = (const T *)(KEPT && octet.position == PACKED ? packed : pool) + chunk * 8;
-            copy_async(place(to, row), from + at, there);
+            copy_async(place(to, row, chunk), from + at, there);
         }
         asm volatile("cp.async.commit_group;");
     };
-    // What this thread copied for that stage is there, and wgmma may read it.
-    auto tell = [&](uint64_t *barrier) {
-        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-        arrive(barrier);
-    };
+    auto tell = [&](uint64_t *barrier) { publish(), arrive(barrier); };
     note(0, look_up(0));
     static_assert(LISTED * OCTETS == GROUP);
     const bool leads = thread < TOGETHER * OCTETS;
     Octet ahead{};
-    // The queries, with the first keys; rows that are none are zeros.
-    for (int row = thread / CHUNKS; row < ROWS; row += ROWS_AT_ONCE) {
-        const bool is_row = row < tile.queries * G;
-        const int64_t at = is_row ? ((int64_t)(tile.first + row / G) * p.kv_heads * G + head * G + row % G) * D + chunk * 8 : 0;
-        copy_async(place(places.queries, row), (const T *)p.q + at, is_row);
-    }
     for (int step = 0; step < tile.steps; ++step) {
         const int stage = step % STAGES;
         const uint32_t before = (step / STAGES + 1) % 2; // parity of the phase in which this stage was read
@@ -267,16 +262,19 @@ __device__ __forceinline__ void compute(const PrefillParams &p, const Tile<KEPT>
                 }
             }
         }
-        const uint32_t some = shared.partly[step % LISTED] >> first_octet;
+        // Of most steps all is seen: one branch leads around what is long, and by octets would not stay in the cache of instructions.
+        const uint32_t some = shared.partly[step % LISTED] >> first_octet & (1 << OWN / 8) - 1;
+        if (__builtin_expect(some != 0, 0)) {
 #pragma unroll
-        for (int n = 0; n < OWN / 8; ++n) {
-            if (!(some >> n & 1)) continue;
-            const Octet octet = shared.listed[step % LISTED][first_octet + n];
+            for (int n = 0; n < OWN / 8; ++n) {
+                if (!(some >> n & 1)) continue;
+                const Octet octet = shared.listed[step % LISTED][first_octet + n];
 #pragma unroll
-            for (int r = 0; r < 2; ++r) {
-                const uint32_t bits = visible(octet, position[r], p.sliding_window, tile.local_window) >> 2 * (lane % 4);
-                if (!(bits & 1)) c[n][2 * r] = -INFINITY;
-                if (!(bits & 2)) c[n][2 * r + 1] = -INFINITY;
+                for (int r = 0; r < 2; ++r) {
+                    const uint32_t bits = visible(octet, position[r], p.sliding_window, tile.local_window) >> 2 * (lane % 4);
+                    if (!(bits & 1)) c[n][2 * r] = -INFINITY;
+                    if (!(bits & 2)) c[n][2 * r + 1] = -INFINITY;
+                }
             }
         }
 #pragma unroll
@@ -314,6 +312,20 @@ __device__ __forceinline__ void compute(const PrefillParams &p, const Tile<KEPT>
         commit();
     };
     auto parity = [&](int step) { return uint32_t(step / STAGES % 2); };
+    // The queries, while the first keys are looked up; rows that are none are zeros.
+    {
+        constexpr int CHUNKS = D / 8, COPIERS = HALVES ? 2 * GROUP : GROUP;
+        const int thread = threadIdx.x % COPIERS, chunk = thread % CHUNKS, first = HALVES ? 0 : group * 64;
+#pragma unroll 4
+        for (int row = first + thread / CHUNKS; row < first + 64; row += COPIERS / CHUNKS) {
+            const bool is_row = row < tile.queries * G;
+            const int64_t at = is_row ? ((int64_t)(tile.first + row / G) * p.kv_heads * G + head * G + row % G) * D + chunk * 8 : 0;
+            copy_async(place(places.queries, row, chunk), (const T *)p.q + at, is_row);
+        }
+        asm volatile("cp.async.wait_all;" ::: "memory");
+        publish();
+        meet(HALVES ? 5 : 5 + group, COPIERS);
+    }
     if (group == 1) pass(1, 2 * GROUP); // the first group's turn
     await(shared.keys_there, 0);
     meet(1 + group, 2 * GROUP);

@@ -115,6 +115,7 @@ impl Cuda {
             max_pages: pages.dim(1)? as i32,
             max_octets: lists.map_or(0, |lists| lists.most) as i32,
             max_packed: packed.as_ref().map_or(0, |packed| packed.room) as i32,
+            frontier: store.frontier() as i32,
             start: step.start as i32,
             tokens: step.len as i32,
             tile: tile as i32,
