@@ -397,6 +397,8 @@ impl KvCache {
         if !self.layers.iter().any(LayerStore::has_summaries_due) {
             return Ok(());
         }
+        // A copy has none yet.
+        self.bring_tables()?;
         let blocks = self.layers.iter_mut().map(LayerStore::begin_summaries).collect::<Result<Vec<_>>>()?;
         let by_device = self
             .layers
