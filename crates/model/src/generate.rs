@@ -108,14 +108,8 @@ impl Session {
     /// # Errors
     /// If the device that decided fails.
     pub fn cache(&mut self) -> Result<&KvCache> {
-        self.settle()?;
+        layers::settle(&self.attention, &mut self.cache)?;
         Ok(&self.cache)
-    }
-
-    /// Has all verdicts made and learned that nobody asked for yet.
-    fn settle(&mut self) -> Result<()> {
-        layers::decide(&self.attention, &mut self.cache)?;
-        self.cache.learn()
     }
 
     /// Bytes allocated for keys and values.
@@ -274,7 +268,7 @@ impl Session {
     /// # Errors
     /// If the device has no memory for it.
     pub fn fork(&mut self) -> Result<Self> {
-        self.settle()?;
+        layers::settle(&self.attention, &mut self.cache)?;
         Ok(Self {
             model: self.model.clone(),
             attention: self.attention.clone(),

@@ -47,7 +47,8 @@ impl Workspace {
         let [layers, hidden_size] = self.shape;
         let is_little = layers * step.len * hidden_size * size_of::<u16>() <= INPUT_BYTES;
         let decides_later = is_little && attention.decides_later(layer.index(), step, cache.layer(layer.index()));
-        let stacks = attention.routing().token_router.as_gate().filter(|_| decides_later).map_or(&[][..], Gate::stacks);
+        let gate = attention.routing().token_router.as_gate().filter(|_| decides_later);
+        let stacks = gate.map_or(&[][..], Gate::stacks);
         if !attention.is_observed() {
             let groups = [layer.qkv_group(attention, decides_later), layer.output_group(), mlp.gate_up_group(), mlp.down_group()];
             // The device waits for the first layer's memory: all at once.
@@ -71,8 +72,7 @@ impl Workspace {
             place.keep(keeps);
         }
         self.waits_in = None;
-        let place = attention.routing().token_router.as_gate().and_then(|gate| gate.stacked(layer.index()));
-        if let Some([stack, index]) = place.filter(|_| decides_later && keeps) {
+        if let Some([stack, index]) = gate.and_then(|gate| gate.stacked(layer.index())).filter(|_| keeps) {
             self.inputs[stack].expect([index, stacks[stack].layers.len()]);
             self.waits_in = Some(stack);
         }
@@ -141,4 +141,13 @@ impl Workspace {
 /// If the device is out of memory, or shapes do not fit.
 pub(crate) fn decide(attention: &RoutedAttention, cache: &mut KvCache) -> Result<()> {
     attention.decide(cache, gpu::multiply_parts)
+}
+
+/// [`decide`], and learns all verdicts that are on their way.
+///
+/// # Errors
+/// As there, or if the device fails.
+pub(crate) fn settle(attention: &RoutedAttention, cache: &mut KvCache) -> Result<()> {
+    decide(attention, cache)?;
+    cache.learn()
 }

@@ -258,12 +258,6 @@ impl Newest {
         }
         Ok(Some(Self { most, inputs, routes_tokens, seen: None }))
     }
-
-    /// Has all verdicts made that there are attention inputs for, and learns them.
-    fn decide(attention: &RoutedAttention, cache: &mut KvCache) -> Result<()> {
-        layers::decide(attention, cache)?;
-        cache.learn()
-    }
 }
 
 fn on_device(matrix: &Matrix) -> Option<Arc<DeviceMatrix>> {
@@ -307,22 +301,23 @@ impl TokenStep for CudaStep {
         let routing = attention.routing();
         let next = Step { start: cache.len(), len: 1 };
         let selects = |layer| attention.is_routed(layer, cache.layer(layer)) && attention.reads_by_score(layer, next);
+        let selects: Vec<bool> = (0..self.layers.len()).map(selects).collect();
         // Somebody else was here, and may have left something to be done: after this step, unless it is asked for in it.
         let is_behind = self.newest.seen.take() != Some(cache.changes());
-        if is_behind && (cache.waiting().is_none() || cache.needs_verdicts(next) || (0..self.layers.len()).any(selects)) {
-            Newest::decide(&attention, cache)?;
+        if is_behind && (cache.waiting().is_none() || cache.needs_verdicts(next) || selects.contains(&true)) {
+            layers::settle(&attention, cache)?;
             cache.summarise()?;
         }
         let step = cache.reserve_token()?;
         // What each layer selects from; `None`: it reads everything.
         let mut calls = Vec::with_capacity(self.layers.len());
-        for layer in 0..self.layers.len() {
-            let store = cache.layer(layer);
-            if !(attention.is_routed(layer, store) && attention.reads_by_score(layer, step)) {
+        for (layer, selects) in selects.iter().enumerate() {
+            if !selects {
                 calls.push(None);
                 continue;
             }
-            let Some(call) = Budgeted::new(&*routing.block_router, routing.limits_of(layer), store, step) else { return Ok(false) };
+            let call = Budgeted::new(&*routing.block_router, routing.limits_of(layer), cache.layer(layer), step);
+            let Some(call) = call else { return Ok(false) };
             calls.push(Some(call));
         }
         for layer in 0..self.layers.len() {
@@ -341,7 +336,6 @@ impl TokenStep for CudaStep {
         }
         self.report()?; // once the step before is done, it has read its orders
         self.buffers.orders.numbers_mut().copy_from_slice(&state);
-        let selects: Vec<bool> = calls.iter().map(Option::is_some).collect();
         let room = (step.end() + 1).next_multiple_of(ROOM);
         let fits = |key: &Key| key.room == room && key.selects == selects && key.tensors.iter().copied().eq(tensors_of(cache, &selects));
         if self.recorded.as_ref().is_none_or(|recorded| !fits(&recorded.key)) {
@@ -367,11 +361,14 @@ impl TokenStep for CudaStep {
             cache.count_read(count);
         }
         if is_behind {
-            Newest::decide(&attention, cache)?;
+            layers::settle(&attention, cache)?;
         }
         if self.newest.routes_tokens {
-            for layer in (0..self.layers.len()).filter(|layer| cache.layer(*layer).may_wait_for_verdict()).collect::<Vec<_>>() {
-                cache.layer_mut(layer).wait_for_verdict(step)?;
+            for layer in 0..self.layers.len() {
+                let store = cache.layer_mut(layer);
+                if store.may_wait_for_verdict() {
+                    store.wait_for_verdict(step)?;
+                }
             }
             cache.wait_for_verdicts(step, &self.newest.inputs, step.start % self.newest.most)?;
         }
