@@ -3,6 +3,7 @@
 use crate::backend::{AttentionBackend, Routed, RoutedJob, cuda};
 use crate::block_router::{self, BlockRouter, Queries};
 use crate::cache::{KvCache, KvDtypes, LayerSpec, LayerStore, Local, Pool, ReadCount, Step, Waiting};
+use crate::place::{Destination, Place};
 use crate::select::{Budget, Limits, Selection, TILE, select};
 use crate::token_router::{self, RouterInput, TokenRouter};
 use crate::{HeadShape, parallel};
@@ -251,25 +252,32 @@ impl RoutedAttention {
     /// # Errors
     /// If a shape does not fit the layer. The cache's committed tokens never change here.
     pub fn forward(&self, layer: usize, input: AttentionInput<'_>, step: Step, cache: &mut KvCache) -> Result<Tensor> {
-        self.forward_as(layer, input, step, cache, DType::F32)
+        self.forward_to(layer, input, step, cache, Destination { dtype: DType::F32, place: &mut Place::default() })
     }
 
-    /// [`RoutedAttention::forward`] for a product that rounds what it gets to `dtype`: it may come so.
+    /// [`RoutedAttention::forward`] for a product that rounds what it gets: it may come so.
     ///
     /// # Errors
     /// As there.
-    pub fn forward_as(&self, layer: usize, input: AttentionInput<'_>, step: Step, cache: &mut KvCache, dtype: DType) -> Result<Tensor> {
+    pub fn forward_to(
+        &self,
+        layer: usize,
+        input: AttentionInput<'_>,
+        step: Step,
+        cache: &mut KvCache,
+        to: Destination<'_>,
+    ) -> Result<Tensor> {
         let AttentionInput { hidden, projected, q, k, k_before_rope, v, scale } = input;
         cache.bring_tables()?;
         let store = cache.layer_mut(layer);
         self.admit(layer, RouterInput { hidden, projected, k, k_before_rope, step }, store)?;
         // A device may decide while it writes.
         self.backend.write(k, v, step, store)?;
-        self.attend_written(layer, Written { hidden, q, scale }, step, cache, dtype)
+        self.attend_written(layer, Written { hidden, q, scale }, step, cache, to)
     }
 
-    /// [`RoutedAttention::forward_as`] where the backend makes queries, keys and values by itself and nobody else asks for them; `None`: they are to be
-    /// made first.
+    /// [`RoutedAttention::forward_to`] where the backend makes queries, keys and values by itself and nobody else asks for them, queries in a place of
+    /// their own; `None`: they are to be made first.
     ///
     /// # Errors
     /// As there.
@@ -279,7 +287,8 @@ impl RoutedAttention {
         input: ProductsInput<'_>,
         step: Step,
         cache: &mut KvCache,
-        dtype: DType,
+        queries: &mut Place,
+        to: Destination<'_>,
     ) -> Result<Option<Tensor>> {
         if !self.backend.takes_products() || self.is_observed() || self.routing.token_router.reads_keys(layer) {
             return Ok(None);
@@ -292,8 +301,8 @@ impl RoutedAttention {
         } else {
             self.admit(layer, RouterInput { hidden, projected, k: products.k, k_before_rope: products.k, step }, store)?;
         }
-        let q = self.backend.write_products(&products, step, store)?;
-        self.attend_written(layer, Written { hidden, q: &q, scale }, step, cache, dtype).map(Some)
+        let q = self.backend.write_products(&products, step, store, queries)?;
+        self.attend_written(layer, Written { hidden, q: &q, scale }, step, cache, to).map(Some)
     }
 
     /// Whether the verdicts on `step` may be made when all its layers are done: no query of it asks for one, they follow from attention inputs
@@ -341,7 +350,7 @@ impl RoutedAttention {
     }
 
     /// Attends to what is written, the step's own keys and values included.
-    fn attend_written(&self, layer: usize, input: Written<'_>, step: Step, cache: &mut KvCache, dtype: DType) -> Result<Tensor> {
+    fn attend_written(&self, layer: usize, input: Written<'_>, step: Step, cache: &mut KvCache, to: Destination<'_>) -> Result<Tensor> {
         let block_router = &self.routing.block_router;
         let limits = self.routing.limits_of(layer);
         let store = cache.layer_mut(layer);
@@ -363,8 +372,8 @@ impl RoutedAttention {
                 Selection::Every
             } else {
                 let wants_selection = self.observer.is_some();
-                let job =
-                    RoutedJob { q: input.q, scale: input.scale, store, step, limits, router: &**block_router, wants_selection, dtype };
+                let (q, router) = (input.q, &**block_router);
+                let job = RoutedJob { q, scale: input.scale, store, step, limits, router, wants_selection, dtype: to.dtype };
                 if let Some(Routed { out, selection, count }) = self.backend.attend_routed(&job)? {
                     if let Some(selection) = selection {
                         self.show(layer, &input, step, store, &selection)?;
@@ -379,7 +388,7 @@ impl RoutedAttention {
         } else {
             Selection::Every
         };
-        let out = self.backend.attend_as(input.q, input.scale, store, step, &selection, dtype)?;
+        let out = self.backend.attend_to(input.q, input.scale, store, step, &selection, to)?;
         self.show(layer, &input, step, store, &selection)?;
         if store.is_decided() {
             self.count(layer, step, &selection, cache);

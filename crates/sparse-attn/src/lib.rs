@@ -20,6 +20,7 @@ pub mod backend;
 pub mod block_router;
 pub mod cache;
 pub mod parallel;
+pub mod place;
 pub mod select;
 pub mod shape;
 pub mod simd;
@@ -27,4 +28,5 @@ pub mod token_router;
 
 pub use attention::{Attended, AttentionInput, Observer, Products, ProductsInput, RoutedAttention, Routing};
 pub use cache::{KvCache, KvDtype, KvDtypes, LayerSpec, LayerStore, Step};
+pub use place::{Destination, Place};
 pub use shape::HeadShape;

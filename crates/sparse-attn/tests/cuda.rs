@@ -10,7 +10,8 @@ use sparse_attn::block_router::{self, Bound, Mean, Spread};
 use sparse_attn::select::{Budget, Limits, Selection};
 use sparse_attn::token_router::{self, Feedforward, Gate, GateLayer, Random, TokenRouter};
 use sparse_attn::{
-    Attended, AttentionInput, HeadShape, KvCache, KvDtype, LayerSpec, Observer, Products, ProductsInput, RoutedAttention, Routing, Step,
+    Attended, AttentionInput, Destination, HeadShape, KvCache, KvDtype, LayerSpec, Observer, Place, Products, ProductsInput,
+    RoutedAttention, Routing, Step,
 };
 use std::sync::{Arc, Mutex};
 
@@ -46,6 +47,13 @@ fn tolerance(dtype: KvDtype) -> f32 {
         KvDtype::Q8_0 => 1e-2,
         _ => 3e-2,
     }
+}
+
+/// Where queries and outcomes go, one step's after the other.
+fn places() -> [Place; 2] {
+    let mut places = [Place::default(), Place::default()];
+    places.iter_mut().for_each(|place| place.keep(true));
+    places
 }
 
 /// About normal numbers, the same every time, that f16 and bf16 hold: both sides attend with the same ones.
@@ -222,6 +230,7 @@ fn products_become_the_queries_keys_and_values_that_the_host_makes() -> Result<(
         let biases = biases.iter().map(|bias| bias.as_ref().map(here).transpose()).collect::<Result<Vec<_>>>()?;
         let norms = norms.map(|[q, k]| Ok::<_, candle_core::Error>([here(&q)?, here(&k)?])).transpose()?;
         let (mut parts, mut chunks) = (Vec::new(), chunks.into_iter().cycle());
+        let [mut queries, mut attended] = places();
         while cache.len() < tokens {
             let step = cache.reserve(chunks.next().unwrap_or(1).min(tokens - cache.len()))?;
             // Side by side, as one product gives them.
@@ -240,7 +249,8 @@ fn products_become_the_queries_keys_and_values_that_the_host_makes() -> Result<(
             };
             let scale = 1.0 / (head_dim as f32).sqrt();
             let input = ProductsInput { hidden: &q, projected: None, products, scale, decides_later: false };
-            let out = attention.forward_products(0, input, step, &mut cache, DType::F32)?;
+            let to = Destination { dtype: DType::F32, place: &mut attended };
+            let out = attention.forward_products(0, input, step, &mut cache, &mut queries, to)?;
             parts.push(out.expect("a GPU takes products").to_device(&Device::Cpu)?);
             cache.commit(step)?;
         }
@@ -501,6 +511,7 @@ fn verdicts_on_all_layers_at_once_are_those_of_each() -> Result<()> {
         };
         let run = |chunks: &[usize], decides_later: bool| -> Result<Vec<bool>> {
             let mut cache = KvCache::new(&attention.layer_specs(&[spec; LAYERS]), KvDtype::F16.into(), &device, 0)?;
+            let [mut queries, mut attended] = places();
             for len in chunks {
                 let step = cache.reserve(*len)?;
                 let part = |x: &Tensor| x.narrow(0, step.start, step.len)?.to_device(&device);
@@ -513,14 +524,15 @@ fn verdicts_on_all_layers_at_once_are_those_of_each() -> Result<()> {
                     let own = projected(gate.projection(layer).expect("of a gate on a GPU"), &x.narrow(0, step.start, step.len)?)?
                         .to_device(&device)?;
                     let input = ProductsInput { hidden: &part(x)?, projected: Some(&own), products, scale: 0.1, decides_later };
-                    attention.forward_products(layer, input, step, &mut cache, DType::F32)?.expect("a GPU takes products");
+                    let to = Destination { dtype: DType::F32, place: &mut attended };
+                    attention.forward_products(layer, input, step, &mut cache, &mut queries, to)?.expect("a GPU takes products");
                 }
                 if decides_later {
                     // In rows that begin with others.
                     let rows =
                         inputs.iter().map(|x| x.narrow(0, step.start, step.len)?.pad_with_zeros(0, 5, 2)).collect::<Result<Vec<_>>>()?;
                     let rows = Tensor::stack(&rows, 0)?.to_dtype(DType::BF16)?.to_device(&device)?;
-                    cache.wait_for_verdicts(step, &[Some(rows)], 5)?;
+                    cache.wait_for_verdicts(step, &[Some(Arc::new(rows))], 5)?;
                 }
                 cache.commit(step)?;
                 if decides_later {

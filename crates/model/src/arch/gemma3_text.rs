@@ -2,12 +2,12 @@
 //! by `sqrt(hidden_size)`, five sliding layers to each one that sees everything, with a rope base of their own.
 
 use super::{CausalLm, TokenStep};
-use crate::gpu::{self, DecoderParts, Place};
-use crate::layers::{AttentionParts, DecoderLayer, Embedding, OutputHead, Residual, RmsNorm, Rope, Workspace, name};
+use crate::gpu::{self, DecoderParts};
+use crate::layers::{AttentionParts, DecoderLayer, Embedding, OutputHead, Residual, RmsNorm, Rope, Workspaces, name};
 use crate::weights::{Scope, Weights};
 use crate::{Config, config::RopeConfig};
 use candle_core::{DType, Device, Result, Tensor};
-use sparse_attn::{KvCache, RoutedAttention, Step};
+use sparse_attn::{KvCache, Place, RoutedAttention, Step};
 
 #[derive(Debug)]
 pub(super) struct Gemma3Text {
@@ -18,6 +18,7 @@ pub(super) struct Gemma3Text {
     layers: Vec<DecoderLayer>,
     norm: RmsNorm,
     head: OutputHead,
+    workspaces: Workspaces,
 }
 
 pub(super) fn load(weights: &Weights) -> Result<Gemma3Text> {
@@ -32,6 +33,7 @@ pub(super) fn load(weights: &Weights) -> Result<Gemma3Text> {
         head: OutputHead::load(&root, &config, &embedding)?,
         embedding,
         config,
+        workspaces: Workspaces::default(),
     })
 }
 
@@ -51,15 +53,17 @@ impl CausalLm for Gemma3Text {
     }
 
     fn hidden(&self, tokens: &Tensor, attention: &RoutedAttention, step: Step, cache: &mut KvCache) -> Result<Tensor> {
-        let mut stream = Residual::new((self.embedding.forward(tokens)? * (self.config.hidden_size as f64).sqrt())?);
+        let mut workspace = self.workspaces.take(&self.config);
+        let factor = (self.config.hidden_size as f64).sqrt();
+        let mut stream = Residual::new(self.embedding.forward(tokens, factor, &mut workspace.stream)?);
         let (global, local) = (self.rope.tables(step, tokens.device())?, self.local_rope.tables(step, tokens.device())?);
-        let mut workspace = Workspace::new(&self.config);
         for (layer, window) in self.layers.iter().zip(&self.config.sliding_window) {
             let rope = if window.is_some() { &local } else { &global };
             layer.forward(&mut stream, &mut workspace, rope, attention, step, cache)?;
         }
-        workspace.end(step, cache)?;
-        stream.norm(&self.norm, DType::F32, &mut Place::default(), None)
+        let hidden = stream.norm(&self.norm, DType::F32, &mut Place::default(), None)?;
+        workspace.end(&self.workspaces, step, cache)?;
+        Ok(hidden)
     }
 
     fn logits(&self, hidden: &Tensor) -> Result<Tensor> {

@@ -1,11 +1,12 @@
 //! What stands for a GPU in a build without one: nothing gets here, since no tensor can be on it.
 
-use super::{DecoderParts, Group, Unpacked};
+use super::{DecoderParts, Group};
 use crate::arch::TokenStep;
 use crate::config::Activation;
 use candle_core::quantized::GgmlDType;
 use candle_core::{DType, Device, Result, Tensor, bail};
-use sparse_attn::{KvCache, RoutedAttention, Step};
+use sparse_attn::{KvCache, Place, RoutedAttention, Step};
+use std::sync::Arc;
 
 /// A matrix that there is none of.
 #[derive(Debug)]
@@ -24,12 +25,7 @@ impl DeviceMatrix {
         matrices.iter().map(|matrix| match **matrix {}).collect()
     }
 
-    pub(crate) fn unpack_groups(
-        _groups: &[Group<'_, Self>],
-        _tokens: usize,
-        _places: Vec<Tensor>,
-        _more: usize,
-    ) -> Result<Option<Unpacked>> {
+    pub(crate) fn unpack_groups(_groups: &[Group<'_, Self>], _tokens: usize, _places: Vec<Tensor>) -> Result<Option<Vec<Tensor>>> {
         Ok(None)
     }
 
@@ -37,17 +33,9 @@ impl DeviceMatrix {
         match *self {}
     }
 
-    pub(crate) fn rows(&self, _ids: &Tensor) -> Result<Tensor> {
+    pub(crate) fn rows(&self, _ids: &Tensor, _factor: f32, _place: &mut Place) -> Result<Tensor> {
         match *self {}
     }
-}
-
-/// Memory that no layer uses.
-#[derive(Debug, Default)]
-pub(crate) struct Place {}
-
-impl Place {
-    pub(crate) fn keep(&mut self, _keeps: bool) {}
 }
 
 /// Matrices that no layer has.
@@ -55,13 +43,11 @@ impl Place {
 pub(crate) struct Parts {}
 
 impl Parts {
-    pub(crate) fn new(_given: Option<Tensor>) -> Self {
-        Self {}
-    }
+    pub(crate) fn clear(&mut self) {}
 
     pub(crate) fn expect(&mut self, _part: [usize; 2]) {}
 
-    pub(crate) fn into_all(self) -> Option<Tensor> {
+    pub(crate) fn all(&self) -> Option<Arc<Tensor>> {
         None
     }
 }

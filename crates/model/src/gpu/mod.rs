@@ -5,14 +5,14 @@ mod cuda;
 #[cfg(feature = "cuda")]
 pub use cuda::DeviceMatrix;
 #[cfg(feature = "cuda")]
-pub(crate) use cuda::{Parts, Place, add_norm, add_product, angles, fetch, gated, multiply_parts, multiply_unpacked, record, rotated};
+pub(crate) use cuda::{Parts, add_norm, add_product, angles, fetch, gated, multiply_parts, multiply_unpacked, record, rotated};
 
 #[cfg(not(feature = "cuda"))]
 mod absent;
 #[cfg(not(feature = "cuda"))]
 pub use absent::DeviceMatrix;
 #[cfg(not(feature = "cuda"))]
-pub(crate) use absent::{Parts, Place, add_norm, add_product, angles, fetch, gated, multiply_parts, multiply_unpacked, record, rotated};
+pub(crate) use absent::{Parts, add_norm, add_product, angles, fetch, gated, multiply_parts, multiply_unpacked, record, rotated};
 
 use crate::config::Activation;
 use crate::layers::{Linear, RmsNorm, Rope};
@@ -28,9 +28,6 @@ pub(crate) struct Group<'a, M> {
     /// The product has a multiple of so many rows.
     pub(crate) whole: usize,
 }
-
-/// Unpacked weights of groups, and memory that was asked for with them.
-pub(crate) type Unpacked = (Vec<Tensor>, Option<Tensor>);
 
 /// The parts of a decoder, for devices that run a step of one token as a whole.
 #[derive(Debug)]

@@ -3,7 +3,7 @@ use crate::config::Config;
 use crate::gpu::Group;
 use crate::weights::{Matrix, Name, Scope};
 use candle_core::{DType, Result, Tensor};
-use sparse_attn::{AttentionInput, HeadShape, KvCache, Products, ProductsInput, RoutedAttention, Step};
+use sparse_attn::{AttentionInput, Destination, HeadShape, KvCache, Products, ProductsInput, RoutedAttention, Step};
 
 /// Projections around [`RoutedAttention`].
 #[derive(Debug, Clone)]
@@ -97,7 +97,8 @@ impl SelfAttention {
         let dtype = parts.o_proj.weight().dtype_of_activations(step.len);
         let (hidden, projected, scale) = (x, projected.as_ref(), self.scale);
         let input = ProductsInput { hidden, projected, products: self.products(&products, rope), scale, decides_later };
-        let out = match attention.forward_products(self.layer, input, step, cache, dtype)? {
+        let (queries, to) = (&mut workspace.queries, Destination { dtype, place: &mut workspace.attended });
+        let out = match attention.forward_products(self.layer, input, step, cache, queries, to)? {
             Some(out) => out,
             None => {
                 let [mut q, mut k, v] = Linear::add_biases(projections, products)?;
@@ -106,7 +107,7 @@ impl SelfAttention {
                 }
                 let (q, rotated) = rope.apply(&q, &k, attention.dtype_of_queries(cache.layer(self.layer)))?;
                 let input = AttentionInput { hidden, projected, q: &q, k: &rotated, k_before_rope: &k, v: &v, scale };
-                attention.forward_as(self.layer, input, step, cache, dtype)?
+                attention.forward_to(self.layer, input, step, cache, Destination { dtype, place: &mut workspace.attended })?
             }
         };
         out.reshape((step.len, q_heads * head_dim))

@@ -2,6 +2,7 @@ use super::name;
 use crate::config::Config;
 use crate::weights::{Matrix, Scope};
 use candle_core::{Result, Tensor};
+use sparse_attn::Place;
 
 /// Token ids to the residual stream. Rows are unpacked as they are looked up.
 #[derive(Debug, Clone)]
@@ -24,12 +25,16 @@ impl Embedding {
         &self.weight
     }
 
-    /// `[tokens]` u32 -> `[tokens, hidden_size]`.
+    /// `[tokens]` u32 -> `[tokens, hidden_size]`, times `factor`. On a GPU in `place`.
     ///
     /// # Errors
     /// If an id is beyond the vocabulary.
-    pub fn forward(&self, tokens: &Tensor) -> Result<Tensor> {
-        self.weight.rows(tokens)
+    pub(crate) fn forward(&self, tokens: &Tensor, factor: f64, place: &mut Place) -> Result<Tensor> {
+        match &self.weight {
+            Matrix::Device(weight) => weight.rows(tokens, factor as f32, place),
+            weight if factor == 1.0 => weight.rows(tokens),
+            weight => weight.rows(tokens)? * factor,
+        }
     }
 }
 

@@ -1,10 +1,10 @@
 //! The steps between products, on the host: one pass each, on all threads. A GPU runs candle's own operations, or a kernel of its own.
 
 use crate::config::Activation;
-use crate::gpu::{self, Place};
+use crate::gpu;
 use candle_core::{CpuStorage, CustomOp2, CustomOp3, DType, InplaceOp2, Layout, Result, Shape, Tensor, bail};
 use sparse_attn::simd::exp;
-use sparse_attn::{parallel, vectorised};
+use sparse_attn::{Place, parallel, vectorised};
 
 /// `activation(gate) * up`, of one shape, f32, on the host in the place of `gate`, which nobody else may hold: these are a model's widest
 /// rows. On a GPU as `dtype`, f32 or bf16, in `place`.

@@ -1,6 +1,7 @@
-use crate::gpu::{self, Group, Place};
+use crate::gpu::{self, Group};
 use crate::weights::{Matrix, Name, Scope};
 use candle_core::{DType, Result, Tensor};
+use sparse_attn::Place;
 
 /// `x W' + b`, where the checkpoint has a bias.
 #[derive(Debug, Clone)]

@@ -22,7 +22,7 @@ pub use pre_norm::PreNormDecoder;
 pub use residual::Residual;
 pub use rope::{Rope, RopeTables};
 
-pub(crate) use workspace::{Workspace, decide, settle};
+pub(crate) use workspace::{Workspace, Workspaces, decide, settle};
 
 use crate::weights::Name;
 

@@ -1,10 +1,10 @@
-use super::{AttentionParts, DecoderLayer, Embedding, OutputHead, Residual, RmsNorm, Rope, Workspace, name};
+use super::{AttentionParts, DecoderLayer, Embedding, OutputHead, Residual, RmsNorm, Rope, Workspaces, name};
 use crate::arch::{CausalLm, TokenStep};
 use crate::config::Config;
-use crate::gpu::{self, DecoderParts, Place};
+use crate::gpu::{self, DecoderParts};
 use crate::weights::{Scope, Weights};
 use candle_core::{DType, Device, Result, Tensor};
-use sparse_attn::{KvCache, RoutedAttention, Step};
+use sparse_attn::{KvCache, Place, RoutedAttention, Step};
 
 /// The decoder that Llama, Mistral and Qwen share; they differ in the parts of their attention.
 #[derive(Debug, Clone)]
@@ -15,6 +15,7 @@ pub struct PreNormDecoder {
     layers: Vec<DecoderLayer>,
     norm: RmsNorm,
     head: OutputHead,
+    workspaces: Workspaces,
 }
 
 impl PreNormDecoder {
@@ -40,6 +41,7 @@ impl PreNormDecoder {
             embedding,
             layers,
             config,
+            workspaces: Workspaces::default(),
         })
     }
 }
@@ -54,14 +56,15 @@ impl CausalLm for PreNormDecoder {
     }
 
     fn hidden(&self, tokens: &Tensor, attention: &RoutedAttention, step: Step, cache: &mut KvCache) -> Result<Tensor> {
-        let mut stream = Residual::new(self.embedding.forward(tokens)?);
+        let mut workspace = self.workspaces.take(&self.config);
+        let mut stream = Residual::new(self.embedding.forward(tokens, 1.0, &mut workspace.stream)?);
         let rope = self.rope.tables(step, tokens.device())?;
-        let mut workspace = Workspace::new(&self.config);
         for layer in &self.layers {
             layer.forward(&mut stream, &mut workspace, &rope, attention, step, cache)?;
         }
-        workspace.end(step, cache)?;
-        stream.norm(&self.norm, DType::F32, &mut Place::default(), None)
+        let hidden = stream.norm(&self.norm, DType::F32, &mut Place::default(), None)?;
+        workspace.end(&self.workspaces, step, cache)?;
+        Ok(hidden)
     }
 
     fn logits(&self, hidden: &Tensor) -> Result<Tensor> {

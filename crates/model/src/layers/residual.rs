@@ -1,7 +1,8 @@
 use super::fused::add;
 use super::{Linear, RmsNorm};
-use crate::gpu::{self, Parts, Place};
+use crate::gpu::{self, Parts};
 use candle_core::{DType, Result, Tensor};
+use sparse_attn::Place;
 
 /// The residual stream of some tokens, `[tokens, hidden_size]` f32: layers read its norm, and add to it.
 ///

@@ -1,16 +1,17 @@
 use super::{GatedMlp, SelfAttention};
 use crate::config::Config;
-use crate::gpu::{self, Group, Parts, Place};
+use crate::gpu::{self, Group, Parts};
 use crate::weights::Matrix;
 use candle_core::{DType, Result, Tensor};
-use sparse_attn::token_router::{Gate, GateStack};
-use sparse_attn::{KvCache, RoutedAttention, Step};
+use sparse_attn::token_router::Gate;
+use sparse_attn::{KvCache, Place, RoutedAttention, Step};
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// Bytes of the attention inputs of all layers that are kept until verdicts on them are made.
 const INPUT_BYTES: usize = 64 << 20;
 
 /// What the layers of a step of many tokens on a GPU use, one after the other: small models have many layers, and a host that asks for memory,
-/// or launches a kernel more, is what they wait for.
+/// or launches a kernel more, is what they wait for. Of small models it stays for the next step, whose products are then launched as they were recorded.
 #[derive(Debug, Default)]
 pub(crate) struct Workspace {
     /// `[layers, hidden_size]`
@@ -20,18 +21,31 @@ pub(crate) struct Workspace {
     /// Attention inputs of layers on which verdicts are made later, of each of a gate's stacks, and which of them has the layer.
     inputs: Vec<Parts>,
     waits_in: Option<usize>,
-    /// Where the input of a part goes, what its first product gives, and what its last one reads of that.
+    /// Where the residual stream is.
+    pub(crate) stream: Place,
+    /// Where the input of a part goes, what its first product gives, what is made of that on the way, and what its last one reads.
     pub(crate) normed: Place,
     pub(crate) product: Place,
+    pub(crate) queries: Place,
+    pub(crate) attended: Place,
     pub(crate) gated: Place,
 }
 
-impl Workspace {
-    /// For the layers of this model.
-    pub(crate) fn new(config: &Config) -> Self {
-        Self { shape: [config.num_layers, config.hidden_size], ..Self::default() }
-    }
+/// What a model's steps use, one after the other; of those at the same time the later one has its own.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Workspaces(Arc<Mutex<Option<Workspace>>>);
 
+impl Workspaces {
+    /// For a step of this model, until [`Workspace::end`].
+    pub(crate) fn take(&self, config: &Config) -> Workspace {
+        let mut workspace = self.0.lock().unwrap_or_else(PoisonError::into_inner).take().unwrap_or_default();
+        workspace.shape = [config.num_layers, config.hidden_size];
+        workspace.inputs.iter_mut().for_each(Parts::clear);
+        workspace
+    }
+}
+
+impl Workspace {
     /// Makes ready for a layer of a step: unpacks its weights, or none where each product is to see to its own.
     ///
     /// # Errors
@@ -48,31 +62,21 @@ impl Workspace {
         let is_little = layers * step.len * hidden_size * size_of::<u16>() <= INPUT_BYTES;
         let decides_later = is_little && attention.decides_later(layer.index(), step, cache.layer(layer.index()));
         let gate = attention.routing().token_router.as_gate().filter(|_| decides_later);
-        let stacks = gate.map_or(&[][..], Gate::stacks);
+        let unpacked = std::mem::take(&mut self.unpacked);
         if !attention.is_observed() {
             let groups = [layer.qkv_group(attention, decides_later), layer.output_group(), mlp.gate_up_group(), mlp.down_group()];
-            // The device waits for the first layer's memory: all at once.
-            let of_stack = |stack: &GateStack| stack.layers.len() * step.len * hidden_size;
-            let more = if self.inputs.is_empty() { stacks.iter().map(of_stack).sum() } else { 0 };
-            let (unpacked, more) = Matrix::unpack_groups(&groups, step.len, std::mem::take(&mut self.unpacked), more)?.unwrap_or_default();
-            self.unpacked = unpacked;
-            if self.inputs.is_empty() {
-                let mut first = 0;
-                let place = |stack: &GateStack| {
-                    first += of_stack(stack);
-                    let own = more.as_ref().map(|more| more.narrow(0, first - of_stack(stack), of_stack(stack)));
-                    own.transpose().map(Parts::new)
-                };
-                self.inputs = stacks.iter().map(place).collect::<Result<_>>()?;
-            }
+            self.unpacked = Matrix::unpack_groups(&groups, step.len, unpacked)?.unwrap_or_default();
         }
         // Of large models each part gives its memory back: another one may need it.
         let keeps = !self.unpacked.is_empty();
-        for place in [&mut self.normed, &mut self.product, &mut self.gated] {
+        let Self { stream, normed, product, queries, attended, gated, .. } = self;
+        for place in [stream, normed, product, queries, attended, gated] {
             place.keep(keeps);
         }
         self.waits_in = None;
         if let Some([stack, index]) = gate.and_then(|gate| gate.stacked(layer.index())).filter(|_| keeps) {
+            let stacks = gate.map_or(&[][..], Gate::stacks);
+            self.inputs.resize_with(stacks.len(), Parts::default);
             self.inputs[stack].expect([index, stacks[stack].layers.len()]);
             self.waits_in = Some(stack);
         }
@@ -89,13 +93,17 @@ impl Workspace {
         self.waits_in.is_some()
     }
 
-    /// Leaves `cache` what the token router is to decide by.
+    /// Leaves `cache` what the token router is to decide by, and `workspaces` all else.
     ///
     /// # Errors
     /// If other tokens wait there.
-    pub(crate) fn end(self, step: Step, cache: &mut KvCache) -> Result<()> {
-        let inputs: Vec<_> = self.inputs.into_iter().map(Parts::into_all).collect();
-        if inputs.iter().any(Option::is_some) { cache.wait_for_verdicts(step, &inputs, 0) } else { Ok(()) }
+    pub(crate) fn end(self, workspaces: &Workspaces, step: Step, cache: &mut KvCache) -> Result<()> {
+        let inputs: Vec<_> = self.inputs.iter().map(Parts::all).collect();
+        if inputs.iter().any(Option::is_some) {
+            cache.wait_for_verdicts(step, &inputs, 0)?;
+        }
+        *workspaces.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(self);
+        Ok(())
     }
 
     /// Weights of queries, keys and values, and the matrix that a token router wants beside them; else those of `group` by itself, if they are to be
@@ -127,9 +135,7 @@ impl Workspace {
 
     fn group_or<'a>(&self, index: usize, group: impl FnOnce() -> Group<'a, Matrix>, x: &Tensor) -> Result<Option<Tensor>> {
         match self.unpacked.get(index) {
-            None if x.dtype() == DType::BF16 => {
-                Ok(Matrix::unpack_groups(&[group()], x.dim(0)?, Vec::new(), 0)?.and_then(|(mut one, _)| one.pop()))
-            }
+            None if x.dtype() == DType::BF16 => Ok(Matrix::unpack_groups(&[group()], x.dim(0)?, Vec::new())?.and_then(|mut one| one.pop())),
             weights => Ok(weights.cloned()),
         }
     }

@@ -1,7 +1,8 @@
 use super::{Arithmetic, Tiles, product};
-use crate::gpu::{DeviceMatrix, Group, Unpacked};
+use crate::gpu::{DeviceMatrix, Group};
 use candle_core::quantized::{GgmlDType, QMatMul, QTensor};
 use candle_core::{DType, Device, Module, Result, Tensor};
+use sparse_attn::Place;
 use std::sync::Arc;
 
 /// Rows of activations from which unpacking a matrix once costs less than multiplying its blocks row by row.
@@ -102,13 +103,13 @@ impl Matrix {
     }
 
     /// Weights of groups of matrices in 16 bits, where a GPU unpacks them to multiply them with so many tokens; see [`DeviceMatrix::unpack_groups`].
-    pub(crate) fn unpack_groups(groups: &[Group<'_, Self>], tokens: usize, places: Vec<Tensor>, more: usize) -> Result<Option<Unpacked>> {
+    pub(crate) fn unpack_groups(groups: &[Group<'_, Self>], tokens: usize, places: Vec<Tensor>) -> Result<Option<Vec<Tensor>>> {
         let mut on_device = Vec::with_capacity(groups.len());
         for group in groups {
             let Some(matrices) = Self::on_device(&group.matrices) else { return Ok(None) };
             on_device.push(Group { matrices, beside: group.beside, whole: group.whole });
         }
-        DeviceMatrix::unpack_groups(&on_device, tokens, places, more)
+        DeviceMatrix::unpack_groups(&on_device, tokens, places)
     }
 
     /// The matrices, where all are on a GPU.
@@ -124,7 +125,7 @@ impl Matrix {
         match self {
             Self::Dense(weight) => weight.index_select(ids, 0),
             Self::Tiles(weight) => weight.rows(ids),
-            Self::Device(weight) => weight.rows(ids),
+            Self::Device(weight) => weight.rows(ids, 1.0, &mut Place::default()),
             Self::Quantized(weight, _) => weight.embedding(ids),
         }
     }

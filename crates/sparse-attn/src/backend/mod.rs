@@ -16,6 +16,7 @@ use crate::HeadShape;
 use crate::attention::Products;
 use crate::block_router::BlockRouter;
 use crate::cache::{KvDtypes, LayerStore, ReadCount, Step};
+use crate::place::{Destination, Place};
 use crate::select::{Limits, Selection, TILE};
 use candle_core::{DType, Device, Result, Tensor, bail};
 use std::sync::Arc;
@@ -38,11 +39,11 @@ pub trait AttentionBackend: std::fmt::Debug + Send + Sync {
     }
 
     /// Makes queries, keys and values of what products gave, and stores keys and values as [`AttentionBackend::write`] does. Returns the queries,
-    /// `[step.len, q_heads, head_dim]`, as [`AttentionBackend::dtype_of_queries`] says.
+    /// `[step.len, q_heads, head_dim]`, as [`AttentionBackend::dtype_of_queries`] says, in `place`.
     ///
     /// # Errors
     /// If a shape does not fit the store, or this backend does not take products.
-    fn write_products(&self, _products: &Products<'_>, _step: Step, _store: &mut LayerStore) -> Result<Tensor> {
+    fn write_products(&self, _products: &Products<'_>, _step: Step, _store: &mut LayerStore, _place: &mut Place) -> Result<Tensor> {
         bail!("{}: it takes queries, keys and values, not what they are made of", self.name())
     }
 
@@ -53,11 +54,19 @@ pub trait AttentionBackend: std::fmt::Debug + Send + Sync {
     /// If a shape does not fit the store.
     fn attend(&self, q: &Tensor, scale: f32, store: &LayerStore, step: Step, selection: &Selection) -> Result<Tensor>;
 
-    /// [`AttentionBackend::attend`] for a product that rounds what it gets to `dtype`: it may come so.
+    /// [`AttentionBackend::attend`] for a product that rounds what it gets: it may come so.
     ///
     /// # Errors
     /// If a shape does not fit the store.
-    fn attend_as(&self, q: &Tensor, scale: f32, store: &LayerStore, step: Step, selection: &Selection, _dtype: DType) -> Result<Tensor> {
+    fn attend_to(
+        &self,
+        q: &Tensor,
+        scale: f32,
+        store: &LayerStore,
+        step: Step,
+        selection: &Selection,
+        _to: Destination<'_>,
+    ) -> Result<Tensor> {
         self.attend(q, scale, store, step, selection)
     }
 
@@ -112,7 +121,7 @@ pub struct RoutedJob<'a> {
     pub router: &'a dyn BlockRouter,
     /// Whether someone asks what was selected.
     pub wants_selection: bool,
-    /// As for [`AttentionBackend::attend_as`].
+    /// As for [`AttentionBackend::attend_to`].
     pub dtype: DType,
 }
 

@@ -99,7 +99,7 @@ pub struct KvCache {
 pub(crate) struct Waiting {
     pub(crate) step: Step,
     /// For each of [`Gate::stacks`](crate::token_router::Gate::stacks) attention inputs, `[layers, rows, hidden_size]`, the first token's in row `first`.
-    pub(crate) inputs: Vec<Option<Tensor>>,
+    pub(crate) inputs: Vec<Option<Arc<Tensor>>>,
     pub(crate) first: usize,
 }
 
@@ -356,16 +356,17 @@ impl KvCache {
 
     /// Has the tokens of the running step wait for their verdicts, with those before it that do. `inputs`: of each of a gate's stacks the attention
     /// inputs, `[layers, rows, hidden_size]` bf16, the first token's in row `first`, and all others in those that follow; `None`: no layer of it waits.
+    /// They are held until the verdicts are made, or not needed any more.
     ///
     /// # Errors
     /// If others wait that these do not follow, in the same tensors.
-    pub fn wait_for_verdicts(&mut self, step: Step, inputs: &[Option<Tensor>], first: usize) -> Result<()> {
+    pub fn wait_for_verdicts(&mut self, step: Step, inputs: &[Option<Arc<Tensor>>], first: usize) -> Result<()> {
         let Some(waiting) = &mut self.waiting else {
             self.waiting = Some(Waiting { step, inputs: inputs.to_vec(), first });
             return Ok(());
         };
-        let ids = |inputs: &[Option<Tensor>]| inputs.iter().map(|inputs| inputs.as_ref().map(Tensor::id)).collect::<Vec<_>>();
-        let are_same = ids(&waiting.inputs) == ids(inputs) && waiting.first + waiting.step.len == first;
+        let at = |inputs: &Option<Arc<Tensor>>| inputs.as_ref().map(Arc::as_ptr);
+        let are_same = waiting.inputs.iter().map(at).eq(inputs.iter().map(at)) && waiting.first + waiting.step.len == first;
         match waiting.step.and(step).filter(|_| are_same) {
             Some(both) => waiting.step = both,
             None => bail!("kv cache: {} tokens from {} on wait for other verdicts", waiting.step.len, waiting.step.start),

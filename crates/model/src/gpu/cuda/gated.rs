@@ -1,9 +1,9 @@
 //! The step between the products of a feedforward part, for many tokens.
 
-use super::Place;
 use super::params::GateRowsParams;
 use crate::config::Activation;
 use candle_core::{DType, Result, Tensor, bail};
+use sparse_attn::Place;
 use sparse_attn::backend::cuda::{Kernels, Spread, address, by_tokens};
 
 /// Numbers of a thread, and threads of a block.
@@ -28,7 +28,7 @@ pub(crate) fn gated(activation: Activation, gate: &Tensor, up: &Tensor, dtype: D
         bail!("gated: {:?} and {:?} differ, or are no multiple of {EACH}", gate.shape(), up.shape());
     }
     let ((gate, gate_at, gate_row), (_up, up_at, up_row)) = (by_tokens(gate)?, by_tokens(up)?);
-    let out = place.take([tokens, columns], dtype, gate.device())?;
+    let out = place.take((tokens, columns), dtype, gate.device())?;
     let params = GateRowsParams {
         gate: gate_at,
         up: up_at,

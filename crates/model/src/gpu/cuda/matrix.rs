@@ -1,12 +1,12 @@
 //! A matrix on the GPU: multiplied as it is with few tokens, unpacked to 16 bits with many.
 
-use super::super::{Group, Unpacked};
-use super::Place;
+use super::super::Group;
 use super::gemm::{Arithmetic, Gemm};
 use super::pack::{self, Format};
 use super::params::{Matrix, ProductParams, QuantizeParams, RoundParams, RowsParams, UnpackParams};
 use candle_core::quantized::{GgmlDType, QStorage, QTensor};
 use candle_core::{DType, Device, Result, Tensor, bail};
+use sparse_attn::Place;
 use sparse_attn::backend::cuda::{Kernels, Spread, address, uninitialised};
 use std::borrow::Cow;
 use std::sync::Arc;
@@ -35,6 +35,8 @@ const OF_A_THREAD: usize = 8;
 pub struct DeviceMatrix {
     format: Format,
     planes: Vec<Tensor>,
+    /// Where those are.
+    addresses: [u64; 4],
     rows: usize,
     columns: usize,
     kernels: Arc<Kernels>,
@@ -87,7 +89,11 @@ impl DeviceMatrix {
         if !columns.is_multiple_of(UNIT) {
             bail!("cuda: rows of {columns} weights, there are kernels for multiples of {UNIT}");
         }
-        Ok(Self { format, planes, rows, columns, kernels: Kernels::of(device)?, gemm: Gemm::of(device)? })
+        let mut addresses = [0; 4];
+        for (to, plane) in addresses.iter_mut().zip(&planes) {
+            *to = address(plane)?;
+        }
+        Ok(Self { format, planes, addresses, rows, columns, kernels: Kernels::of(device)?, gemm: Gemm::of(device)? })
     }
 
     pub(super) fn height(&self) -> usize {
@@ -103,12 +109,8 @@ impl DeviceMatrix {
     }
 
     /// As kernels take it; the product goes to `out`.
-    pub(super) fn params(&self, out: u64, bias: u64) -> Result<Matrix> {
-        let mut planes = [0; 4];
-        for (to, plane) in planes.iter_mut().zip(&self.planes) {
-            *to = address(plane)?;
-        }
-        Ok(Matrix { planes, out, bias, rows: self.rows as i32, format: self.format as i32 })
+    pub(super) fn params(&self, out: u64, bias: u64) -> Matrix {
+        Matrix { planes: self.addresses, out, bias, rows: self.rows as i32, format: self.format as i32 }
     }
 
     /// `x W'` of matrices that are multiplied with the same `x` `[tokens, columns]`: `[tokens, rows]` f32 each. Where all of them round `x`
@@ -165,12 +167,12 @@ impl DeviceMatrix {
     }
 
     /// Unpacks matrices to be multiplied with so many tokens, each group as one product by [`multiply_unpacked`]: `[rows, columns]` bf16, where rows
-    /// beyond theirs are of no meaning. They go to `places` if those are of these shapes, else to new ones, and with them come `more` numbers for
-    /// whatever is asked for. `None`: they are too large to be there at once, or not unpacked anyway.
+    /// beyond theirs are of no meaning. They go to `places` if those are of these shapes, else to new ones. `None`: they are too large to be there at
+    /// once, or not unpacked anyway.
     ///
     /// # Errors
     /// If widths of a group differ, or the device is out of memory.
-    pub(crate) fn unpack_groups(groups: &[Group<'_, Self>], tokens: usize, places: Vec<Tensor>, more: usize) -> Result<Option<Unpacked>> {
+    pub(crate) fn unpack_groups(groups: &[Group<'_, Self>], tokens: usize, places: Vec<Tensor>) -> Result<Option<Vec<Tensor>>> {
         let Some(first) = groups.first().and_then(|group| group.matrices.first()) else { return Ok(None) };
         let is_unpacked = |matrix: &&Self| matrix.rounds(tokens) && matrix.format != Format::Bf16;
         let count: usize = groups.iter().map(|group| group.matrices.len() + usize::from(group.beside.is_some())).sum();
@@ -179,7 +181,7 @@ impl DeviceMatrix {
         if !is_little || !groups.iter().all(|group| group.matrices.iter().all(is_unpacked)) {
             return Ok(None);
         }
-        first.unpack(groups, places, more).map(Some)
+        first.unpack(groups, places).map(Some)
     }
 
     fn multiply_many(&self, x: &Tensor, rounded: Option<&Tensor>) -> Result<Tensor> {
@@ -189,7 +191,7 @@ impl DeviceMatrix {
             (Format::F16, _) => self.gemm.multiply(&self.planes[0].to_dtype(DType::F32)?, x, Arithmetic::Tf32),
             (Format::Bf16, Some(rounded)) => self.gemm.multiply(&self.planes[0], rounded, Arithmetic::Bf16),
             (_, Some(rounded)) => self.gemm.multiply(
-                &self.unpack(&[Group { matrices: vec![self], beside: None, whole: 1 }], Vec::new(), 0)?.0[0],
+                &self.unpack(&[Group { matrices: vec![self], beside: None, whole: 1 }], Vec::new())?[0],
                 rounded,
                 Arithmetic::Bf16,
             ),
@@ -198,17 +200,22 @@ impl DeviceMatrix {
     }
 
     /// [`DeviceMatrix::unpack_groups`] of any size.
-    fn unpack(&self, groups: &[Group<'_, Self>], places: Vec<Tensor>, more: usize) -> Result<Unpacked> {
+    fn unpack(&self, groups: &[Group<'_, Self>], places: Vec<Tensor>) -> Result<Vec<Tensor>> {
         let fit = places.len() == groups.len()
             && groups.iter().zip(&places).all(|(group, place)| place.dims() == [group.rows(), group.columns()]);
-        let (outs, more) = if fit { (places, None) } else { self.places(groups, more)? };
+        let outs = if fit {
+            places
+        } else {
+            drop(places);
+            self.places(groups)?
+        };
         let (mut params, mut blocks) = (UnpackParams::default(), 0);
         for (group, out) in groups.iter().zip(&outs) {
             let (mut room, columns) = (out.elem_count(), group.columns());
             let mut to = address(out)?;
             let mut parts = Vec::with_capacity(group.matrices.len() + 1);
             for matrix in &group.matrices {
-                parts.push((matrix.params(0, 0)?, matrix.columns));
+                parts.push((matrix.params(0, 0), matrix.columns));
             }
             if let Some(plain) = group.beside {
                 parts.push((plain_bf16(plain)?, plain.dim(1)?));
@@ -233,39 +240,38 @@ impl DeviceMatrix {
         let spread = Spread::new([blocks, 1, 1], UNPACK_THREADS);
         // SAFETY: there is room for the rows of all matrices, which are as wide as they are said to be.
         unsafe { self.kernels.launch_following("unpack_matrices", spread, &params) }?;
-        Ok((outs, more))
+        Ok(outs)
     }
 
-    /// Memory for unpacked groups and for `more` numbers, all in one allocation.
-    fn places(&self, groups: &[Group<'_, Self>], more: usize) -> Result<Unpacked> {
+    /// Memory for unpacked groups, all in one allocation.
+    fn places(&self, groups: &[Group<'_, Self>]) -> Result<Vec<Tensor>> {
         let device = self.planes.first().map_or(&Device::Cpu, Tensor::device);
         let numbers = groups.iter().map(|group| group.rows() * group.columns()).sum::<usize>();
-        let all = uninitialised(numbers + more, DType::BF16, device)?;
+        let all = uninitialised(numbers, DType::BF16, device)?;
         let mut first = 0;
         let place = |group: &Group<'_, Self>| {
             let shape = (group.rows(), group.columns());
             first += shape.0 * shape.1;
             all.narrow(0, first - shape.0 * shape.1, shape.0 * shape.1)?.reshape(shape)
         };
-        let places = groups.iter().map(place).collect::<Result<_>>()?;
-        Ok((places, if more > 0 { Some(all.narrow(0, numbers, more)?) } else { None }))
+        groups.iter().map(place).collect()
     }
 
-    /// Rows by index: ids `[tokens]` u32 -> `[tokens, columns]` f32.
+    /// Rows by index, times `factor`: ids `[tokens]` u32 -> `[tokens, columns]` f32, in `place`.
     ///
     /// # Errors
     /// If the device is out of memory.
-    pub(crate) fn rows(&self, ids: &Tensor) -> Result<Tensor> {
-        let out = uninitialised((ids.dim(0)?, self.columns), DType::F32, ids.device())?;
+    pub(crate) fn rows(&self, ids: &Tensor, factor: f32, place: &mut Place) -> Result<Tensor> {
+        let out = place.take((ids.dim(0)?, self.columns), DType::F32, ids.device())?;
         // SAFETY: the model checked that ids are inside the vocabulary; the tensors have these shapes.
-        unsafe { self.put_rows(address(ids)?, ids.dim(0)?, address(&out)?, 1.0) }?;
+        unsafe { self.put_rows(address(ids)?, ids.dim(0)?, address(&out)?, factor) }?;
         Ok(out)
     }
 
     /// # Safety
     /// `count` ids inside the rows, and room for as many rows.
     pub(super) unsafe fn put_rows(&self, ids: u64, count: usize, out: u64, factor: f32) -> Result<()> {
-        let params = RowsParams { matrix: self.params(0, 0)?, ids, out, columns: self.columns as i32, factor };
+        let params = RowsParams { matrix: self.params(0, 0), ids, out, columns: self.columns as i32, factor };
         let spread = Spread::new([count, (self.columns / OF_A_THREAD).div_ceil(ROWS_THREADS), 1], ROWS_THREADS);
         // Begins when all before it is done, unlike kernels that follow: those further on may read a step's position before they wait.
         // SAFETY: the caller's.
@@ -278,7 +284,7 @@ impl DeviceMatrix {
 /// # Errors
 /// If a width differs, or the device is out of memory.
 pub(crate) fn multiply_unpacked(weights: &Tensor, x: &Tensor, place: &mut Place) -> Result<Tensor> {
-    let out = place.take([x.dim(0)?, weights.dim(0)?], DType::F32, x.device())?;
+    let out = place.take((x.dim(0)?, weights.dim(0)?), DType::F32, x.device())?;
     Gemm::of(x.device())?.multiply_to(&out, false, weights, &x.contiguous()?, Arithmetic::Bf16)?;
     Ok(out)
 }
@@ -347,7 +353,7 @@ pub(super) unsafe fn product(
 ) -> Result<()> {
     let mut params = ProductParams { x, x_q8, count: products.len() as i32, columns: columns as i32, ..ProductParams::default() };
     for (to, product) in params.matrices.iter_mut().zip(products) {
-        *to = product.matrix.params(product.out, product.bias)?;
+        *to = product.matrix.params(product.out, product.bias);
     }
     let name = Format::kernel("product", products.iter().map(|product| product.matrix.format));
     let rows: usize = products.iter().map(|product| product.matrix.rows).sum();

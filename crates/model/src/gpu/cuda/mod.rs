@@ -7,7 +7,7 @@ mod matrix;
 mod norm;
 mod pack;
 mod params;
-mod place;
+mod parts;
 mod rotated;
 mod step;
 
@@ -15,7 +15,7 @@ pub(crate) use gated::gated;
 pub use matrix::DeviceMatrix;
 pub(crate) use matrix::{add_product, multiply_parts, multiply_unpacked};
 pub(crate) use norm::add_norm;
-pub(crate) use place::{Parts, Place};
+pub(crate) use parts::Parts;
 pub(crate) use rotated::{angles, rotated};
 pub(crate) use step::record;
 

@@ -1,8 +1,9 @@
 //! The step between layers, for many tokens.
 
+use super::Parts;
 use super::params::NormParams;
-use super::{Parts, Place};
 use candle_core::{DType, Result, Tensor, bail};
+use sparse_attn::Place;
 use sparse_attn::backend::cuda::{Kernels, Spread, address};
 
 /// Widest residual stream that kernels norm, in numbers: four times what a thread block of the most threads takes at a time.
@@ -29,7 +30,7 @@ pub(crate) fn add_norm(
         let y = y.as_ref().map(|(y, _)| y.shape());
         bail!("cuda: norm of {:?} with {y:?} by {:?}, of up to {WIDEST} numbers", x.shape(), weight.shape());
     }
-    let out = place.take([tokens, columns], dtype, x.device())?;
+    let out = place.take((tokens, columns), dtype, x.device())?;
     let is_rounded = dtype == DType::BF16;
     let params = NormParams {
         x: address(x)?,

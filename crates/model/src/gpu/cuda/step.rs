@@ -64,7 +64,7 @@ struct Newest {
     /// How many there may be, a power of two.
     most: usize,
     /// Of each of the gate's stacks the attention inputs of its layers, `[layers, most, hidden_size]` bf16. None: no token router decides.
-    inputs: Vec<Option<Tensor>>,
+    inputs: Vec<Option<Arc<Tensor>>>,
     routes_tokens: bool,
     /// What the cache said of its changes after the step before.
     seen: Option<u64>,
@@ -253,7 +253,7 @@ impl Newest {
                 for (index, layer) in stack.layers.iter().enumerate() {
                     layers[*layer].input = Some(of_stack.get(index)?);
                 }
-                inputs.push(Some(of_stack));
+                inputs.push(Some(Arc::new(of_stack)));
             }
         }
         Ok(Some(Self { most, inputs, routes_tokens, seen: None }))
@@ -624,8 +624,8 @@ impl CudaStep {
     fn feed(&self, layer: &Layer) -> Result<()> {
         let Buffers { normed, inner, .. } = &self.buffers;
         let params = GatedParams {
-            gate: layer.gate.params(0, 0)?,
-            up: layer.up.params(0, 0)?,
+            gate: layer.gate.params(0, 0),
+            up: layer.up.params(0, 0),
             x: address(&normed[0])?,
             x_q8: address(&normed[1])?,
             out: address(&inner[0])?,

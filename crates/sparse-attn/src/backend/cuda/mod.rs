@@ -25,6 +25,7 @@ use super::{AttentionBackend, Routed, RoutedJob};
 use crate::HeadShape;
 use crate::attention::Products;
 use crate::cache::{KvDtype, KvDtypes, LayerStore, Pool, Step, Summary};
+use crate::place::{Destination, Place};
 use crate::select::Selection;
 use candle_core::{DType, Device, Result, Tensor, bail};
 use lists::Lists;
@@ -60,15 +61,22 @@ impl Cuda {
         Ok(Self { kernels, has_wgmma })
     }
 
-    /// Attention over lists of octets that are on the device, or over everything; of several queries as `dtype`, f32 or bf16.
-    fn attend_lists(&self, q: &Tensor, scale: f32, store: &LayerStore, step: Step, lists: Option<&Lists>, dtype: DType) -> Result<Tensor> {
+    /// Attention over lists of octets that are on the device, or over everything; of several queries as f32 or bf16.
+    fn attend_lists(
+        &self,
+        q: &Tensor,
+        scale: f32,
+        store: &LayerStore,
+        step: Step,
+        lists: Option<&Lists>,
+        to: Destination<'_>,
+    ) -> Result<Tensor> {
         let shape = store.shape();
         check_store(store)?;
         let q = q.to_dtype(queries_of(store).tensor_dtype())?.contiguous()?; // [tokens, q_heads, head_dim]
-        let device = q.device().clone();
-        let out_of = |dtype| uninitialised((step.len, shape.q_heads(), shape.head_dim()), dtype, &device);
+        let out_shape = (step.len, shape.q_heads(), shape.head_dim());
         if step.len == 1 {
-            let out = out_of(DType::F32)?;
+            let out = to.place.take(out_shape, DType::F32, q.device())?;
             let position = Tensor::new(&[step.start as u32], q.device())?;
             let scratch = DecodeScratch::new(&self.kernels, store, q.device())?;
             let call = DecodeCall {
@@ -94,8 +102,8 @@ impl Cuda {
         // Widening all is little beside what many queries read of it.
         let (k, v) = (in_halves(store.k())?, in_halves(store.v())?);
         let q = if store.k().is_transformed() { transformed(&q)? } else { q };
-        let is_rounded = dtype == DType::BF16;
-        let out = out_of(if is_rounded { DType::BF16 } else { DType::F32 })?;
+        let is_rounded = to.dtype == DType::BF16;
+        let out = to.place.take(out_shape, if is_rounded { DType::BF16 } else { DType::F32 }, q.device())?;
         let packed = if hides && lists.is_none() { rows::pack(store, [&k, &v], step)? } else { None };
         let params = PrefillParams {
             q: address(&q)?,
@@ -185,22 +193,30 @@ impl AttentionBackend for Cuda {
         true
     }
 
-    fn write_products(&self, products: &Products<'_>, step: Step, store: &mut LayerStore) -> Result<Tensor> {
-        with_verdict(step, store, |store, verdict| rows::store_products(products, step, store, verdict))
+    fn write_products(&self, products: &Products<'_>, step: Step, store: &mut LayerStore, place: &mut Place) -> Result<Tensor> {
+        with_verdict(step, store, |store, verdict| rows::store_products(products, step, store, verdict, place))
     }
 
     fn attend(&self, q: &Tensor, scale: f32, store: &LayerStore, step: Step, selection: &Selection) -> Result<Tensor> {
-        self.attend_as(q, scale, store, step, selection, DType::F32)
+        self.attend_to(q, scale, store, step, selection, Destination { dtype: DType::F32, place: &mut Place::default() })
     }
 
-    fn attend_as(&self, q: &Tensor, scale: f32, store: &LayerStore, step: Step, selection: &Selection, dtype: DType) -> Result<Tensor> {
+    fn attend_to(
+        &self,
+        q: &Tensor,
+        scale: f32,
+        store: &LayerStore,
+        step: Step,
+        selection: &Selection,
+        to: Destination<'_>,
+    ) -> Result<Tensor> {
         store.check_queries(q, step)?;
         // Where everything is read, the kernels go by the page tables.
         let lists = match selection {
             Selection::Every => None,
             Selection::Blocks(_) => Some(Lists::of_selection(selection, store, step, queries_of_a_tile(store.shape().group_size()))?),
         };
-        self.attend_lists(q, scale, store, step, lists.as_ref(), dtype)
+        self.attend_lists(q, scale, store, step, lists.as_ref(), to)
     }
 
     fn supports(&self, shape: HeadShape, dtypes: KvDtypes) -> Result<()> {
@@ -214,7 +230,8 @@ impl AttentionBackend for Cuda {
         check_store(store)?;
         let rounded = q.to_dtype(queries_of(store).tensor_dtype())?.contiguous()?;
         let selected = call.select_step(&self.kernels, &rounded, store, wants_selection)?;
-        let out = self.attend_lists(&rounded, scale, store, step, Some(&selected.lists), dtype)?;
+        let to = Destination { dtype, place: &mut Place::default() };
+        let out = self.attend_lists(&rounded, scale, store, step, Some(&selected.lists), to)?;
         let selection = if wants_selection { Some(call.read_back(&selected)?) } else { None };
         let picked = selected.picked.as_ref().map(|picked| picked.flatten_all()?.to_vec1::<u32>()).transpose()?;
         Ok(Some(Routed { out, selection, count: call.count(store, &picked.unwrap_or_default()) }))

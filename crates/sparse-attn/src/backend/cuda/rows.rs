@@ -7,6 +7,7 @@ use super::params::{
 use super::{Kernels, Spread, Verdict, address, by_tokens, gate, queries_of, summary_code, uninitialised};
 use crate::attention::Products;
 use crate::cache::{KvDtype, LayerStore, Layout, OCTET, PAGE_SIZE, Pool, Step, Summaries};
+use crate::place::Place;
 use candle_core::{DType, Result, Tensor, bail};
 use std::ops::Range;
 
@@ -98,8 +99,14 @@ pub(super) fn store_step(k: &Tensor, v: &Tensor, step: Step, store: &LayerStore,
     launch_store(params, step, store, verdict)
 }
 
-/// Makes queries, keys and values of `products`, stores as [`store_step`] does, and returns the queries, `[step.len, q_heads, head_dim]`.
-pub(super) fn store_products(products: &Products<'_>, step: Step, store: &LayerStore, verdict: Option<Verdict<'_>>) -> Result<Tensor> {
+/// Makes queries, keys and values of `products`, stores as [`store_step`] does, and returns the queries, `[step.len, q_heads, head_dim]`, in `place`.
+pub(super) fn store_products(
+    products: &Products<'_>,
+    step: Step,
+    store: &LayerStore,
+    verdict: Option<Verdict<'_>>,
+    place: &mut Place,
+) -> Result<Tensor> {
     let Products { q, k, v, biases, norms, angles: [cos, sin] } = *products;
     let shape = store.shape();
     let (q_heads, kv_heads, head_dim) = (shape.q_heads(), shape.kv_heads(), shape.head_dim());
@@ -114,7 +121,7 @@ pub(super) fn store_products(products: &Products<'_>, step: Step, store: &LayerS
         bail!("cuda: products {dims:?}, biases {biases:?}, norms {norms:?}, angles {tables:?} of {} tokens, f32, for {shape:?}", step.len);
     }
     let ((_q, q_rows, q_apart), (_k, k_rows, k_apart), (_v, v_rows, v_apart)) = (by_tokens(q)?, by_tokens(k)?, by_tokens(v)?);
-    let out = uninitialised((step.len, q_heads, head_dim), queries_of(store).tensor_dtype(), q.device())?;
+    let out = place.take((step.len, q_heads, head_dim), queries_of(store).tensor_dtype(), q.device())?;
     let mut params = StoreParams {
         rows: [q_rows, k_rows, v_rows],
         cos: address(cos)?,

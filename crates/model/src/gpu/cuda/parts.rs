@@ -1,0 +1,61 @@
+//! Memory that layers fill, each a part of it.
+
+use candle_core::{DType, Device, Result, Tensor};
+use sparse_attn::backend::cuda::{address, uninitialised};
+use std::sync::Arc;
+
+/// Where matrices of bf16 are put that are needed together later on, one for each layer.
+#[derive(Debug, Default)]
+pub(crate) struct Parts {
+    /// Memory for all of them.
+    memory: Option<Tensor>,
+    /// Those that there are, `[count, rows, columns]`, which are in it.
+    all: Option<Arc<Tensor>>,
+    /// Which of how many is next; none: what comes is not needed.
+    part: Option<[usize; 2]>,
+}
+
+impl Parts {
+    /// Begins anew, in the same memory unless somebody still holds what is there.
+    pub(crate) fn clear(&mut self) {
+        if self.all.take().is_some_and(|all| Arc::strong_count(&all) > 1) {
+            self.memory = None;
+        }
+    }
+
+    /// Has what comes next be part `index` of `count`.
+    pub(crate) fn expect(&mut self, part: [usize; 2]) {
+        self.part = Some(part);
+    }
+
+    /// Those that there are, `[count, rows, columns]`.
+    pub(crate) fn all(&self) -> Option<Arc<Tensor>> {
+        self.all.clone()
+    }
+
+    /// Where the next one goes; 0: it is not needed.
+    ///
+    /// # Errors
+    /// If the device is out of memory.
+    pub(super) fn take(&mut self, [rows, columns]: [usize; 2], device: &Device) -> Result<u64> {
+        let Some([index, count]) = self.part else { return Ok(0) };
+        let shape = [count, rows, columns];
+        if self.all.as_ref().is_some_and(|all| all.dims() != shape) {
+            self.clear();
+        }
+        let all = match self.all.take() {
+            Some(all) => all,
+            None => {
+                let numbers = count * rows * columns;
+                let kept = self.memory.take().filter(|memory| memory.elem_count() >= numbers);
+                let memory = kept.map_or_else(|| uninitialised(numbers, DType::BF16, device), Ok)?;
+                let all = memory.narrow(0, 0, numbers)?.reshape(&shape)?;
+                self.memory = Some(memory);
+                Arc::new(all)
+            }
+        };
+        let first = address(&all)?;
+        self.all = Some(all);
+        Ok(first + (index * rows * columns * DType::BF16.size_in_bytes()) as u64)
+    }
+}
