@@ -9,7 +9,8 @@
 
 namespace decode {
 
-constexpr int TILE = 16, WARPS = 4, STAGES = 3, QUERIES = 8, MOST_SPLITS = 256, TILES_OF_A_SPLIT = 8, LONG = 4096;
+// MERGED: parts of a result that a thread fetches at a time.
+constexpr int TILE = 16, WARPS = 4, STAGES = 3, QUERIES = 8, MOST_SPLITS = 256, MERGED = 16, TILES_OF_A_SPLIT = 8, LONG = 4096;
 
 // The Hadamard transform of 32 neighbours of queries, as `attend` holds them: of dimension 16 i + 8 j + 2 (lane % 4) + e, lanes have bits 1
 // and 2, and each lane all others.
@@ -300,11 +301,17 @@ template <typename S, int D> __device__ void attend(const DecodeParams &p) {
         float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
         if (index < G * D) {
             const float *factors = parts + index / D * splits;
-#pragma unroll 16
-            for (int i = 0; i < splits; ++i) {
-                const float4 x = __ldcg((const float4 *)(all_sums + (int64_t)i * QUERIES * D + index));
-                const float factor = factors[i];
-                sum = make_float4(sum.x + factor * x.x, sum.y + factor * x.y, sum.z + factor * x.z, sum.w + factor * x.w);
+            // All of some are on their way at once, the last ones, too.
+            for (int first = 0; first < splits; first += MERGED) {
+                float4 x[MERGED];
+#pragma unroll
+                for (int i = 0; i < MERGED; ++i)
+                    x[i] = first + i < splits ? __ldcg((const float4 *)(all_sums + (int64_t)(first + i) * QUERIES * D + index)) : make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll
+                for (int i = 0; i < MERGED; ++i) {
+                    const float factor = first + i < splits ? factors[first + i] : 0.f;
+                    sum = make_float4(sum.x + factor * x[i].x, sum.y + factor * x[i].y, sum.z + factor * x[i].z, sum.w + factor * x[i].w);
+                }
             }
         }
         const int at = first_query * D + index;
