@@ -305,13 +305,13 @@ impl RoutedAttention {
         self.attend_written(layer, Written { hidden, q: &q, scale }, step, cache, to).map(Some)
     }
 
-    /// Whether the verdicts on `step` may be made when all its layers are done: no query of it asks for one, they follow from attention inputs
-    /// alone, and a device makes them.
+    /// Whether the verdicts on `step` may be made when all its layers are done: each query of it has all of its tokens in the window, they follow from
+    /// attention inputs alone, and a device makes them.
     pub fn decides_later(&self, layer: usize, step: Step, store: &LayerStore) -> bool {
         let selects = self.is_routed(layer, store) && self.reads_by_score(layer, step);
         let is_stacked = self.routing.token_router.as_gate().is_some_and(|gate| gate.stacked(layer).is_some());
-        let hides_none = store.local_window().is_some_and(|window| step.end() <= window);
-        is_stacked && hides_none && !selects && !self.is_observed() && self.backend.takes_products() && store.may_wait_for_verdict()
+        let fits_window = store.local_window().is_some_and(|window| step.len <= window);
+        is_stacked && fits_window && !selects && !self.is_observed() && self.backend.takes_products() && store.may_wait_for_verdict()
     }
 
     /// Makes the verdicts that tokens wait for, and has the host told. `multiply`: products of weights `[layers, rows, hidden_size]`, bf16

@@ -529,7 +529,7 @@ impl KvCache {
         if !self.layers.iter().any(LayerStore::has_grown) {
             return Ok(());
         }
-        // While the keys are where blocks have them; where tokens wait for verdicts, none left the window.
+        // While the keys are where blocks have them. Where tokens wait for verdicts, those that left the window came before: their blocks are summarised.
         if self.waiting.is_none() {
             self.summarise()?;
         }
