@@ -164,10 +164,10 @@ struct Key {
 fn tensors_of<'a>(cache: &'a KvCache, selects: &'a [bool]) -> impl Iterator<Item = TensorId> + 'a {
     selects.iter().enumerate().flat_map(|(layer, selects)| {
         let store = cache.layer(layer);
+        // What a token router keeps is looked up in tables that are made with the pages', all of them anew.
         let rows = store.k().tensors().chain(store.v().tensors()).chain(store.device_pages().ok());
-        let kept = store.device_kept().into_iter().flat_map(|kept| [&kept.pages, &kept.counts, &kept.masks, &kept.ranks]);
         let summaries = store.summaries().filter(|_| *selects).map(|summaries| summaries.pool().values());
-        rows.chain(kept).chain(summaries).map(Tensor::id)
+        rows.chain(summaries).map(Tensor::id)
     })
 }
 
