@@ -80,6 +80,7 @@ struct PrefillParams {
     int sliding_window;
     int local_window;
     int is_rounded;
+    int by_turns;         // thread blocks are those of all heads by turns, not head by head
     float scale;
 };
 

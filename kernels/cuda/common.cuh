@@ -234,6 +234,14 @@ struct Reads {
     }
 };
 
+// What a thread block of a prompt takes: of tiles that read more the longer they are, the longest begin first.
+struct Turn {
+    int tile, head;
+
+    __device__ __forceinline__ Turn(const PrefillParams &p)
+        : tile(p.by_turns ? gridDim.y - 1 - blockIdx.y : gridDim.x - 1 - blockIdx.x), head(p.by_turns ? blockIdx.x : blockIdx.y) {}
+};
+
 // Two neighbours of a prompt's output, from number `at` on.
 __device__ __forceinline__ void put_out(const PrefillParams &p, int64_t at, float a, float b) {
     if (p.is_rounded) *(uint32_t *)((__nv_bfloat16 *)p.out + at) = pack<__nv_bfloat16>(a, b);

@@ -13,14 +13,14 @@ constexpr int ROWS = 128, WARPS = 8;
 // Keys of a step: fewer where the sums of a row take most registers.
 template <int D> constexpr int KEYS_OF = D > 128 ? 32 : 64;
 
-// grid (tiles, kv_heads), WARPS * 32 threads. A row is a query and a head of the group: query * group_size + head; at most ROWS.
+// grid (tiles, kv_heads), or by turns (kv_heads, tiles), WARPS * 32 threads. A row is a query and a head of the group: query * group_size + head; at most ROWS.
 template <typename T, int D> __device__ void attend(const PrefillParams &p) {
     extern __shared__ __align__(128) unsigned char shared[];
     constexpr int KEYS = KEYS_OF<D>, CHUNKS = D / 8, TILE_BYTES = KEYS * D * 2, OCTETS = KEYS / OCTET;
     __shared__ Octet listed[2][OCTETS];
     __shared__ uint32_t partly[2]; // octets of a step that not every query sees whole
-    const int head = blockIdx.y, warp = threadIdx.x / 32, lane = threadIdx.x % 32, G = p.group_size;
-    const int tile = gridDim.x - 1 - blockIdx.x; // the longest first
+    const Turn turn(p);
+    const int tile = turn.tile, head = turn.head, warp = threadIdx.x / 32, lane = threadIdx.x % 32, G = p.group_size;
     follow();
     const int first = p.firsts ? p.firsts[tile] : tile * p.tile;
     const int queries = (p.firsts ? p.firsts[tile + 1] : min(first + p.tile, p.tokens)) - first;

@@ -408,14 +408,15 @@ __device__ __forceinline__ void compute(const PrefillParams &p, const Tile<KEPT>
     }
 }
 
-// grid (tiles, kv_heads), THREADS. A row is a query and a head of the group: query * group_size + head; at most ROWS, or 64 by HALVES.
+// grid (tiles, kv_heads), or by turns (kv_heads, tiles), THREADS. A row is a query and a head of the group: query * group_size + head; at most ROWS, or 64 by HALVES.
 // Shared memory: (1 + 2 * STAGES) tiles, and 1024 bytes to align them.
 template <typename T, int D, bool HALVES, bool KEPT> __device__ __forceinline__ void attend(const PrefillParams &p) {
     extern __shared__ unsigned char unaligned[];
     __shared__ Shared<KEPT> shared;
     const uint32_t before = shared_address(unaligned), aligned = (before + 1023) & ~1023u;
     follow();
-    const Tile<KEPT> tile(p, gridDim.x - 1 - blockIdx.x, blockIdx.y); // the longest first
+    const Turn turn(p);
+    const Tile<KEPT> tile(p, turn.tile, turn.head);
     if (threadIdx.x == 0) {
         for (int stage = 0; stage < STAGES; ++stage) {
             prepare(shared.keys_there + stage, GROUP), prepare(shared.values_there + stage, GROUP);
@@ -426,10 +427,10 @@ template <typename T, int D, bool HALVES, bool KEPT> __device__ __forceinline__ 
     // A thread has 168 registers at first; what one warpgroup gives up is as much as the others take.
     if (threadIdx.x >= 2 * GROUP) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
-        fetch<T, D, KEPT>(p, tile, Places<D>{aligned}, shared, blockIdx.y);
+        fetch<T, D, KEPT>(p, tile, Places<D>{aligned}, shared, turn.head);
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 224;");
-        compute<T, D, HALVES, KEPT>(p, tile, Places<D>{aligned}, shared, reinterpret_cast<float *>(unaligned + (aligned - before)), blockIdx.y);
+        compute<T, D, HALVES, KEPT>(p, tile, Places<D>{aligned}, shared, reinterpret_cast<float *>(unaligned + (aligned - before)), turn.head);
     }
 }
 

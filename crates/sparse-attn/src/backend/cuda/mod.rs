@@ -39,6 +39,9 @@ const ROWS: usize = 128;
 /// cost twice the perplexity of those of 16 (SmolLM2, 8192 tokens: KL .0156, .0106, .0096, .0080 for 32, 16, 8, 4).
 const SHARED_BY: usize = 16;
 
+/// Keys and values that a GPU has near: a good part of the L2 cache of those that these kernels are for.
+const NEAR_BYTES: usize = 32 << 20;
+
 /// Attention on an NVIDIA GPU.
 ///
 /// One query: the keys are split over the device, and the parts merged in order. Many: tiles of queries on the tensor cores. Blocks are
@@ -102,6 +105,9 @@ impl Cuda {
         // Widening all is little beside what many queries read of it.
         let (k, v) = (in_halves(store.k())?, in_halves(store.v())?);
         let q = if store.k().is_transformed() { transformed(&q)? } else { q };
+        // The longest tiles of all heads first leave the least to wait for at the end. Of long sequences a head's keys are to be near while they are read.
+        let bytes = step.end() * shape.kv_heads() * shape.head_dim() * 2 * size_of::<u16>();
+        let by_turns = lists.is_none() && bytes <= NEAR_BYTES;
         let is_rounded = to.dtype == DType::BF16;
         let out = to.place.take(out_shape, if is_rounded { DType::BF16 } else { DType::F32 }, q.device())?;
         let packed = if hides && lists.is_none() { rows::pack(store, [&k, &v], step)? } else { None };
@@ -131,11 +137,13 @@ impl Cuda {
             group_size: shape.group_size() as i32,
             sliding_window: store.sliding_window().unwrap_or(0) as i32,
             is_rounded: i32::from(is_rounded),
+            by_turns: i32::from(by_turns),
             local_window: if hides { store.local_window().unwrap_or(0) as i32 } else { 0 },
             scale,
         };
         let (name, threads, shared_bytes) = self.prefill_kernel(store, tile * shape.group_size(), hides);
-        let spread = Spread { grid: [tiles, shape.kv_heads(), 1], threads, shared_bytes };
+        let grid = if by_turns { [shape.kv_heads(), tiles, 1] } else { [tiles, shape.kv_heads(), 1] };
+        let spread = Spread { grid, threads, shared_bytes };
         // SAFETY: the tensors are of these shapes, and live until the stream frees them after the kernel.
         unsafe { self.kernels.launch_following(&name, spread, &params) }?;
         Ok(out)
