@@ -1,5 +1,6 @@
 //! Memory of a device that layers use one after the other.
 
+use crate::backend::cuda::uninitialised;
 use candle_core::{DType, Device, Result, Shape, Tensor};
 
 /// Where kernels put numbers that nobody needs any more when the next ones are put there. Only a GPU's are: the host's operations make tensors of
@@ -44,8 +45,7 @@ impl Place {
                 (all, taken)
             }
             None => {
-                // SAFETY: the callers launch a kernel that writes every number before anything reads one.
-                let all = unsafe { Tensor::empty(count, dtype, device) }?;
+                let all = uninitialised(count, dtype, device)?;
                 let taken = all.reshape(shape)?;
                 (all, taken)
             }

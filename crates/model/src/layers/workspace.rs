@@ -3,9 +3,8 @@ use crate::config::Config;
 use crate::gpu::{self, Group, Parts};
 use crate::weights::Matrix;
 use candle_core::{DType, Result, Tensor};
-use sparse_attn::token_router::Gate;
 use sparse_attn::{KvCache, Place, RoutedAttention, Step};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Bytes of the attention inputs of all layers that are kept until verdicts on them are made.
 const INPUT_BYTES: usize = 64 << 20;
@@ -38,10 +37,15 @@ pub(crate) struct Workspaces(Arc<Mutex<Option<Workspace>>>);
 impl Workspaces {
     /// For a step of this model, until [`Workspace::end`].
     pub(crate) fn take(&self, config: &Config) -> Workspace {
-        let mut workspace = self.0.lock().unwrap_or_else(PoisonError::into_inner).take().unwrap_or_default();
+        let mut workspace = self.spare().take().unwrap_or_default();
         workspace.shape = [config.num_layers, config.hidden_size];
         workspace.inputs.iter_mut().for_each(Parts::clear);
         workspace
+    }
+
+    /// What no step uses.
+    fn spare(&self) -> MutexGuard<'_, Option<Workspace>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -74,10 +78,11 @@ impl Workspace {
             place.keep(keeps);
         }
         self.waits_in = None;
-        if let Some([stack, index]) = gate.and_then(|gate| gate.stacked(layer.index())).filter(|_| keeps) {
-            let stacks = gate.map_or(&[][..], Gate::stacks);
-            self.inputs.resize_with(stacks.len(), Parts::default);
-            self.inputs[stack].expect([index, stacks[stack].layers.len()]);
+        if let Some(gate) = gate.filter(|_| keeps)
+            && let Some([stack, index]) = gate.stacked(layer.index())
+        {
+            self.inputs.resize_with(gate.stacks().len(), Parts::default);
+            self.inputs[stack].expect([index, gate.stacks()[stack].layers.len()]);
             self.waits_in = Some(stack);
         }
         Ok(())
@@ -102,7 +107,7 @@ impl Workspace {
         if inputs.iter().any(Option::is_some) {
             cache.wait_for_verdicts(step, &inputs, 0)?;
         }
-        *workspaces.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(self);
+        *workspaces.spare() = Some(self);
         Ok(())
     }
 

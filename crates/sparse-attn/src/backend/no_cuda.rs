@@ -41,8 +41,9 @@ pub(crate) fn address(_tensor: &Tensor) -> Result<u64> {
     absent()
 }
 
-pub(crate) fn uninitialised(_shape: impl Into<Shape>, _dtype: DType, _device: &Device) -> Result<Tensor> {
-    absent()
+/// Memory that no kernel fills: zeros.
+pub(crate) fn uninitialised(shape: impl Into<Shape>, dtype: DType, device: &Device) -> Result<Tensor> {
+    Tensor::zeros(shape, dtype, device)
 }
 
 /// A layer whose tokens would go to new pools.
