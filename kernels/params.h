@@ -10,12 +10,12 @@
 #include <stdint.h>
 
 // Eight neighbouring slots of a head, and who sees them. Sees(t, lane), where a kept octet is one of tokens before every window:
-//     position < 0:  bit `lane` of mask; rows are those of the pools, or of PrefillParams::packed_k and packed_v
+//     position < 0:  bit `lane` of mask
 //     else:          p = position + lane: p <= t, and p > t - sliding_window where there is one, and bit `lane` of mask or
 //                    p > t - local_window
 struct Octet {
     int row;      // of the first slot / 8, shifted left by 8, with the mask in the low byte
-    int position; // of the first slot; -1: kept; -2: packed
+    int position; // of the first slot; -1: kept; -2: kept, of slots that are no neighbours, see GATHERED of common.cuh
 };
 
 // The tokens of each head that a token router kept when they left the window, packed, and which of the recent ones it keeps. All null
@@ -64,13 +64,9 @@ struct PrefillParams {
     const int *firsts;    // [tiles + 1] first query of each tile; null: tiles of `tile` queries from the first one
     const int *lists;     // [tiles] number of each tile's list; null: its own
     const int *windows;   // [lists] local windows; null: local_window
-    const void *packed_k; // [kv_heads, max_packed, head_dim] T, as PackParams has them
-    const void *packed_v;
-    const int *packed;    // [kv_heads, max_packed / 8]; null: none are packed
     void *out;            // [tokens, q_heads, head_dim] f32, or bf16 if it is rounded
     int max_pages;
     int max_octets;
-    int max_packed;
     int frontier;         // kept.counts[0]
     int start;            // position of the first query
     int tokens;
@@ -82,20 +78,6 @@ struct PrefillParams {
     int is_rounded;
     int by_turns;         // thread blocks are those of all heads by turns, not head by head
     float scale;
-};
-
-// The kept ones of recent tokens, one after the other, for queries of which no window has them.
-struct PackParams {
-    const void *k;        // as in PrefillParams
-    const void *v;
-    const int *pages;
-    Kept kept;
-    void *packed_k;       // [kv_heads, max_packed, head_dim] T
-    void *packed_v;
-    int *packed;          // [kv_heads, max_packed / 8]: how many are before each octet of positions, from the first recent one on
-    int max_pages;
-    int max_packed;       // a multiple of 64; grid (max_packed / 64, kv_heads)
-    int head_dim;
 };
 
 // `scores[row][head][block] = max over the group of x . summary`; a summary is [first, second], mean and deviation or largest and

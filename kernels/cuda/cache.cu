@@ -113,41 +113,6 @@ __device__ __forceinline__ void compact(const CompactedLayer &p, int tensor) {
     }
 }
 
-// The kept tokens of a page of recent ones, behind those of the pages before it. 256 threads.
-__device__ __forceinline__ void pack_kept(const PackParams &p) {
-    constexpr int OCTETS = PAGE / OCTET, EACH = 2;
-    const int head = blockIdx.y, page = blockIdx.x, thread = threadIdx.x, chunks = p.head_dim / 8; // of 16 bytes in a row
-    let_next_begin();
-    // Tables are older than what this kernel follows.
-    const int first = p.kept.counts[0] / PAGE;
-    const int64_t from = (int64_t)p.pages[(int64_t)head * p.max_pages + first + page] * PAGE * chunks;
-    const uint64_t *masks = (const uint64_t *)(p.kept.masks + (int64_t)head * p.max_pages * OCTETS) + first;
-    wait_for_last();
-    const uint64_t mask = masks[page];
-    int before = 0; // of all pages before, by each warp
-    for (int i = thread % 32; i < page; i += 32) before += __popcll(masks[i]);
-    const auto rank = [&](int slot) { return __popcll(mask & ((uint64_t(1) << slot) - 1)); };
-    // All rows are brought at once, whichever are kept.
-    for (int at = thread; at < PAGE * chunks; at += EACH * 256) {
-        uint4 k[EACH], v[EACH];
-#pragma unroll
-        for (int i = 0; i < EACH; ++i) {
-            k[i] = ((const uint4 *)p.k)[from + at + 256 * i];
-            v[i] = ((const uint4 *)p.v)[from + at + 256 * i];
-        }
-        if (at == thread) before = __reduce_add_sync(~0u, before);
-#pragma unroll
-        for (int i = 0; i < EACH; ++i) {
-            const int slot = (at + 256 * i) / chunks, chunk = (at + 256 * i) % chunks;
-            if (!(mask >> slot & 1)) continue;
-            const int64_t to = ((int64_t)head * p.max_packed + before + rank(slot)) * chunks + chunk;
-            ((uint4 *)p.packed_k)[to] = k[i];
-            ((uint4 *)p.packed_v)[to] = v[i];
-        }
-    }
-    if (thread < OCTETS) p.packed[(head * (p.max_packed / PAGE) + page) * OCTETS + thread] = before + rank(OCTET * thread);
-}
-
 // The smallest number of T that is not below x.
 template <typename T> __device__ __forceinline__ T round_up(float x) {
     T near;
@@ -476,7 +441,6 @@ __device__ __forceinline__ void transform(const TransformParams &p) {
 } // namespace cache
 
 extern "C" __global__ void __launch_bounds__(256) transform_f16(const TransformParams p) { cache::transform(p); }
-extern "C" __global__ void __launch_bounds__(256) pack_kept(const PackParams p) { cache::pack_kept(p); }
 extern "C" __global__ void __launch_bounds__(256) tell_verdicts(const __grid_constant__ TellParams p) { cache::tell(p.layers[blockIdx.z], p.first, p.octets); }
 extern "C" __global__ void __launch_bounds__(256) note_verdicts(const VerdictParams p) { cache::note_verdicts(p); }
 extern "C" __global__ void __launch_bounds__(256) widen_bytes(const WidenParams p) { cache::widen(p); }

@@ -24,7 +24,7 @@ __device__ __forceinline__ uint32_t shared_address(const void *p) { return (uint
 
 // 16 bytes from global to shared memory; zeros where `there` is false.
 __device__ __forceinline__ void copy_async(uint32_t to, const void *from, bool there) {
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(there ? 16 : 0));
+    asm volatile("{.reg .pred p; setp.eq.s32 p, %2, 0; cp.async.cg.shared.global.L2::128B [%0], [%1], 16, p;}" ::"r"(to), "l"(from), "r"((int)there));
 }
 
 // The same of 4, 8 or 16 bytes.
@@ -248,41 +248,87 @@ __device__ __forceinline__ void put_out(const PrefillParams &p, int64_t at, floa
     else *(float2 *)((float *)p.out + at) = make_float2(a, b);
 }
 
-constexpr int PACKED = -2; // the position of octets that are packed beside the pools
+constexpr int GATHERED = -2; // the position of octets of tokens that are no neighbours: each has a place of its own, see Gathering
 
-// The octets that queries of a prompt read: of tokens that none of them sees by its window, those that are packed.
+// The octets that queries of a prompt read: at last, of the tokens that none of them sees by its window, those that are kept, eight and eight.
 struct PromptReads : Reads {
-    int packed, first_packed; // tokens, and the first octet of the head's
+    int first_hidden, hidden; // octets of which none sees a token by its window
+    int gathered;             // tokens of them that are kept: the sum of all `part_of_gathered`
 
     // What the host knows need not be waited for.
     static __device__ __forceinline__ int2 before(const PrefillParams &p, int head) { return p.frontier ? Reads::before(p, head) : make_int2(0, 0); }
 
     __device__ __forceinline__ PromptReads(const PrefillParams &p, int head, int row_of_list, int eldest, int newest)
-        : Reads(p, head, row_of_list, eldest, newest, before(p, head)), packed(0), first_packed(head * (p.max_packed / OCTET)) {
-        if (!masks || !p.packed) return;
-        const int skipped = max(0, eldest - p.local_window + 1 - oldest * OCTET) / OCTET;
-        packed = p.packed[first_packed + skipped];
-        oldest += skipped, count -= skipped;
+        : Reads(p, head, row_of_list, eldest, newest, before(p, head)), first_hidden(oldest), hidden(0), gathered(0) {
+        if (masks) hidden = max(0, eldest - p.local_window + 1 - oldest * OCTET) / OCTET;
+        oldest += hidden, count -= hidden;
     }
 
-    __device__ __forceinline__ int packed_octets() const { return (packed + OCTET - 1) / OCTET; }
-    __device__ __forceinline__ int octets() const { return count + packed_octets(); }
-
-    __device__ __forceinline__ Octet octet(int index) const {
-        const int own = index - kept_octets;
-        return is_packed(own) ? packed_octet(own) : Reads::octet(own < 0 ? index : index - packed_octets());
+    // Tokens that are kept of hidden octets, as far as one of so many threads counts them: page by page.
+    __device__ __forceinline__ int part_of_gathered(int thread, int threads) const {
+        constexpr int OCTETS = PAGE / OCTET;
+        int sum = 0;
+        for (int at = thread * OCTETS; at < hidden; at += threads * OCTETS) {
+            const uint64_t mask = *(const uint64_t *)(masks + first_hidden + at);
+            sum += __popcll(hidden - at < OCTETS ? mask & ~(~uint64_t(0) << OCTET * (hidden - at)) : mask);
+        }
+        return sum;
     }
 
+    __device__ __forceinline__ int octets() const { return count + (gathered + OCTET - 1) / OCTET; }
+    __device__ __forceinline__ Octet octet(int index) const { return index < count ? Reads::octet(index) : gathered_octet(index - count); }
     __device__ __forceinline__ Octet octet_by_branches(int index) const {
-        const int own = index - kept_octets;
-        return is_packed(own) ? packed_octet(own) : Reads::octet_by_branches(own < 0 ? index : index - packed_octets());
+        return index < count ? Reads::octet_by_branches(index) : gathered_octet(index - count);
     }
+
+    // The first gathered token of octets from `index` on; below 0: those before are others.
+    __device__ __forceinline__ int gathered_from(int index) const { return (index - count) * OCTET; }
 
   private:
-    __device__ __forceinline__ bool is_packed(int own) const { return own >= 0 && own < packed_octets(); }
+    __device__ __forceinline__ Octet gathered_octet(int index) const {
+        const int left = gathered - index * OCTET;
+        return left > 0 ? Octet{0xff >> max(0, OCTET - left), GATHERED} : Octet{0, -1};
+    }
+};
 
-    __device__ __forceinline__ Octet packed_octet(int own) const {
-        return Octet{(first_packed + own) << 8 | 0xff >> max(0, OCTET * (own + 1) - packed), PACKED};
+// Finds the slots of gathered tokens, in their order: so many threads together, each with one of as many hidden octets.
+template <int THREADS> struct Gathering {
+    static constexpr int WARPS = THREADS / 32;
+    int next = 0, end = 0;      // the first octet, and the first token, that no thread has had yet
+    int first = 0, slot = 0;    // of the thread's octet: its first gathered token, and its first slot
+    uint32_t mask = 0;
+
+    // Where so many tokens from `from` on are, which no call was for before: `places`, once all threads have met. `sums`: memory of all, [2][WARPS].
+    template <typename Meet>
+    __device__ __forceinline__ void note(const PromptReads &reads, int from, int tokens, uint32_t *places, int *sums, Meet meet) {
+        const int thread = threadIdx.x % THREADS, lane = thread % 32, warp = thread / 32;
+        while (true) {
+            int at = first - from;
+            for (uint32_t left = at < tokens ? mask : 0; left; left &= left - 1, ++at)
+                if (at >= 0 && at < tokens) places[at] = slot + __ffs(left) - 1;
+            if (end >= from + tokens || next >= reads.hidden) break;
+            const int octet = next + thread, of_all = reads.first_hidden + octet;
+            const bool is_hidden = octet < reads.hidden;
+            mask = is_hidden ? reads.masks[of_all] : 0;
+            slot = is_hidden ? reads.pages[of_all / (PAGE / OCTET)] * PAGE + of_all % (PAGE / OCTET) * OCTET : 0;
+            const int own = __popc(mask);
+            int sum = own; // of the octets up to this one, first of its warp's
+#pragma unroll
+            for (int step = 1; step < 32; step *= 2) {
+                const int other = __shfl_up_sync(~0u, sum, step);
+                if (lane >= step) sum += other;
+            }
+            int *of_warps = sums + next / THREADS % 2 * WARPS; // others may still read the last ones
+            if (lane == 31) of_warps[warp] = sum;
+            meet();
+            first = end + sum - own;
+#pragma unroll
+            for (int of = 0; of < WARPS; ++of) {
+                if (of < warp) first += of_warps[of];
+                end += of_warps[of];
+            }
+            next += THREADS;
+        }
     }
 };
 
@@ -302,6 +348,17 @@ __device__ __forceinline__ float sum_of_warp(float x) {
 #pragma unroll
     for (int step = 16; step; step /= 2) x += __shfl_xor_sync(~0u, x, step);
     return x;
+}
+
+// The sum of the numbers of a thread block, in every thread, by memory of all: [warps]. All threads meet twice.
+__device__ __forceinline__ int sum_of_block(int x, int *sums) {
+    const int sum = __reduce_add_sync(~0u, x);
+    if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = sum;
+    __syncthreads();
+    int all = 0;
+    for (int warp = 0; warp < blockDim.x / 32; ++warp) all += sums[warp];
+    __syncthreads();
+    return all;
 }
 
 } // namespace

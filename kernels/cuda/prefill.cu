@@ -19,6 +19,8 @@ template <typename T, int D> __device__ void attend(const PrefillParams &p) {
     constexpr int KEYS = KEYS_OF<D>, CHUNKS = D / 8, TILE_BYTES = KEYS * D * 2, OCTETS = KEYS / OCTET;
     __shared__ Octet listed[2][OCTETS];
     __shared__ uint32_t partly[2]; // octets of a step that not every query sees whole
+    __shared__ uint32_t places[2][KEYS];
+    __shared__ int sums_of_warps[2 * WARPS];
     const Turn turn(p);
     const int tile = turn.tile, head = turn.head, warp = threadIdx.x / 32, lane = threadIdx.x % 32, G = p.group_size;
     follow();
@@ -27,13 +29,20 @@ template <typename T, int D> __device__ void attend(const PrefillParams &p) {
     const int row_of_list = (p.lists ? p.lists[tile] : tile) * p.kv_heads + head;
     const int eldest = p.start + first, newest = eldest + queries - 1; // positions of the queries
     const int local_window = p.windows ? p.windows[row_of_list / p.kv_heads] : p.local_window;
-    const PromptReads reads(p, head, row_of_list, eldest, newest);
+    PromptReads reads(p, head, row_of_list, eldest, newest);
+    if (reads.hidden) reads.gathered = sum_of_block(reads.part_of_gathered(threadIdx.x, WARPS * 32), sums_of_warps);
+    Gathering<WARPS * 32> gathering;
     const int steps = (reads.octets() + OCTETS - 1) / OCTETS;
     const uint32_t base = shared_address(shared);
 
     auto fetch = [&](int step, int stage) {
         if (step < steps) {
             const uint32_t to = base + stage * 2 * TILE_BYTES;
+            const int from = reads.gathered_from(step * OCTETS);
+            if (reads.gathered && from > -KEYS) {
+                gathering.note(reads, from, KEYS, places[stage], sums_of_warps, [] { __syncthreads(); });
+                __syncthreads();
+            }
             if (warp == 0) {
                 const Octet octet = lane < OCTETS ? reads.octet_by_branches(step * OCTETS + lane) : Octet{0xff, -1};
                 const bool whole = (octet.row & 0xff) == 0xff &&
@@ -48,11 +57,11 @@ template <typename T, int D> __device__ void attend(const PrefillParams &p) {
                 const Octet octet = reads.octet_by_branches(step * OCTETS + row / OCTET);
                 // What no query sees stays out: it may be anything, and no number hides it.
                 const bool there = octet.position < 0 ? octet.row >> row % OCTET & 1 : octet.position + row % OCTET <= newest;
-                const int64_t from = there ? ((int64_t)(octet.row >> 8) * OCTET + row % OCTET) * D + chunk * 8 : 0;
+                const int slot_of_row = octet.position == GATHERED ? places[stage][row] : (octet.row >> 8) * OCTET + row % OCTET;
+                const int64_t from = there ? (int64_t)slot_of_row * D + chunk * 8 : 0;
                 const uint32_t slot = row * D * 2 + ((chunk ^ (row & 7)) * 16);
-                const bool is_packed = octet.position == PACKED;
-                copy_async(to + slot, (const T *)(is_packed ? p.packed_k : p.k) + from, there);
-                copy_async(to + TILE_BYTES + slot, (const T *)(is_packed ? p.packed_v : p.v) + from, there);
+                copy_async(to + slot, (const T *)p.k + from, there);
+                copy_async(to + TILE_BYTES + slot, (const T *)p.v + from, there);
             }
         }
         asm volatile("cp.async.commit_group;");

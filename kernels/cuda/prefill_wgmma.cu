@@ -87,6 +87,10 @@ __device__ __forceinline__ void prepare(uint64_t *barrier, int count) {
 __device__ __forceinline__ void arrive(uint64_t *barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
+// The same as soon as all is there that this thread copied so far.
+__device__ __forceinline__ void arrive_with_copies(uint64_t *barrier) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
 // Waits for the end of the phase of this parity.
 __device__ __forceinline__ void await(uint64_t *barrier, uint32_t parity) {
     asm volatile("{.reg .pred p; AGAIN: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1; @!p bra AGAIN;}" ::"r"(shared_address(barrier)), "r"(parity)
@@ -128,7 +132,10 @@ template <> struct Shared<true> {
     uint64_t keys_there[STAGES], values_there[STAGES], keys_read[STAGES], values_read[STAGES];
     Octet listed[LISTED][OCTETS];
     alignas(16) uint8_t masks[LISTED][OCTETS]; // lanes that queries see
-    uint32_t partly[LISTED];                   // octets of a step of which not every query sees the same
+    uint32_t partly[LISTED];                   // octets of a step of which not every query sees the same, then those with masks
+    uint32_t places[KEYS];                     // slots of a step's gathered tokens
+    int sums_of_warps[2 * GROUP / 32];         // of those who look for them
+    int steps;                                 // in all, with the first keys
 };
 
 // What a thread block computes: a tile of queries, and what it reads.
@@ -153,14 +160,15 @@ template <int D> struct Places {
 // Where 16 bytes of a row of a tile are: swizzled by the row.
 __device__ __forceinline__ uint32_t place(uint32_t tile, int row, int chunk) { return tile + chunk / 8 * PANEL + row * 128 + ((chunk ^ row) % 8) * 16; }
 
-// What this thread copied is there, and wgmma may read it once those that do are told.
+// What this thread copied, or waited for, is there for wgmma, too.
 __device__ __forceinline__ void publish() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// Copies keys and values: the work of one warpgroup.
+// Copies keys and values: the work of one warpgroup, which all others wait for if it takes long. So what row a thread brings is found once a step,
+// by one thread for all that copy it, and nobody waits here for what comes.
 template <typename T, int D, bool KEPT>
-__device__ __forceinline__ void fetch(const PrefillParams &p, const Tile<KEPT> &tile, Places<D> places, Shared<KEPT> &shared, int head) {
-    constexpr int CHUNKS = D / 8, ROWS_AT_ONCE = GROUP / CHUNKS; // chunks of 16 bytes
-    const int thread = threadIdx.x % GROUP, chunk = thread % CHUNKS;
+__device__ __forceinline__ void fetch(const PrefillParams &p, Tile<KEPT> tile, Places<D> places, Shared<KEPT> &shared, int head) {
+    constexpr int CHUNKS = D / 8, ROWS_AT_ONCE = 32 / CHUNKS; // chunks of 16 bytes; rows of a warp
+    const int thread = threadIdx.x % GROUP, lane = thread % 32, chunk = thread % CHUNKS;
     // Octets of some steps are looked up together, one for each thread, well before they are copied: whole warps.
     auto look_up = [&](int step) {
         const int index = step * OCTETS + thread;
@@ -168,36 +176,76 @@ __device__ __forceinline__ void fetch(const PrefillParams &p, const Tile<KEPT> &
     };
     auto note = [&](int step, Octet octet) {
         const int listed = (step + thread / OCTETS) % LISTED, place = thread % OCTETS;
-        bool is_mixed;
+        bool is_mixed, is_masked = false;
         if constexpr (KEPT) {
             const Sight sight(octet, tile.eldest, tile.newest, p.sliding_window, tile.local_window);
-            is_mixed = sight.is_mixed, octet = sight.octet;
+            is_mixed = sight.is_mixed, octet = sight.octet, is_masked = sight.mask() != 0xff;
             shared.masks[listed][place] = sight.mask();
         } else {
             is_mixed = (octet.row & 0xff) != 0xff || octet.position >= 0 && (octet.position + OCTET - 1 > tile.eldest ||
                 p.sliding_window && octet.position <= tile.newest - p.sliding_window);
         }
         shared.listed[listed][place] = octet;
-        const uint32_t bits = __ballot_sync(~0u, is_mixed);
-        if (place == 0) shared.partly[listed] = bits >> threadIdx.x % 32 & (1 << OCTETS) - 1;
+        // Those of a step, from bit 0 on.
+        const auto of_step = [&](bool is) { return __ballot_sync(~0u, is) >> threadIdx.x % 32 & (1 << OCTETS) - 1; };
+        uint32_t partly = of_step(is_mixed);
+        if constexpr (KEPT) partly |= of_step(is_masked) << OCTETS;
+        if (place == 0) shared.partly[listed] = partly;
     };
-    auto copy = [&](const void *pool, const void *packed, int step, uint32_t to) {
-#pragma unroll(KEPT ? 4 : 8)
-        for (int row = thread / CHUNKS; row < KEYS; row += ROWS_AT_ONCE) {
-            const Octet octet = shared.listed[step % LISTED][row / OCTET];
-            // What no query sees stays out: it may be anything, and no number hides it.
-            const bool there = octet.position < 0 ? octet.row >> row % OCTET & 1 : octet.position + row % OCTET <= tile.newest;
-            const int64_t at = there ? ((int64_t)(octet.row >> 8) * OCTET + row % OCTET) * D : 0;
-            const T *from = (const T *)(KEPT && octet.position == PACKED ? packed : pool) + chunk * 8;
-            copy_async(place(to, row, chunk), from + at, there);
+    // The slot of the thread's row of a step. What no query sees stays out: it may be anything, and no number hides it.
+    auto slot_of = [&](int step) {
+        const Octet octet = shared.listed[step % LISTED][thread / OCTET];
+        const int own = thread % OCTET;
+        if (!(octet.position < 0 ? octet.row >> own & 1 : octet.position + own <= tile.newest)) return -1;
+        if constexpr (KEPT) {
+            if (octet.position == GATHERED) return (int)shared.places[thread];
         }
-        asm volatile("cp.async.commit_group;");
+        return (octet.row >> 8) * OCTET + own;
     };
-    auto tell = [&](uint64_t *barrier) { publish(), arrive(barrier); };
+    // A warp copies the rows of its threads, so many under way together. Keys and values share their slots, where there are registers for that.
+    constexpr int COPIES = 32 / ROWS_AT_ONCE;
+    constexpr bool HOLDS = !KEPT || D == 64;
+    constexpr int BATCH = HOLDS ? COPIES : 8;
+    int slots[BATCH];
+    auto share = [&](int slot, int first) {
+#pragma unroll
+        for (int i = 0; i < BATCH; ++i) slots[i] = __shfl_sync(~0u, slot, (first + i) * ROWS_AT_ONCE + lane / CHUNKS);
+    };
+    const uint32_t own_place = place(0, thread - lane + lane / CHUNKS, chunk);
+    auto copy = [&](const void *pool, int slot, uint32_t tile) {
+        const char *from = (const char *)pool + chunk * 16;
+#pragma unroll
+        for (int first = 0; first < COPIES; first += BATCH) {
+            if (!HOLDS) share(slot, first);
+#pragma unroll
+            for (int i = 0; i < BATCH; ++i) {
+                const int row = (first + i) * ROWS_AT_ONCE;
+                copy_async((tile + own_place ^ row % 8 * 16) + row * 128, from + (uint64_t)max(slots[i], 0) * (D * sizeof(T)), slots[i] >= 0);
+            }
+        }
+    };
+    // How much is gathered is learned while the first keys and values come, but where it is among what is looked up first.
+    auto learn = [&]() {
+        if constexpr (KEPT) {
+            if (tile.reads.hidden) {
+                const int part = __reduce_add_sync(~0u, tile.reads.part_of_gathered(thread, GROUP));
+                if (lane == 0) shared.sums_of_warps[thread / 32] = part;
+                meet(3, GROUP);
+#pragma unroll
+                for (int warp = 0; warp < GROUP / 32; ++warp) tile.reads.gathered += shared.sums_of_warps[warp];
+                meet(3, GROUP);
+                tile.steps = (tile.reads.octets() + OCTETS - 1) / OCTETS;
+            }
+            if (thread == 0) shared.steps = tile.steps;
+        }
+    };
+    const bool learns_first = tile.steps <= LISTED;
+    if (learns_first) learn();
     note(0, look_up(0));
     static_assert(LISTED * OCTETS == GROUP);
     const bool leads = thread < TOGETHER * OCTETS;
     Octet ahead{};
+    Gathering<GROUP> gathering;
     for (int step = 0; step < tile.steps; ++step) {
         const int stage = step % STAGES;
         const uint32_t before = (step / STAGES + 1) % 2; // parity of the phase in which this stage was read
@@ -205,22 +253,29 @@ __device__ __forceinline__ void fetch(const PrefillParams &p, const Tile<KEPT> &
             meet(3, GROUP); // the octets of this step and the next ones are noted
             if (leads && step > 0) ahead = look_up(step + TOGETHER);
         }
+        if constexpr (KEPT) {
+            const int from = tile.reads.gathered_from(step * OCTETS);
+            if (tile.reads.gathered && from > -KEYS) {
+                meet(3, GROUP); // nobody reads those of the step before any more
+                gathering.note(tile.reads, from, KEYS, shared.places, shared.sums_of_warps, [] { meet(3, GROUP); });
+                meet(3, GROUP);
+            }
+        }
+        const int slot = slot_of(step);
+        if (HOLDS) share(slot, 0);
         if (step >= STAGES) await(shared.keys_read + stage, before);
-        copy(p.k, p.packed_k, step, places.keys(step));
-        asm volatile("cp.async.wait_group 2;");
-        if (step > 0) tell(shared.keys_there + (step - 1) % STAGES);
+        copy(p.k, slot, places.keys(step));
+        if (step == 0 && !learns_first) learn();
+        arrive_with_copies(shared.keys_there + stage);
+        if (thread == 0) arrive(shared.keys_there + stage); // with what is noted
         if (step >= STAGES) await(shared.values_read + stage, before);
-        copy(p.v, p.packed_v, step, places.values(step));
-        asm volatile("cp.async.wait_group 2;");
-        if (step > 0) tell(shared.values_there + (step - 1) % STAGES);
+        copy(p.v, slot, places.values(step));
+        arrive_with_copies(shared.values_there + stage);
         // Where those of steps are that were read: of this stage the values were, three steps ago.
         static_assert(TOGETHER > STAGES);
         if (leads && step % TOGETHER == TOGETHER - 1 && step > TOGETHER) note(step + 1, ahead);
     }
-    asm volatile("cp.async.wait_group 1;");
-    tell(shared.keys_there + (tile.steps - 1) % STAGES);
-    asm volatile("cp.async.wait_group 0;");
-    tell(shared.values_there + (tile.steps - 1) % STAGES);
+    asm volatile("cp.async.wait_all;" ::: "memory");
 }
 
 // Rows of scores and of sums: a thread has those of lane / 4 of its warp's 16, and of 8 more.
@@ -246,12 +301,12 @@ __device__ __forceinline__ void compute(const PrefillParams &p, const Tile<KEPT>
         }
         commit();
     };
-    // Scores to weights, with the maximum and the weight of each row so far.
-    auto soften = [&](int step) {
+    // Takes out what this thread's rows do not see.
+    auto hide = [&](int step, uint32_t partly) {
         if constexpr (KEPT) {
             // The mask of all queries, from this thread's columns on.
-            const uint4 masks = *(const uint4 *)shared.masks[step % LISTED];
-            if ((masks.x & masks.y & masks.z & masks.w) != ~0u) {
+            if (partly >> OCTETS) {
+                const uint4 masks = *(const uint4 *)shared.masks[step % LISTED];
                 const bool second_half = HALVES && group == 1;
                 const uint32_t words[4] = {second_half ? masks.z : masks.x, second_half ? masks.w : masks.y, masks.z, masks.w};
 #pragma unroll
@@ -262,21 +317,23 @@ __device__ __forceinline__ void compute(const PrefillParams &p, const Tile<KEPT>
                 }
             }
         }
-        // Of most steps all is seen: one branch leads around what is long, and by octets would not stay in the cache of instructions.
-        const uint32_t some = shared.partly[step % LISTED] >> first_octet & (1 << OWN / 8) - 1;
-        if (__builtin_expect(some != 0, 0)) {
+        const uint32_t some = partly >> first_octet & (1 << OWN / 8) - 1;
 #pragma unroll
-            for (int n = 0; n < OWN / 8; ++n) {
-                if (!(some >> n & 1)) continue;
-                const Octet octet = shared.listed[step % LISTED][first_octet + n];
+        for (int n = 0; n < OWN / 8; ++n) {
+            if (!(some >> n & 1)) continue;
+            const Octet octet = shared.listed[step % LISTED][first_octet + n];
 #pragma unroll
-                for (int r = 0; r < 2; ++r) {
-                    const uint32_t bits = visible(octet, position[r], p.sliding_window, tile.local_window) >> 2 * (lane % 4);
-                    if (!(bits & 1)) c[n][2 * r] = -INFINITY;
-                    if (!(bits & 2)) c[n][2 * r + 1] = -INFINITY;
-                }
+            for (int r = 0; r < 2; ++r) {
+                const uint32_t bits = visible(octet, position[r], p.sliding_window, tile.local_window) >> 2 * (lane % 4);
+                if (!(bits & 1)) c[n][2 * r] = -INFINITY;
+                if (!(bits & 2)) c[n][2 * r + 1] = -INFINITY;
             }
         }
+    };
+    // Scores to weights, with the maximum and the weight of each row so far.
+    auto soften = [&](int step, uint32_t partly) {
+        // Of most steps all is seen: one branch leads around what is long, and by octets would not stay in the cache of instructions.
+        if (__builtin_expect(partly != 0, 0)) hide(step, partly);
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             float best = -INFINITY;
@@ -328,29 +385,35 @@ __device__ __forceinline__ void compute(const PrefillParams &p, const Tile<KEPT>
     }
     if (group == 1) pass(1, 2 * GROUP); // the first group's turn
     await(shared.keys_there, 0);
+    publish();
+    int steps = tile.steps;
+    if constexpr (KEPT) steps = shared.steps; // what is gathered, too
     meet(1 + group, 2 * GROUP);
     begin();
     score(0);
     pass(2 - group, 2 * GROUP);
+    const uint32_t partly = shared.partly[0];
     wait<0>();
     pin(c);
     if (lane == 0) arrive(shared.keys_read);
-    soften(0);
+    soften(0, partly);
     round();
-    for (int step = 0; step < tile.steps - 1; ++step) {
+    for (int step = 0; step < steps - 1; ++step) {
         const int next = step + 1;
         await(shared.keys_there + next % STAGES, parity(next));
         await(shared.values_there + step % STAGES, parity(step));
+        publish();
         meet(1 + group, 2 * GROUP);
         pin(c), pin(sums);
         begin();
         score(next);
         weigh(step);
         pass(2 - group, 2 * GROUP);
+        const uint32_t partly = shared.partly[next % LISTED];
         wait<1>();
         pin(c);
         if (lane == 0) arrive(shared.keys_read + next % STAGES);
-        soften(next);
+        soften(next, partly);
         wait<0>();
         pin(sums);
         if (lane == 0) arrive(shared.values_read + step % STAGES);
@@ -361,10 +424,11 @@ __device__ __forceinline__ void compute(const PrefillParams &p, const Tile<KEPT>
             sums[d][2] *= factor[1], sums[d][3] *= factor[1];
         }
     }
-    await(shared.values_there + (tile.steps - 1) % STAGES, parity(tile.steps - 1));
+    await(shared.values_there + (steps - 1) % STAGES, parity(steps - 1));
+    publish();
     pin(sums);
     begin();
-    weigh(tile.steps - 1);
+    weigh(steps - 1);
     wait<0>();
     pin(sums);
 #pragma unroll
@@ -419,17 +483,17 @@ template <typename T, int D, bool HALVES, bool KEPT> __device__ __forceinline__ 
     const Tile<KEPT> tile(p, turn.tile, turn.head);
     if (threadIdx.x == 0) {
         for (int stage = 0; stage < STAGES; ++stage) {
-            prepare(shared.keys_there + stage, GROUP), prepare(shared.values_there + stage, GROUP);
+            prepare(shared.keys_there + stage, GROUP + 1), prepare(shared.values_there + stage, GROUP);
             prepare(shared.keys_read + stage, 2 * GROUP / 32), prepare(shared.values_read + stage, 2 * GROUP / 32);
         }
     }
     __syncthreads();
     // A thread has 168 registers at first; what one warpgroup gives up is as much as the others take.
     if (threadIdx.x >= 2 * GROUP) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 88;");
         fetch<T, D, KEPT>(p, tile, Places<D>{aligned}, shared, turn.head);
     } else {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 224;");
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 208;");
         compute<T, D, HALVES, KEPT>(p, tile, Places<D>{aligned}, shared, reinterpret_cast<float *>(unaligned + (aligned - before)), turn.head);
     }
 }

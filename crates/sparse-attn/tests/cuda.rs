@@ -396,20 +396,24 @@ fn a_token_router_is_followed() -> Result<()> {
 #[test]
 fn a_long_prompt_reads_what_is_kept_of_itself() -> Result<()> {
     let Some(device) = gpu() else { return Ok(()) };
-    // Tokens enough that kept ones are packed for queries of which no window has them.
+    // Of what no window of a tile has, kept tokens are gathered: of the longest ones in several goes.
     for (shape, chunks) in [
         ((16, 2, 128, None), &[1000][..]),
         ((24, 8, 64, None), &[2, 998]),
         ((8, 2, 256, None), &[1000]),
         ((24, 24, 128, None), &[130, 870]),
+        ((3, 1, 64, None), &[2500]),
+        ((4, 1, 128, None), &[1030, 1570]),
+        ((2, 1, 256, None), &[2600]),
     ] {
-        let case = Case::new(shape, 1000)?;
+        let tokens = chunks.iter().sum();
+        let case = Case::new(shape, tokens)?;
         for (keep, window, dtype) in
             [(0.4, 70, KvDtype::F16), (0.02, 64, KvDtype::Bf16), (0.9, 20, KvDtype::Q8_0), (0.0, 129, KvDtype::F16)]
         {
             let routing = Routing { token_router: Arc::new(Random { keep }), ..Routing::dense() };
             let routing = Routing { limits: Limits { window, ..routing.limits }, ..routing };
-            let (want, _) = case.run(&RoutedAttention::new(routing.clone(), Arc::new(Cpu))?, dtype, &Device::Cpu, &[1000])?;
+            let (want, _) = case.run(&RoutedAttention::new(routing.clone(), Arc::new(Cpu))?, dtype, &Device::Cpu, &[tokens])?;
             let (got, _) = case.run(&on_gpu(&device, routing)?, dtype, &device, chunks)?;
             let error = far(&got, &want)?;
             assert!(error < tolerance(dtype), "{shape:?} {dtype:?} in {chunks:?}, {keep} kept beyond {window}: {error}");

@@ -110,7 +110,6 @@ impl Cuda {
         let by_turns = lists.is_none() && bytes <= NEAR_BYTES;
         let is_rounded = to.dtype == DType::BF16;
         let out = to.place.take(out_shape, if is_rounded { DType::BF16 } else { DType::F32 }, q.device())?;
-        let packed = if hides && lists.is_none() { rows::pack(store, [&k, &v], step)? } else { None };
         let params = PrefillParams {
             q: address(&q)?,
             k: address(&k)?,
@@ -122,13 +121,9 @@ impl Cuda {
             firsts: firsts.map_or(Ok(0), address)?,
             lists: lists.map_or(Ok(0), |lists| address(&lists.of_pieces))?,
             windows: lists.and_then(|lists| lists.windows.on_device.as_ref()).map_or(Ok(0), address)?,
-            packed_k: packed.as_ref().map_or(0, |packed| packed.k),
-            packed_v: packed.as_ref().map_or(0, |packed| packed.v),
-            packed: packed.as_ref().map_or(0, |packed| packed.before),
             out: address(&out)?,
             max_pages: pages.dim(1)? as i32,
             max_octets: lists.map_or(0, |lists| lists.most) as i32,
-            max_packed: packed.as_ref().map_or(0, |packed| packed.room) as i32,
             frontier: store.frontier() as i32,
             start: step.start as i32,
             tokens: step.len as i32,
@@ -164,7 +159,7 @@ impl Cuda {
             let blocks = step.len.div_ceil(queries) * shape.kv_heads();
             longest.max(blocks.div_ceil(self.kernels.multiprocessors()) * mean)
         };
-        // 128 keys take 1.9 us, halved 1.6 (head_dim 64, H100).
+        // Halved, 128 keys take 16/19 of the time (head_dim 64, H100).
         if 16 * keys(half) < 19 * keys(whole) { half } else { whole }
     }
 

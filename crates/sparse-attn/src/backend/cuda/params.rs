@@ -68,12 +68,9 @@ crate::mirrors! { "params.h":
     /// Attention of many queries.
     PrefillParams {
         q: u64, k: u64, v: u64, pages: u64, kept: Kept, octets: u64, counts: u64, firsts: u64, lists: u64, windows: u64,
-        packed_k: u64, packed_v: u64, packed: u64, out: u64,
-        max_pages: i32, max_octets: i32, max_packed: i32, frontier: i32, start: i32, tokens: i32, tile: i32, kv_heads: i32, group_size: i32, sliding_window: i32,
+        out: u64, max_pages: i32, max_octets: i32, frontier: i32, start: i32, tokens: i32, tile: i32, kv_heads: i32, group_size: i32, sliding_window: i32,
         local_window: i32, is_rounded: i32, by_turns: i32, scale: f32,
     }
-    /// Kept tokens beside the pools.
-    PackParams { k: u64, v: u64, pages: u64, kept: Kept, packed_k: u64, packed_v: u64, packed: u64, max_pages: i32, max_packed: i32, head_dim: i32 }
     /// Scores of block summaries.
     ScoreParams {
         q: u64, summaries: u64, scales: u64, position: u64, scores: u64,

@@ -1,12 +1,12 @@
 //! Rows in pools: written, moved, summarised.
 
 use super::params::{
-    CompactParams, CompactedLayer, Kept, PackParams, ScatterParams, StoreGatedParams, StoreParams, StoreProjectedParams, SummariesParams,
+    CompactParams, CompactedLayer, Kept, ScatterParams, StoreGatedParams, StoreParams, StoreProjectedParams, SummariesParams,
     SummaryParams, TransformParams, WidenParams,
 };
 use super::{Kernels, Spread, Verdict, address, by_tokens, gate, queries_of, summary_code, uninitialised};
 use crate::attention::Products;
-use crate::cache::{KvDtype, LayerStore, Layout, OCTET, PAGE_SIZE, Pool, Step, Summaries};
+use crate::cache::{KvDtype, LayerStore, Layout, Pool, Step, Summaries};
 use crate::place::Place;
 use candle_core::{DType, Result, Tensor, bail};
 use std::ops::Range;
@@ -202,53 +202,6 @@ pub(crate) fn scatter_rows(pool: &Pool, rows: &Tensor, slots: &[u32]) -> Result<
     let threads = pool.width().min(256).next_multiple_of(32);
     // SAFETY: the slots lie inside the pool; what the kernel reads lives until the stream frees it.
     unsafe { kernels.launch(&name("scatter_rows", pool)?, Spread::new([count, 1, 1], threads), &params) }
-}
-
-/// Products that packing is worth its time for, if all that it may spare were spared: pairs of a query and a key, times their width.
-const PACKED_FROM: usize = 1 << 28;
-
-/// Kept tokens of a prompt, one after the other, for those of its queries of which no window has them.
-#[derive(Debug)]
-pub(super) struct Packed {
-    pub(super) k: u64, // [kv_heads, room, head_dim], as queries come
-    pub(super) v: u64,
-    pub(super) before: u64, // [kv_heads, room / OCTET] u32: tokens before each octet of positions, from the frontier on
-    pub(super) room: usize,
-    _all: Tensor, // where these are
-}
-
-/// Packs what a token router keeps of a step's tokens and of those in the window before it, where enough queries see no others of them.
-/// `k` and `v` are the pools in 16 bits.
-pub(super) fn pack(store: &LayerStore, [k, v]: [&Tensor; 2], step: Step) -> Result<Option<Packed>> {
-    let (shape, frontier) = (store.shape(), store.frontier());
-    let Some(window) = store.local_window() else { return Ok(None) };
-    let hidden = (step.end().saturating_sub(window)).saturating_sub(frontier);
-    if hidden * hidden / 2 * shape.q_heads() * shape.head_dim() < PACKED_FROM {
-        return Ok(None);
-    }
-    // The first position that the newest query sees by its window is among them.
-    let count = (hidden / PAGE_SIZE + 1).min((step.end() - frontier).div_ceil(PAGE_SIZE));
-    let (kv_heads, room, pages) = (shape.kv_heads(), count * PAGE_SIZE, store.device_pages()?);
-    // All in one allocation of 16-bit numbers.
-    let rows = kv_heads * room * shape.head_dim();
-    let all = uninitialised(2 * rows + kv_heads * room / OCTET * 2, k.dtype(), k.device())?;
-    let at = |number: usize| Ok::<_, candle_core::Error>(address(&all)? + (number * size_of::<u16>()) as u64);
-    let packed = Packed { k: at(0)?, v: at(rows)?, before: at(2 * rows)?, room, _all: all };
-    let params = PackParams {
-        k: address(k)?,
-        v: address(v)?,
-        pages: address(pages)?,
-        kept: Kept::of(store)?,
-        packed_k: packed.k,
-        packed_v: packed.v,
-        packed: packed.before,
-        max_pages: pages.dim(1)? as i32,
-        max_packed: room as i32,
-        head_dim: shape.head_dim() as i32,
-    };
-    // SAFETY: there are pages for these positions, and verdicts on them; what the kernel reads lives until the stream frees it.
-    unsafe { Kernels::of(k.device())?.launch_following("pack_kept", Spread::new([count, kv_heads, 1], 256), &params) }?;
-    Ok(Some(packed))
 }
 
 /// The tensors of two pools, as rows of words.
