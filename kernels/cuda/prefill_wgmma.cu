@@ -135,7 +135,7 @@ template <> struct Shared<true> {
     uint32_t partly[LISTED];                   // octets of a step of which not every query sees the same, then those with masks
     uint32_t places[KEYS];                     // slots of a step's gathered tokens
     int sums_of_warps[2 * GROUP / 32];         // of those who look for them
-    int steps;                                 // in all, with the first keys
+    int steps;                                 // in all, once the first keys are there
 };
 
 // What a thread block computes: a tile of queries, and what it reads.
