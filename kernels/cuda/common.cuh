@@ -253,7 +253,7 @@ constexpr int GATHERED = -2; // the position of octets of tokens that are no nei
 // The octets that queries of a prompt read: at last, of the tokens that none of them sees by its window, those that are kept, eight and eight.
 struct PromptReads : Reads {
     int first_hidden, hidden; // octets of which none sees a token by its window
-    int gathered;             // tokens of them that are kept: the sum of all `part_of_gathered`
+    int gathered;             // tokens of them that are kept, once they are counted
 
     // What the host knows need not be waited for.
     static __device__ __forceinline__ int2 before(const PrefillParams &p, int head) { return p.frontier ? Reads::before(p, head) : make_int2(0, 0); }
@@ -264,15 +264,21 @@ struct PromptReads : Reads {
         oldest += hidden, count -= hidden;
     }
 
-    // Tokens that are kept of hidden octets, as far as one of so many threads counts them: page by page.
-    __device__ __forceinline__ int part_of_gathered(int thread, int threads) const {
+    // Counts the gathered tokens: so many threads together, page by page. `sums`: memory of all, [THREADS / 32]; `meet` waits for all of them.
+    template <int THREADS, typename Meet> __device__ __forceinline__ void count_gathered(int *sums, Meet meet) {
         constexpr int OCTETS = PAGE / OCTET;
+        const int thread = threadIdx.x % THREADS;
         int sum = 0;
-        for (int at = thread * OCTETS; at < hidden; at += threads * OCTETS) {
+        for (int at = thread * OCTETS; at < hidden; at += THREADS * OCTETS) {
             const uint64_t mask = *(const uint64_t *)(masks + first_hidden + at);
             sum += __popcll(hidden - at < OCTETS ? mask & ~(~uint64_t(0) << OCTET * (hidden - at)) : mask);
         }
-        return sum;
+        sum = __reduce_add_sync(~0u, sum);
+        if (thread % 32 == 0) sums[thread / 32] = sum;
+        meet();
+#pragma unroll
+        for (int warp = 0; warp < THREADS / 32; ++warp) gathered += sums[warp];
+        meet();
     }
 
     __device__ __forceinline__ int octets() const { return count + (gathered + OCTET - 1) / OCTET; }
@@ -348,17 +354,6 @@ __device__ __forceinline__ float sum_of_warp(float x) {
 #pragma unroll
     for (int step = 16; step; step /= 2) x += __shfl_xor_sync(~0u, x, step);
     return x;
-}
-
-// The sum of the numbers of a thread block, in every thread, by memory of all: [warps]. All threads meet twice.
-__device__ __forceinline__ int sum_of_block(int x, int *sums) {
-    const int sum = __reduce_add_sync(~0u, x);
-    if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = sum;
-    __syncthreads();
-    int all = 0;
-    for (int warp = 0; warp < blockDim.x / 32; ++warp) all += sums[warp];
-    __syncthreads();
-    return all;
 }
 
 } // namespace

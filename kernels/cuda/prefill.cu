@@ -30,7 +30,8 @@ template <typename T, int D> __device__ void attend(const PrefillParams &p) {
     const int eldest = p.start + first, newest = eldest + queries - 1; // positions of the queries
     const int local_window = p.windows ? p.windows[row_of_list / p.kv_heads] : p.local_window;
     PromptReads reads(p, head, row_of_list, eldest, newest);
-    if (reads.hidden) reads.gathered = sum_of_block(reads.part_of_gathered(threadIdx.x, WARPS * 32), sums_of_warps);
+    const auto meet_all = [] { __syncthreads(); };
+    if (reads.hidden) reads.count_gathered<WARPS * 32>(sums_of_warps, meet_all);
     Gathering<WARPS * 32> gathering;
     const int steps = (reads.octets() + OCTETS - 1) / OCTETS;
     const uint32_t base = shared_address(shared);
@@ -38,10 +39,10 @@ template <typename T, int D> __device__ void attend(const PrefillParams &p) {
     auto fetch = [&](int step, int stage) {
         if (step < steps) {
             const uint32_t to = base + stage * 2 * TILE_BYTES;
-            const int from = reads.gathered_from(step * OCTETS);
-            if (reads.gathered && from > -KEYS) {
-                gathering.note(reads, from, KEYS, places[stage], sums_of_warps, [] { __syncthreads(); });
-                __syncthreads();
+            const int first_gathered = reads.gathered_from(step * OCTETS);
+            if (reads.gathered && first_gathered > -KEYS) {
+                gathering.note(reads, first_gathered, KEYS, places[stage], sums_of_warps, meet_all);
+                meet_all();
             }
             if (warp == 0) {
                 const Octet octet = lane < OCTETS ? reads.octet_by_branches(step * OCTETS + lane) : Octet{0xff, -1};

@@ -122,7 +122,7 @@ struct Sight {
 };
 
 // What is done about keys that not all queries see. Where a token router hides some (KEPT), octets are seen through by a mask for all queries
-// wherever that says it all; elsewhere most octets are seen whole, and looking for a mask, too, costs 4 to 8 % of a prompt's attention.
+// wherever that says it all, and what is kept of hidden ones is gathered; elsewhere most octets are seen whole.
 template <bool KEPT> struct Shared {
     uint64_t keys_there[STAGES], values_there[STAGES], keys_read[STAGES], values_read[STAGES];
     Octet listed[LISTED][OCTETS];
@@ -224,16 +224,12 @@ __device__ __forceinline__ void fetch(const PrefillParams &p, Tile<KEPT> tile, P
             }
         }
     };
+    const auto meet_all = [] { meet(3, GROUP); };
     // How much is gathered is learned while the first keys and values come, but where it is among what is looked up first.
     auto learn = [&]() {
         if constexpr (KEPT) {
             if (tile.reads.hidden) {
-                const int part = __reduce_add_sync(~0u, tile.reads.part_of_gathered(thread, GROUP));
-                if (lane == 0) shared.sums_of_warps[thread / 32] = part;
-                meet(3, GROUP);
-#pragma unroll
-                for (int warp = 0; warp < GROUP / 32; ++warp) tile.reads.gathered += shared.sums_of_warps[warp];
-                meet(3, GROUP);
+                tile.reads.template count_gathered<GROUP>(shared.sums_of_warps, meet_all);
                 tile.steps = (tile.reads.octets() + OCTETS - 1) / OCTETS;
             }
             if (thread == 0) shared.steps = tile.steps;
@@ -250,15 +246,15 @@ __device__ __forceinline__ void fetch(const PrefillParams &p, Tile<KEPT> tile, P
         const int stage = step % STAGES;
         const uint32_t before = (step / STAGES + 1) % 2; // parity of the phase in which this stage was read
         if (step % TOGETHER == 0) {
-            meet(3, GROUP); // the octets of this step and the next ones are noted
+            meet_all(); // the octets of this step and the next ones are noted
             if (leads && step > 0) ahead = look_up(step + TOGETHER);
         }
         if constexpr (KEPT) {
             const int from = tile.reads.gathered_from(step * OCTETS);
             if (tile.reads.gathered && from > -KEYS) {
-                meet(3, GROUP); // nobody reads those of the step before any more
-                gathering.note(tile.reads, from, KEYS, shared.places, shared.sums_of_warps, [] { meet(3, GROUP); });
-                meet(3, GROUP);
+                meet_all(); // nobody reads those of the step before any more
+                gathering.note(tile.reads, from, KEYS, shared.places, shared.sums_of_warps, meet_all);
+                meet_all();
             }
         }
         const int slot = slot_of(step);
