@@ -154,15 +154,13 @@ __device__ __forceinline__ uint32_t ordered(float x) {
     return bits >> 31 ? ~bits : bits | 0x80000000u;
 }
 
-// The lanes of an octet that the query at `t` sees, as bits; see params.h.
+// The lanes of an octet that the query at `t` sees, as bits; see params.h. Without branches, so that several are found at the same time.
 __device__ __forceinline__ uint32_t visible(Octet octet, int t, int sliding_window, int local_window) {
-    const uint32_t mask = octet.row & 0xff;
-    if (octet.position < 0) return mask;
-    // The lanes of positions from `from` on.
-    auto lanes_from = [&](int from) { return from <= octet.position ? 0xffu : from - octet.position >= OCTET ? 0u : 0xffu << (from - octet.position) & 0xffu; };
-    const uint32_t past = 0xffu & ~lanes_from(t + 1);
-    const uint32_t kept = local_window ? mask | lanes_from(t - local_window + 1) : mask;
-    return past & kept & (sliding_window ? lanes_from(t - sliding_window + 1) : 0xffu);
+    // The lanes of positions from `from` on, and bits beyond.
+    auto lanes_from = [&](int from) { return 0xffu << min(max(from - octet.position, 0), OCTET); };
+    const uint32_t mask = octet.row & 0xff, past = ~lanes_from(t + 1), oldest = sliding_window ? lanes_from(t - sliding_window + 1) : ~0u;
+    const uint32_t near = local_window ? lanes_from(t - local_window + 1) & 0xff : 0;
+    return octet.position < 0 ? mask : past & oldest & (mask | near);
 }
 
 // The octets that queries at `eldest` to `newest` read of a head: a list, or all that is visible.
@@ -250,18 +248,21 @@ __device__ __forceinline__ void put_out(const PrefillParams &p, int64_t at, floa
 
 constexpr int GATHERED = -2; // the position of octets of tokens that are no neighbours: each has a place of its own, see Gathering
 
-// The octets that queries of a prompt read: at last, of the tokens that none of them sees by its window, those that are kept, eight and eight.
+// The octets that queries of a prompt read: those that some queries are among, then, from where their windows begin, all others that some query
+// sees by its window, those that are kept for long, at last, of the other tokens that none sees by its window, those that are kept, eight and eight.
 struct PromptReads : Reads {
     int first_hidden, hidden; // octets of which none sees a token by its window
+    int own;                  // octets that come first: with those at the edge of the windows, all that only some queries see
     int gathered;             // tokens of them that are kept, once they are counted
 
     // What the host knows need not be waited for.
     static __device__ __forceinline__ int2 before(const PrefillParams &p, int head) { return p.frontier ? Reads::before(p, head) : make_int2(0, 0); }
 
     __device__ __forceinline__ PromptReads(const PrefillParams &p, int head, int row_of_list, int eldest, int newest)
-        : Reads(p, head, row_of_list, eldest, newest, before(p, head)), first_hidden(oldest), hidden(0), gathered(0) {
+        : Reads(p, head, row_of_list, eldest, newest, before(p, head)), first_hidden(oldest), hidden(0), own(0), gathered(0) {
         if (masks) hidden = max(0, eldest - p.local_window + 1 - oldest * OCTET) / OCTET;
         oldest += hidden, count -= hidden;
+        if (masks) own = newest / OCTET - eldest / OCTET + 1;
     }
 
     // Counts the gathered tokens: so many threads together, page by page. `sums`: memory of all, [THREADS / 32]; `meet` waits for all of them.
@@ -282,15 +283,20 @@ struct PromptReads : Reads {
     }
 
     __device__ __forceinline__ int octets() const { return count + (gathered + OCTET - 1) / OCTET; }
-    __device__ __forceinline__ Octet octet(int index) const { return index < count ? Reads::octet(index) : gathered_octet(index - count); }
+    __device__ __forceinline__ Octet octet(int index) const { return index < count ? Reads::octet(of_all(index)) : gathered_octet(index - count); }
     __device__ __forceinline__ Octet octet_by_branches(int index) const {
-        return index < count ? Reads::octet_by_branches(index) : gathered_octet(index - count);
+        return index < count ? Reads::octet_by_branches(of_all(index)) : gathered_octet(index - count);
     }
 
     // The first gathered token of octets from `index` on; below 0: those before are others.
     __device__ __forceinline__ int gathered_from(int index) const { return (index - count) * OCTET; }
 
   private:
+    __device__ __forceinline__ int of_all(int index) const {
+        const int others = count - own, other = index - own + kept_octets;
+        return index < own ? others + index : other < others ? other : other - others;
+    }
+
     __device__ __forceinline__ Octet gathered_octet(int index) const {
         const int left = gathered - index * OCTET;
         return left > 0 ? Octet{0xff >> max(0, OCTET - left), GATHERED} : Octet{0, -1};

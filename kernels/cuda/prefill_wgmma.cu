@@ -101,41 +101,16 @@ __device__ __forceinline__ void await(uint64_t *barrier, uint32_t parity) {
 __device__ __forceinline__ void meet(int number, int count) { asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(count) : "memory"); }
 __device__ __forceinline__ void pass(int number, int count) { asm volatile("bar.arrive %0, %1;" ::"r"(number), "r"(count) : "memory"); }
 
-// What queries at `eldest` to `newest` see of an octet, said as simply as it can be: `mask` where all see the same lanes of it, else the
-// octet for each to look at (`is_mixed`). What all see by the window is as good as kept, and what none sees by it is kept or not.
-struct Sight {
-    Octet octet;
-    bool is_mixed;
-
-    __device__ __forceinline__ Sight(Octet seen, int eldest, int newest, int sliding_window, int local_window) : octet(seen), is_mixed(false) {
-        if (octet.position < 0) return;
-        const int last = octet.position + OCTET - 1;
-        if (local_window && octet.position > newest - local_window) octet.row |= 0xff;
-        else if (local_window && !sliding_window && last <= eldest - local_window) {
-            octet.position = -1;
-            return;
-        }
-        is_mixed = (octet.row & 0xff) != 0xff || last > eldest || sliding_window && octet.position <= newest - sliding_window;
-    }
-
-    __device__ __forceinline__ uint32_t mask() const { return is_mixed ? 0xff : octet.row & 0xff; }
-};
-
-// What is done about keys that not all queries see. Where a token router hides some (KEPT), octets are seen through by a mask for all queries
-// wherever that says it all, and what is kept of hidden ones is gathered; elsewhere most octets are seen whole.
+// Where a token router hides some tokens (KEPT), what is kept of those that no query sees by its window is gathered.
 template <bool KEPT> struct Shared {
     uint64_t keys_there[STAGES], values_there[STAGES], keys_read[STAGES], values_read[STAGES];
     Octet listed[LISTED][OCTETS];
-    uint32_t partly[LISTED]; // octets of a step that not every query sees whole
+    uint32_t partly[LISTED]; // octets of a step that not every query sees whole, from bit 0 on
 };
-template <> struct Shared<true> {
-    uint64_t keys_there[STAGES], values_there[STAGES], keys_read[STAGES], values_read[STAGES];
-    Octet listed[LISTED][OCTETS];
-    alignas(16) uint8_t masks[LISTED][OCTETS]; // lanes that queries see
-    uint32_t partly[LISTED];                   // octets of a step of which not every query sees the same, then those with masks
-    uint32_t places[KEYS];                     // slots of a step's gathered tokens
-    int sums_of_warps[2 * GROUP / 32];         // of those who look for them
-    int steps;                                 // in all, once the first keys are there
+template <> struct Shared<true> : Shared<false> {
+    uint32_t places[KEYS];             // slots of a step's gathered tokens
+    int sums_of_warps[2 * GROUP / 32]; // of those who look for them
+    int steps;                         // in all, once the first keys are there
 };
 
 // What a thread block computes: a tile of queries, and what it reads.
@@ -148,6 +123,20 @@ template <bool KEPT> struct Tile {
         : first(p.firsts ? p.firsts[tile] : tile * p.tile), queries((p.firsts ? p.firsts[tile + 1] : min(first + p.tile, p.tokens)) - first),
           eldest(p.start + first), newest(eldest + queries - 1), reads(p, head, (p.lists ? p.lists[tile] : tile) * p.kv_heads + head, eldest, newest),
           steps((reads.octets() + OCTETS - 1) / OCTETS), local_window(p.windows ? p.windows[p.lists ? p.lists[tile] : tile] : p.local_window) {}
+
+    // An octet as the queries see it: what all see by the window is as good as kept, and what none sees by it is kept or not.
+    __device__ __forceinline__ Octet simplified(Octet octet, int sliding_window) const {
+        if (!KEPT || octet.position < 0 || !local_window) return octet;
+        if (octet.position > newest - local_window) octet.row |= 0xff;
+        else if (!sliding_window && octet.position + OCTET - 1 <= eldest - local_window) octet.position = -1;
+        return octet;
+    }
+
+    // Whether some query does not see an octet whole.
+    __device__ __forceinline__ bool is_partial(Octet octet, int sliding_window) const {
+        const bool by_position = octet.position + OCTET - 1 > eldest || sliding_window && octet.position <= newest - sliding_window;
+        return (octet.row & 0xff) != 0xff || octet.position >= 0 && by_position;
+    }
 };
 
 // Where queries, then all stages of keys, then of values lie.
@@ -176,20 +165,9 @@ __device__ __forceinline__ void fetch(const PrefillParams &p, Tile<KEPT> tile, P
     };
     auto note = [&](int step, Octet octet) {
         const int listed = (step + thread / OCTETS) % LISTED, place = thread % OCTETS;
-        bool is_mixed, is_masked = false;
-        if constexpr (KEPT) {
-            const Sight sight(octet, tile.eldest, tile.newest, p.sliding_window, tile.local_window);
-            is_mixed = sight.is_mixed, octet = sight.octet, is_masked = sight.mask() != 0xff;
-            shared.masks[listed][place] = sight.mask();
-        } else {
-            is_mixed = (octet.row & 0xff) != 0xff || octet.position >= 0 && (octet.position + OCTET - 1 > tile.eldest ||
-                p.sliding_window && octet.position <= tile.newest - p.sliding_window);
-        }
+        octet = tile.simplified(octet, p.sliding_window);
         shared.listed[listed][place] = octet;
-        // Those of a step, from bit 0 on.
-        const auto of_step = [&](bool is) { return __ballot_sync(~0u, is) >> threadIdx.x % 32 & (1 << OCTETS) - 1; };
-        uint32_t partly = of_step(is_mixed);
-        if constexpr (KEPT) partly |= of_step(is_masked) << OCTETS;
+        const uint32_t partly = __ballot_sync(~0u, tile.is_partial(octet, p.sliding_window)) >> threadIdx.x % 32 & (1 << OCTETS) - 1;
         if (place == 0) shared.partly[listed] = partly;
     };
     // The slot of the thread's row of a step. What no query sees stays out: it may be anything, and no number hides it.
@@ -235,6 +213,7 @@ __device__ __forceinline__ void fetch(const PrefillParams &p, Tile<KEPT> tile, P
             if (thread == 0) shared.steps = tile.steps;
         }
     };
+    wait_for_last();
     const bool learns_first = tile.steps <= LISTED;
     if (learns_first) learn();
     note(0, look_up(0));
@@ -297,39 +276,30 @@ __device__ __forceinline__ void compute(const PrefillParams &p, const Tile<KEPT>
         }
         commit();
     };
-    // Takes out what this thread's rows do not see.
-    auto hide = [&](int step, uint32_t partly) {
-        if constexpr (KEPT) {
-            // The mask of all queries, from this thread's columns on.
-            if (partly >> OCTETS) {
-                const uint4 masks = *(const uint4 *)shared.masks[step % LISTED];
-                const bool second_half = HALVES && group == 1;
-                const uint32_t words[4] = {second_half ? masks.z : masks.x, second_half ? masks.w : masks.y, masks.z, masks.w};
+    // Takes out what this thread's rows do not see. The four threads of a row look at a quarter of its octets each.
+    auto hide = [&](int step) {
+        constexpr int SHARE = OWN / OCTET / 4;
+        uint32_t seen[2] = {};
 #pragma unroll
-                for (int n = 0; n < OWN / 8; ++n) {
-                    const uint32_t bits = words[n / 4] >> 2 * (lane % 4) >> 8 * (n % 4);
-                    if (!(bits & 1)) c[n][0] = c[n][2] = -INFINITY;
-                    if (!(bits & 2)) c[n][1] = c[n][3] = -INFINITY;
-                }
-            }
+        for (int i = 0; i < SHARE; ++i) {
+            const Octet octet = shared.listed[step % LISTED][first_octet + lane % 4 * SHARE + i];
+#pragma unroll
+            for (int r = 0; r < 2; ++r) seen[r] |= visible(octet, position[r], p.sliding_window, tile.local_window) << OCTET * i;
         }
-        const uint32_t some = partly >> first_octet & (1 << OWN / 8) - 1;
 #pragma unroll
-        for (int n = 0; n < OWN / 8; ++n) {
-            if (!(some >> n & 1)) continue;
-            const Octet octet = shared.listed[step % LISTED][first_octet + n];
+        for (int n = 0; n < OWN / OCTET; ++n) {
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
-                const uint32_t bits = visible(octet, position[r], p.sliding_window, tile.local_window) >> 2 * (lane % 4);
+                const uint32_t bits = __shfl_sync(~0u, seen[r], n / SHARE, 4) >> 2 * (lane % 4) >> OCTET * (n % SHARE);
                 if (!(bits & 1)) c[n][2 * r] = -INFINITY;
                 if (!(bits & 2)) c[n][2 * r + 1] = -INFINITY;
             }
         }
     };
     // Scores to weights, with the maximum and the weight of each row so far.
-    auto soften = [&](int step, uint32_t partly) {
+    auto soften = [&](int step, bool is_partial) {
         // Of most steps all is seen: one branch leads around what is long, and by octets would not stay in the cache of instructions.
-        if (__builtin_expect(partly != 0, 0)) hide(step, partly);
+        if (__builtin_expect(is_partial, 0)) hide(step);
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             float best = -INFINITY;
@@ -358,6 +328,7 @@ __device__ __forceinline__ void compute(const PrefillParams &p, const Tile<KEPT>
             weights[n][2] = pack<T>(c[2 * n + 1][0], c[2 * n + 1][1]), weights[n][3] = pack<T>(c[2 * n + 1][2], c[2 * n + 1][3]);
         }
     };
+    auto is_partial = [&](int step) { return (shared.partly[step % LISTED] >> first_octet & (1 << OWN / OCTET) - 1) != 0; };
     auto weigh = [&](int step) {
         const uint32_t values = places.values(step) + own_keys;
 #pragma unroll
@@ -366,6 +337,7 @@ __device__ __forceinline__ void compute(const PrefillParams &p, const Tile<KEPT>
     };
     auto parity = [&](int step) { return uint32_t(step / STAGES % 2); };
     // The queries, while the first keys are looked up; rows that are none are zeros.
+    wait_for_last();
     {
         constexpr int CHUNKS = D / 8, COPIERS = HALVES ? 2 * GROUP : GROUP;
         const int thread = threadIdx.x % COPIERS, chunk = thread % CHUNKS, first = HALVES ? 0 : group * 64;
@@ -388,11 +360,11 @@ __device__ __forceinline__ void compute(const PrefillParams &p, const Tile<KEPT>
     begin();
     score(0);
     pass(2 - group, 2 * GROUP);
-    const uint32_t partly = shared.partly[0];
+    const bool is_first_partial = is_partial(0);
     wait<0>();
     pin(c);
     if (lane == 0) arrive(shared.keys_read);
-    soften(0, partly);
+    soften(0, is_first_partial);
     round();
     for (int step = 0; step < steps - 1; ++step) {
         const int next = step + 1;
@@ -405,11 +377,11 @@ __device__ __forceinline__ void compute(const PrefillParams &p, const Tile<KEPT>
         score(next);
         weigh(step);
         pass(2 - group, 2 * GROUP);
-        const uint32_t partly = shared.partly[next % LISTED];
+        const bool is_next_partial = is_partial(next);
         wait<1>();
         pin(c);
         if (lane == 0) arrive(shared.keys_read + next % STAGES);
-        soften(next, partly);
+        soften(next, is_next_partial);
         wait<0>();
         pin(sums);
         if (lane == 0) arrive(shared.values_read + step % STAGES);
@@ -474,9 +446,10 @@ template <typename T, int D, bool HALVES, bool KEPT> __device__ __forceinline__ 
     extern __shared__ unsigned char unaligned[];
     __shared__ Shared<KEPT> shared;
     const uint32_t before = shared_address(unaligned), aligned = (before + 1023) & ~1023u;
-    follow();
+    let_next_begin();
+    if (p.octets) wait_for_last(); // what is listed
     const Turn turn(p);
-    const Tile<KEPT> tile(p, turn.tile, turn.head);
+    const Tile<KEPT> tile(p, turn.tile, turn.head); // by tables that were there before the last kernel
     if (threadIdx.x == 0) {
         for (int stage = 0; stage < STAGES; ++stage) {
             prepare(shared.keys_there + stage, GROUP + 1), prepare(shared.values_there + stage, GROUP);
