@@ -308,8 +308,8 @@ struct DecideParams {
 struct StoreProjectedParams {
     StoreParams store;
     ProjectedParams gate;
-    int gates;             // thread blocks of the gate: the first ones, of 256 threads: one for each octet of positions, or, without a second
-                           // layer, for 256 positions from the first octet on
+    int gates;             // thread blocks of the gate, of 256 threads: the first ones, one for each octet of positions, or, without a second
+                           // layer, for 256 positions from the first octet on. They store afterwards
 };
 
 // A step's keys and values, and a gate's verdict on its tokens.

@@ -452,13 +452,15 @@ extern "C" __global__ void __launch_bounds__(256) widen_bytes(const WidenParams 
         if ((int)blockIdx.x < p.gates) cache::gate<T, 1>(p.gate);                                                                          \
         else cache::store<S>(p.store, blockIdx.x - p.gates, gridDim.x - p.gates);                                                          \
     }
-// As many at once as there would be of a kernel that only stores: what a gate of two layers lacks registers for is not much.
+// As many at once as there would be of a kernel that only stores: what a gate of two layers lacks registers for is not much. Those that decide store
+// too, afterwards, and are the last ones of all in that: some of these have a row less.
 #define STORE_PROJECTED(NAME, S, LAYERS, DECIDE)                                                                                           \
     extern "C" __global__ void __launch_bounds__(256, std::is_same_v<S, Bytes> ? 6 : 8)                                                     \
         store_step_##NAME##_projected_##LAYERS(const StoreProjectedParams p) {                                                             \
         follow();                                                                                                                          \
-        if ((int)blockIdx.x < p.gates) cache::DECIDE(p.gate, blockIdx.x);                                                                  \
-        else cache::store<S>(p.store, blockIdx.x - p.gates, gridDim.x - p.gates);                                                          \
+        const bool decides = (int)blockIdx.x < p.gates;                                                                                    \
+        if (decides) cache::DECIDE(p.gate, blockIdx.x);                                                                                    \
+        cache::store<S>(p.store, blockIdx.x + (decides ? gridDim.x : 0) - p.gates, gridDim.x);                                             \
     }
 #define ROWS(NAME, S)                                                                                                                      \
     extern "C" __global__ void store_step_##NAME(const StoreParams p) {                                                                    \

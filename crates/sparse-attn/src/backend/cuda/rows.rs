@@ -156,31 +156,30 @@ fn launch_store(params: StoreParams, step: Step, store: &LayerStore, verdict: Op
         ..params
     };
     let (kernels, names) = (Kernels::of(pages.device())?, StoreKernels::of(store.k())?);
-    // No more than are there at once, those of a gate among them: some that begin late are what all wait for.
-    let blocks = |threads: usize, gates: usize| {
+    // No more than are there at once: some that begin late are what all wait for.
+    let blocks = |threads: usize| {
         let rows = step.len * (params.q_heads + 2 * params.kv_heads) as usize;
-        let most = STORING * STORED / threads * kernels.multiprocessors();
-        rows.div_ceil(threads / 32).min(most.saturating_sub(gates).max(most / 2))
+        rows.div_ceil(threads / 32).min(STORING * STORED / threads * kernels.multiprocessors())
     };
     // A gate is done meanwhile, but for those of many heads.
     if let Some((gate, gates)) = verdict.map(gate::of_projected).transpose()?.flatten() {
         let name = names.projected[usize::from(gate.weight != 0)];
         let params = StoreProjectedParams { store: params, gate, gates: gates as i32 };
-        let spread = Spread::new([gates + blocks(STORED, gates), 1, 1], STORED);
+        let spread = Spread::new([blocks(STORED).max(gates), 1, 1], STORED);
         // SAFETY: as below, and the tensors of the gate have the shapes of its parameters.
         return unsafe { kernels.launch_following(name, spread, &params) };
     }
     let gate = verdict.map(gate::Layer::of_verdict).transpose()?.flatten().filter(|gate| gate.grid[1] == 1);
     if let Some(gate) = gate {
         let (gates, name) = (gate.grid[0], names.gate[usize::from(gate.is_rounded)]);
+        let most = STORING * STORED / gate::THREADS * kernels.multiprocessors();
+        let stores = blocks(gate::THREADS).min(most.saturating_sub(gates).max(most / 2));
         let params = StoreGatedParams { store: params, gate: gate.params, gates: gates as i32 };
         // SAFETY: as below, and the tensors of the gate have the shapes of its parameters.
-        return unsafe {
-            kernels.launch_following(name, Spread::new([gates + blocks(gate::THREADS, gates), 1, 1], gate::THREADS), &params)
-        };
+        return unsafe { kernels.launch_following(name, Spread::new([gates + stores, 1, 1], gate::THREADS), &params) };
     }
     // SAFETY: the table has a page for each position of the step; what the kernel reads lives until the stream frees it.
-    unsafe { kernels.launch_following(names.alone, Spread::new([blocks(STORED, 0), 1, 1], STORED), &params) }?;
+    unsafe { kernels.launch_following(names.alone, Spread::new([blocks(STORED), 1, 1], STORED), &params) }?;
     verdict.map_or(Ok(()), gate::note_verdicts)
 }
 
