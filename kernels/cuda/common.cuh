@@ -270,6 +270,7 @@ struct PromptReads : Reads {
         constexpr int OCTETS = PAGE / OCTET;
         const int thread = threadIdx.x % THREADS;
         int sum = 0;
+#pragma unroll 1 // few have more than one, and code comes from afar when it is first executed
         for (int at = thread * OCTETS; at < hidden; at += THREADS * OCTETS) {
             const uint64_t mask = *(const uint64_t *)(masks + first_hidden + at);
             sum += __popcll(hidden - at < OCTETS ? mask & ~(~uint64_t(0) << OCTET * (hidden - at)) : mask);

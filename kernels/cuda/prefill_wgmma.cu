@@ -17,7 +17,7 @@ namespace prefill_wgmma {
 constexpr int ROWS = 128, KEYS = 128, OCTETS = KEYS / OCTET, GROUP = 128, THREADS = 3 * GROUP, STAGES = 3;
 
 // Steps whose octets are known at a time, and those that are looked up together.
-constexpr int LISTED = 8, TOGETHER = LISTED / 2;
+constexpr int KNOWN = 8, TOGETHER = KNOWN / 2;
 
 // Bytes between the columns 0..63 of a tile and the next 64: a row is 128 bytes, 16 at a time swizzled by the row.
 constexpr int PANEL = KEYS * 128;
@@ -101,22 +101,26 @@ __device__ __forceinline__ void await(uint64_t *barrier, uint32_t parity) {
 __device__ __forceinline__ void meet(int number, int count) { asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(count) : "memory"); }
 __device__ __forceinline__ void pass(int number, int count) { asm volatile("bar.arrive %0, %1;" ::"r"(number), "r"(count) : "memory"); }
 
-// Where a token router hides some tokens (KEPT), what is kept of those that no query sees by its window is gathered.
-template <bool KEPT> struct Shared {
+// What is read: all that queries see, PLAIN where nothing is hidden from them but what comes later, KEPT where a token router hides tokens and what is
+// kept of those that no query sees by its window is gathered; or what is LISTED. Each has a kernel of its own, with less code than one for all:
+// code comes from afar when it is first executed, some 5 cycles for each instruction.
+enum Kind { PLAIN, KEPT, LISTED };
+
+template <Kind KIND> struct Shared {
     uint64_t keys_there[STAGES], values_there[STAGES], keys_read[STAGES], values_read[STAGES];
-    Octet listed[LISTED][OCTETS];
-    uint32_t partly[LISTED]; // octets of a step that not every query sees whole, from bit 0 on
+    Octet listed[KNOWN][OCTETS];
+    uint32_t partly[KNOWN]; // octets of a step that not every query sees whole, from bit 0 on
 };
-template <> struct Shared<true> : Shared<false> {
+template <> struct Shared<KEPT> : Shared<PLAIN> {
     uint32_t places[KEYS];             // slots of a step's gathered tokens
     int sums_of_warps[2 * GROUP / 32]; // of those who look for them
     int steps;                         // in all, once the first keys are there
 };
 
 // What a thread block computes: a tile of queries, and what it reads.
-template <bool KEPT> struct Tile {
+template <Kind KIND> struct Tile {
     int first, queries, eldest, newest; // of the step; and positions
-    std::conditional_t<KEPT, PromptReads, Reads> reads;
+    std::conditional_t<KIND == KEPT, PromptReads, Reads> reads;
     int steps, local_window;
 
     __device__ __forceinline__ Tile(const PrefillParams &p, int tile, int head)
@@ -126,7 +130,7 @@ template <bool KEPT> struct Tile {
 
     // An octet as the queries see it: what all see by the window is as good as kept, and what none sees by it is kept or not.
     __device__ __forceinline__ Octet simplified(Octet octet, int sliding_window) const {
-        if (!KEPT || octet.position < 0 || !local_window) return octet;
+        if (KIND == PLAIN || octet.position < 0 || !local_window) return octet;
         if (octet.position > newest - local_window) octet.row |= 0xff;
         else if (!sliding_window && octet.position + OCTET - 1 <= eldest - local_window) octet.position = -1;
         return octet;
@@ -154,17 +158,17 @@ __device__ __forceinline__ void publish() { asm volatile("fence.proxy.async.shar
 
 // Copies keys and values: the work of one warpgroup, which all others wait for if it takes long. So what row a thread brings is found once a step,
 // by one thread for all that copy it, and nobody waits here for what comes.
-template <typename T, int D, bool KEPT>
-__device__ __forceinline__ void fetch(const PrefillParams &p, Tile<KEPT> tile, Places<D> places, Shared<KEPT> &shared, int head) {
+template <typename T, int D, Kind KIND>
+__device__ __forceinline__ void fetch(const PrefillParams &p, Tile<KIND> tile, Places<D> places, Shared<KIND> &shared) {
     constexpr int CHUNKS = D / 8, ROWS_AT_ONCE = 32 / CHUNKS; // chunks of 16 bytes; rows of a warp
     const int thread = threadIdx.x % GROUP, lane = thread % 32, chunk = thread % CHUNKS;
     // Octets of some steps are looked up together, one for each thread, well before they are copied: whole warps.
     auto look_up = [&](int step) {
         const int index = step * OCTETS + thread;
-        return KEPT ? tile.reads.octet(index) : tile.reads.octet_by_branches(index);
+        return KIND == KEPT ? tile.reads.octet(index) : tile.reads.octet_by_branches(index);
     };
     auto note = [&](int step, Octet octet) {
-        const int listed = (step + thread / OCTETS) % LISTED, place = thread % OCTETS;
+        const int listed = (step + thread / OCTETS) % KNOWN, place = thread % OCTETS;
         octet = tile.simplified(octet, p.sliding_window);
         shared.listed[listed][place] = octet;
         const uint32_t partly = __ballot_sync(~0u, tile.is_partial(octet, p.sliding_window)) >> threadIdx.x % 32 & (1 << OCTETS) - 1;
@@ -172,40 +176,30 @@ __device__ __forceinline__ void fetch(const PrefillParams &p, Tile<KEPT> tile, P
     };
     // The slot of the thread's row of a step. What no query sees stays out: it may be anything, and no number hides it.
     auto slot_of = [&](int step) {
-        const Octet octet = shared.listed[step % LISTED][thread / OCTET];
+        const Octet octet = shared.listed[step % KNOWN][thread / OCTET];
         const int own = thread % OCTET;
         if (!(octet.position < 0 ? octet.row >> own & 1 : octet.position + own <= tile.newest)) return -1;
-        if constexpr (KEPT) {
+        if constexpr (KIND == KEPT) {
             if (octet.position == GATHERED) return (int)shared.places[thread];
         }
         return (octet.row >> 8) * OCTET + own;
     };
-    // A warp copies the rows of its threads, so many under way together. Keys and values share their slots, where there are registers for that.
+    // A warp copies the rows of its threads: keys and values of the same slots.
     constexpr int COPIES = 32 / ROWS_AT_ONCE;
-    constexpr bool HOLDS = !KEPT || D == 64;
-    constexpr int BATCH = HOLDS ? COPIES : 8;
-    int slots[BATCH];
-    auto share = [&](int slot, int first) {
-#pragma unroll
-        for (int i = 0; i < BATCH; ++i) slots[i] = __shfl_sync(~0u, slot, (first + i) * ROWS_AT_ONCE + lane / CHUNKS);
-    };
+    int slots[COPIES];
     const uint32_t own_place = place(0, thread - lane + lane / CHUNKS, chunk);
-    auto copy = [&](const void *pool, int slot, uint32_t tile) {
+    auto copy = [&](const void *pool, uint32_t tile) {
         const char *from = (const char *)pool + chunk * 16;
 #pragma unroll
-        for (int first = 0; first < COPIES; first += BATCH) {
-            if (!HOLDS) share(slot, first);
-#pragma unroll
-            for (int i = 0; i < BATCH; ++i) {
-                const int row = (first + i) * ROWS_AT_ONCE;
-                copy_async((tile + own_place ^ row % 8 * 16) + row * 128, from + (uint64_t)max(slots[i], 0) * (D * sizeof(T)), slots[i] >= 0);
-            }
+        for (int i = 0; i < COPIES; ++i) {
+            const int row = i * ROWS_AT_ONCE;
+            copy_async((tile + own_place ^ row % 8 * 16) + row * 128, from + (uint64_t)max(slots[i], 0) * (D * sizeof(T)), slots[i] >= 0);
         }
     };
     const auto meet_all = [] { meet(3, GROUP); };
     // How much is gathered is learned while the first keys and values come, but where it is among what is looked up first.
     auto learn = [&]() {
-        if constexpr (KEPT) {
+        if constexpr (KIND == KEPT) {
             if (tile.reads.hidden) {
                 tile.reads.template count_gathered<GROUP>(shared.sums_of_warps, meet_all);
                 tile.steps = (tile.reads.octets() + OCTETS - 1) / OCTETS;
@@ -214,21 +208,18 @@ __device__ __forceinline__ void fetch(const PrefillParams &p, Tile<KEPT> tile, P
         }
     };
     wait_for_last();
-    const bool learns_first = tile.steps <= LISTED;
+    const bool learns_first = tile.steps <= KNOWN;
     if (learns_first) learn();
     note(0, look_up(0));
-    static_assert(LISTED * OCTETS == GROUP);
+    static_assert(KNOWN * OCTETS == GROUP);
     const bool leads = thread < TOGETHER * OCTETS;
     Octet ahead{};
     Gathering<GROUP> gathering;
     for (int step = 0; step < tile.steps; ++step) {
         const int stage = step % STAGES;
         const uint32_t before = (step / STAGES + 1) % 2; // parity of the phase in which this stage was read
-        if (step % TOGETHER == 0) {
-            meet_all(); // the octets of this step and the next ones are noted
-            if (leads && step > 0) ahead = look_up(step + TOGETHER);
-        }
-        if constexpr (KEPT) {
+        if (step % TOGETHER == 0) meet_all(); // the octets of this step and the next ones are noted
+        if constexpr (KIND == KEPT) {
             const int from = tile.reads.gathered_from(step * OCTETS);
             if (tile.reads.gathered && from > -KEYS) {
                 meet_all(); // nobody reads those of the step before any more
@@ -237,15 +228,17 @@ __device__ __forceinline__ void fetch(const PrefillParams &p, Tile<KEPT> tile, P
             }
         }
         const int slot = slot_of(step);
-        if (HOLDS) share(slot, 0);
+#pragma unroll
+        for (int i = 0; i < COPIES; ++i) slots[i] = __shfl_sync(~0u, slot, i * ROWS_AT_ONCE + lane / CHUNKS);
         if (step >= STAGES) await(shared.keys_read + stage, before);
-        copy(p.k, slot, places.keys(step));
+        copy(p.k, places.keys(step));
         if (step == 0 && !learns_first) learn();
         arrive_with_copies(shared.keys_there + stage);
         if (thread == 0) arrive(shared.keys_there + stage); // with what is noted
         if (step >= STAGES) await(shared.values_read + stage, before);
-        copy(p.v, slot, places.values(step));
+        copy(p.v, places.values(step));
         arrive_with_copies(shared.values_there + stage);
+        if (leads && step % TOGETHER == 0 && step > 0) ahead = look_up(step + TOGETHER);
         // Where those of steps are that were read: of this stage the values were, three steps ago.
         static_assert(TOGETHER > STAGES);
         if (leads && step % TOGETHER == TOGETHER - 1 && step > TOGETHER) note(step + 1, ahead);
@@ -254,14 +247,19 @@ __device__ __forceinline__ void fetch(const PrefillParams &p, Tile<KEPT> tile, P
 }
 
 // Rows of scores and of sums: a thread has those of lane / 4 of its warp's 16, and of 8 more.
-template <typename T, int D, bool HALVES, bool KEPT>
-__device__ __forceinline__ void compute(const PrefillParams &p, const Tile<KEPT> &tile, Places<D> places, Shared<KEPT> &shared, float *handed, int head) {
+template <typename T, int D, bool HALVES, Kind KIND>
+__device__ __forceinline__ void compute(const PrefillParams &p, const Tile<KIND> &tile, Places<D> places, Shared<KIND> &shared, float *handed, int head) {
     constexpr int OWN = HALVES ? KEYS / 2 : KEYS; // keys of a step that a warpgroup takes
     const int group = threadIdx.x / GROUP, warp = threadIdx.x / 32, lane = threadIdx.x % 32, G = p.group_size;
     const int first_row = (HALVES ? warp % 4 : warp) * 16 + lane / 4, first_octet = HALVES ? group * (OWN / OCTET) : 0;
+    // The query of a row, exactly for so few rows, and by less code than a division.
+    const float inverse = __fdividef(1.f, G);
+    const auto query_of = [&](int row) { return int((row + 0.5f) * inverse); };
+    // Where a row is among those of the step, [tokens, q_heads].
+    const auto row_of = [&](int query, int row) { return int64_t(((tile.first + query) * p.kv_heads + head - query) * G + row); };
     int position[2]; // of the row's query; of rows that are none, before all keys
 #pragma unroll
-    for (int r = 0; r < 2; ++r) position[r] = first_row + 8 * r < tile.queries * G ? tile.eldest + (first_row + 8 * r) / G : -1;
+    for (int r = 0; r < 2; ++r) position[r] = first_row + 8 * r < tile.queries * G ? tile.eldest + query_of(first_row + 8 * r) : -1;
     float sums[D / 8][4] = {}, c[OWN / 8][4];
     float maximum[2] = {-INFINITY, -INFINITY}, weight[2] = {0.f, 0.f}, factor[2];
     const float scale = p.scale * LOG2_E;
@@ -282,7 +280,7 @@ __device__ __forceinline__ void compute(const PrefillParams &p, const Tile<KEPT>
         uint32_t seen[2] = {};
 #pragma unroll
         for (int i = 0; i < SHARE; ++i) {
-            const Octet octet = shared.listed[step % LISTED][first_octet + lane % 4 * SHARE + i];
+            const Octet octet = shared.listed[step % KNOWN][first_octet + lane % 4 * SHARE + i];
 #pragma unroll
             for (int r = 0; r < 2; ++r) seen[r] |= visible(octet, position[r], p.sliding_window, tile.local_window) << OCTET * i;
         }
@@ -328,7 +326,7 @@ __device__ __forceinline__ void compute(const PrefillParams &p, const Tile<KEPT>
             weights[n][2] = pack<T>(c[2 * n + 1][0], c[2 * n + 1][1]), weights[n][3] = pack<T>(c[2 * n + 1][2], c[2 * n + 1][3]);
         }
     };
-    auto is_partial = [&](int step) { return (shared.partly[step % LISTED] >> first_octet & (1 << OWN / OCTET) - 1) != 0; };
+    auto is_partial = [&](int step) { return (shared.partly[step % KNOWN] >> first_octet & (1 << OWN / OCTET) - 1) != 0; };
     auto weigh = [&](int step) {
         const uint32_t values = places.values(step) + own_keys;
 #pragma unroll
@@ -341,10 +339,10 @@ __device__ __forceinline__ void compute(const PrefillParams &p, const Tile<KEPT>
     {
         constexpr int CHUNKS = D / 8, COPIERS = HALVES ? 2 * GROUP : GROUP;
         const int thread = threadIdx.x % COPIERS, chunk = thread % CHUNKS, first = HALVES ? 0 : group * 64;
-#pragma unroll 4
+#pragma unroll 1
         for (int row = first + thread / CHUNKS; row < first + 64; row += COPIERS / CHUNKS) {
             const bool is_row = row < tile.queries * G;
-            const int64_t at = is_row ? ((int64_t)(tile.first + row / G) * p.kv_heads * G + head * G + row % G) * D + chunk * 8 : 0;
+            const int64_t at = is_row ? row_of(query_of(row), row) * D + chunk * 8 : 0;
             copy_async(place(places.queries, row, chunk), (const T *)p.q + at, is_row);
         }
         asm volatile("cp.async.wait_all;" ::: "memory");
@@ -355,7 +353,7 @@ __device__ __forceinline__ void compute(const PrefillParams &p, const Tile<KEPT>
     await(shared.keys_there, 0);
     publish();
     int steps = tile.steps;
-    if constexpr (KEPT) steps = shared.steps; // what is gathered, too
+    if constexpr (KIND == KEPT) steps = shared.steps; // what is gathered, too
     meet(1 + group, 2 * GROUP);
     begin();
     score(0);
@@ -432,9 +430,8 @@ __device__ __forceinline__ void compute(const PrefillParams &p, const Tile<KEPT>
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
         if (position[r] < 0) continue;
-        const int row = first_row + 8 * r;
-        const int64_t to = ((int64_t)(tile.first + row / G) * p.kv_heads * G + head * G + row % G) * D + 2 * (lane % 4);
-        const float by = 1.f / weight[r];
+        const int64_t to = row_of(position[r] - tile.eldest, first_row + 8 * r) * D + 2 * (lane % 4);
+        const float by = __fdividef(1.f, weight[r]);
 #pragma unroll
         for (int d = 0; d < D / 8; ++d) put_out(p, to + 8 * d, sums[d][2 * r] * by, sums[d][2 * r + 1] * by);
     }
@@ -442,14 +439,16 @@ __device__ __forceinline__ void compute(const PrefillParams &p, const Tile<KEPT>
 
 // grid (tiles, kv_heads), or by turns (kv_heads, tiles), THREADS. A row is a query and a head of the group: query * group_size + head; at most ROWS, or 64 by HALVES.
 // Shared memory: (1 + 2 * STAGES) tiles, and 1024 bytes to align them.
-template <typename T, int D, bool HALVES, bool KEPT> __device__ __forceinline__ void attend(const PrefillParams &p) {
+template <typename T, int D, bool HALVES, Kind KIND> __device__ __forceinline__ void attend(PrefillParams p) {
+    if (KIND == PLAIN) p.kept = Kept{}, p.local_window = 0;
+    if (KIND != LISTED) p.octets = nullptr, p.counts = p.firsts = p.lists = p.windows = nullptr;
     extern __shared__ unsigned char unaligned[];
-    __shared__ Shared<KEPT> shared;
+    __shared__ Shared<KIND> shared;
     const uint32_t before = shared_address(unaligned), aligned = (before + 1023) & ~1023u;
     let_next_begin();
-    if (p.octets) wait_for_last(); // what is listed
+    if (KIND == LISTED) wait_for_last(); // for the lists
     const Turn turn(p);
-    const Tile<KEPT> tile(p, turn.tile, turn.head); // by tables that were there before the last kernel
+    const Tile<KIND> tile(p, turn.tile, turn.head); // by tables that were there before the last kernel
     if (threadIdx.x == 0) {
         for (int stage = 0; stage < STAGES; ++stage) {
             prepare(shared.keys_there + stage, GROUP + 1), prepare(shared.values_there + stage, GROUP);
@@ -459,25 +458,27 @@ template <typename T, int D, bool HALVES, bool KEPT> __device__ __forceinline__ 
     __syncthreads();
     // A thread has 168 registers at first; what one warpgroup gives up is as much as the others take.
     if (threadIdx.x >= 2 * GROUP) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 88;");
-        fetch<T, D, KEPT>(p, tile, Places<D>{aligned}, shared, turn.head);
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 104;");
+        fetch<T, D, KIND>(p, tile, Places<D>{aligned}, shared);
     } else {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 208;");
-        compute<T, D, HALVES, KEPT>(p, tile, Places<D>{aligned}, shared, reinterpret_cast<float *>(unaligned + (aligned - before)), turn.head);
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 200;");
+        compute<T, D, HALVES, KIND>(p, tile, Places<D>{aligned}, shared, reinterpret_cast<float *>(unaligned + (aligned - before)), turn.head);
     }
 }
 
 } // namespace prefill_wgmma
 
-#define ATTEND_AS(NAME, T, D, HALVES, KEPT)                                                                                          \
+#define ATTEND_AS(NAME, T, D, HALVES, KIND)                                                                                          \
     extern "C" __global__ void __launch_bounds__(prefill_wgmma::THREADS, 1) attend_prefill_wgmma_##NAME##_##D(const PrefillParams p) { \
-        prefill_wgmma::attend<T, D, HALVES, KEPT>(p);                                                                                  \
+        prefill_wgmma::attend<T, D, HALVES, prefill_wgmma::KIND>(p);                                                                   \
     }
-#define ATTEND(NAME, T, D)                                                                                                          \
-    ATTEND_AS(NAME, T, D, false, false)                                                                                              \
-    ATTEND_AS(halves_##NAME, T, D, true, false)                                                                                      \
-    ATTEND_AS(kept_##NAME, T, D, false, true)                                                                                        \
-    ATTEND_AS(halves_kept_##NAME, T, D, true, true)
+#define ATTEND(NAME, T, D)                              \
+    ATTEND_AS(NAME, T, D, false, PLAIN)                 \
+    ATTEND_AS(halves_##NAME, T, D, true, PLAIN)         \
+    ATTEND_AS(kept_##NAME, T, D, false, KEPT)           \
+    ATTEND_AS(halves_kept_##NAME, T, D, true, KEPT)     \
+    ATTEND_AS(listed_##NAME, T, D, false, LISTED)       \
+    ATTEND_AS(halves_listed_##NAME, T, D, true, LISTED)
 ATTEND(f16, half, 64) ATTEND(f16, half, 128)
 ATTEND(bf16, __nv_bfloat16, 64) ATTEND(bf16, __nv_bfloat16, 128)
 #undef ATTEND

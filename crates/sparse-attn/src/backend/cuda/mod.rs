@@ -136,7 +136,7 @@ impl Cuda {
             local_window: if hides { store.local_window().unwrap_or(0) as i32 } else { 0 },
             scale,
         };
-        let (name, threads, shared_bytes) = self.prefill_kernel(store, tile * shape.group_size(), hides);
+        let (name, threads, shared_bytes) = self.prefill_kernel(store, tile * shape.group_size(), lists.is_some(), hides);
         let grid = if by_turns { [shape.kv_heads(), tiles, 1] } else { [tiles, shape.kv_heads(), 1] };
         let spread = Spread { grid, threads, shared_bytes };
         // SAFETY: the tensors are of these shapes, and live until the stream frees them after the kernel.
@@ -167,12 +167,17 @@ impl Cuda {
         self.has_wgmma && shape.head_dim() <= 128
     }
 
-    /// The kernel for tiles of up to `rows` rows, by masks where something is hidden, its threads, and the shared memory that it takes.
-    fn prefill_kernel(&self, store: &LayerStore, rows: usize, hides: bool) -> (String, usize, usize) {
+    /// The kernel for tiles of up to `rows` rows, by lists or where a token router hides something, its threads, and the shared memory that it takes.
+    fn prefill_kernel(&self, store: &LayerStore, rows: usize, is_listed: bool, hides: bool) -> (String, usize, usize) {
         let head_dim = store.shape().head_dim();
-        let (halves, kept) = (if 2 * rows <= ROWS { "_halves" } else { "" }, if hides { "_kept" } else { "" });
+        let halves = if 2 * rows <= ROWS { "_halves" } else { "" };
+        let kind = match (is_listed, hides) {
+            (true, _) => "_listed",
+            (false, true) => "_kept",
+            (false, false) => "",
+        };
         if self.goes_by_warpgroups(store.shape()) {
-            let name = format!("attend_prefill_wgmma{halves}{kept}_{}_{head_dim}", queries_of(store).name());
+            let name = format!("attend_prefill_wgmma{halves}{kind}_{}_{head_dim}", queries_of(store).name());
             // The queries, three stages of keys and of values, in tiles of 128 rows; and room to align them.
             return (name, 384, 7 * ROWS * head_dim * size_of::<u16>() + 1024);
         }
