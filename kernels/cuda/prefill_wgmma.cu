@@ -440,15 +440,18 @@ __device__ __forceinline__ void compute(const PrefillParams &p, const Tile<KIND>
 // grid (tiles, kv_heads), or by turns (kv_heads, tiles), THREADS. A row is a query and a head of the group: query * group_size + head; at most ROWS, or 64 by HALVES.
 // Shared memory: (1 + 2 * STAGES) tiles, and 1024 bytes to align them.
 template <typename T, int D, bool HALVES, Kind KIND> __device__ __forceinline__ void attend(PrefillParams p) {
+    // What a kind is without needs no code.
     if (KIND == PLAIN) p.kept = Kept{}, p.local_window = 0;
     if (KIND != LISTED) p.octets = nullptr, p.counts = p.firsts = p.lists = p.windows = nullptr;
     extern __shared__ unsigned char unaligned[];
     __shared__ Shared<KIND> shared;
     const uint32_t before = shared_address(unaligned), aligned = (before + 1023) & ~1023u;
     let_next_begin();
-    if (KIND == LISTED) wait_for_last(); // for the lists
+    // Tables of pages and of kept tokens are copied to the device, or written by kernels that let none begin before they are done: they are there, and
+    // looking at them overlaps with the last kernel. Lists may be what it makes.
+    if (KIND == LISTED) wait_for_last();
     const Turn turn(p);
-    const Tile<KIND> tile(p, turn.tile, turn.head); // by tables that were there before the last kernel
+    const Tile<KIND> tile(p, turn.tile, turn.head);
     if (threadIdx.x == 0) {
         for (int stage = 0; stage < STAGES; ++stage) {
             prepare(shared.keys_there + stage, GROUP + 1), prepare(shared.values_there + stage, GROUP);
