@@ -253,7 +253,7 @@ constexpr int GATHERED = -2; // the position of octets of tokens that are no nei
 struct PromptReads : Reads {
     int first_hidden, hidden; // octets of which none sees a token by its window
     int own;                  // octets that come first: with those at the edge of the windows, all that only some queries see
-    int gathered;             // tokens of them that are kept, once they are counted
+    int gathered;             // tokens of the hidden octets that are kept, once they are counted
 
     // What the host knows need not be waited for.
     static __device__ __forceinline__ int2 before(const PrefillParams &p, int head) { return p.frontier ? Reads::before(p, head) : make_int2(0, 0); }

@@ -157,9 +157,10 @@ fn launch_store(params: StoreParams, step: Step, store: &LayerStore, verdict: Op
     };
     let (kernels, names) = (Kernels::of(pages.device())?, StoreKernels::of(store.k())?);
     // No more than are there at once: some that begin late are what all wait for.
+    let most = |threads: usize| STORING * STORED / threads * kernels.multiprocessors();
     let blocks = |threads: usize| {
         let rows = step.len * (params.q_heads + 2 * params.kv_heads) as usize;
-        rows.div_ceil(threads / 32).min(STORING * STORED / threads * kernels.multiprocessors())
+        rows.div_ceil(threads / 32).min(most(threads))
     };
     // A gate is done meanwhile, but for those of many heads.
     if let Some((gate, gates)) = verdict.map(gate::of_projected).transpose()?.flatten() {
@@ -172,7 +173,7 @@ fn launch_store(params: StoreParams, step: Step, store: &LayerStore, verdict: Op
     let gate = verdict.map(gate::Layer::of_verdict).transpose()?.flatten().filter(|gate| gate.grid[1] == 1);
     if let Some(gate) = gate {
         let (gates, name) = (gate.grid[0], names.gate[usize::from(gate.is_rounded)]);
-        let most = STORING * STORED / gate::THREADS * kernels.multiprocessors();
+        let most = most(gate::THREADS);
         let stores = blocks(gate::THREADS).min(most.saturating_sub(gates).max(most / 2));
         let params = StoreGatedParams { store: params, gate: gate.params, gates: gates as i32 };
         // SAFETY: as below, and the tensors of the gate have the shapes of its parameters.
