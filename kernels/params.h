@@ -272,7 +272,7 @@ struct GateParams {
 
 // Verdicts of a gate whose first layer was multiplied beside other matrices.
 struct ProjectedParams {
-    const float *sums;     // [tokens, 2 rows], tokens so many numbers apart: with weights in bf16, then with what those lose by that
+    const float *sums;     // [tokens, rows], tokens so many numbers apart
     const float *bias;     // [rows]
     const float *weight;   // [kv_heads, rows]: a layer on GELU of the first one, by erf; null: it is the last one, a row for each head
     const float *last_bias; // [kv_heads]

@@ -341,7 +341,7 @@ __device__ __forceinline__ void decide_at_once(const ProjectedParams &p, int ind
     const float *sums = p.sums + (int64_t)(is_there ? token : 0) * p.apart;
 #pragma unroll 4
     for (int head = 0; head < p.kv_heads; ++head) {
-        const float score = sums[head] + sums[p.rows + head] + p.bias[head];
+        const float score = sums[head] + p.bias[head];
         const uint32_t bits = __ballot_sync(~0u, is_there && (t < p.sinks || score >= p.tau));
         if (lane % OCTET == 0 && t < p.start + p.tokens) note_octet(p, head, t / OCTET, bits >> lane & 0xff);
     }
@@ -354,7 +354,7 @@ __device__ __forceinline__ void decide_by_warps(const ProjectedParams &p, int in
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, octet = p.start / OCTET + index, t = octet * OCTET + warp, token = t - p.start;
     const bool is_there = token >= 0 && token < p.tokens;
     const float *sums = p.sums + (int64_t)(is_there ? token : 0) * p.apart;
-    const auto first = [&](int row) { return sums[row] + sums[p.rows + row] + p.bias[row]; };
+    const auto first = [&](int row) { return sums[row] + p.bias[row]; };
     float x[HELD] = {};
     activate(x, p.rows, first);
     for (int from = 0; from < p.kv_heads; from += HEADS) {

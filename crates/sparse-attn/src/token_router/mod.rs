@@ -71,7 +71,7 @@ pub enum Scores {
 /// What came of [`TokenRouter::projection`], and what is to become of it.
 #[derive(Debug, Clone)]
 pub struct Projected {
-    /// `[tokens, 2 rows]`: sums of products with weights in bf16, then with what those lose by that.
+    /// `[tokens, rows]`: sums of products with weights in bf16.
     pub sums: Tensor,
     /// `[rows]`
     pub bias: Tensor,
@@ -88,9 +88,7 @@ impl Projected {
 
     /// `[tokens, kv_heads]`
     fn made(&self) -> Result<Tensor> {
-        let rows = self.bias.dims1()?;
-        let part = |first| self.sums.narrow(1, first, rows);
-        let first = (part(0)? + part(rows)?)?.broadcast_add(&self.bias)?;
+        let first = self.sums.broadcast_add(&self.bias)?;
         match &self.last {
             Some((weight, bias)) => first.gelu_erf()?.matmul(&weight.t()?)?.broadcast_add(bias),
             None => Ok(first),

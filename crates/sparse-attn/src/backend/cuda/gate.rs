@@ -128,7 +128,7 @@ pub(super) fn of_projected(verdict: Verdict<'_>) -> Result<Option<(ProjectedPara
     let (places, step, rows) = (verdict.places()?, verdict.step, bias.dims1()?);
     let kv_heads = last.as_ref().map_or(rows, |(_, bias)| bias.elem_count());
     let is_odd = last.as_ref().is_some_and(|(weight, _)| weight.dims() != [kv_heads, rows]);
-    if sums.dims() != [step.len, 2 * rows] || is_odd {
+    if sums.dims() != [step.len, rows] || is_odd {
         bail!(
             "gate: products {:?} of {} tokens for a layer of {rows}, then one {:?}",
             sums.dims(),
@@ -174,7 +174,7 @@ pub(crate) fn decide(
     let ((count, rows), kv_heads) = (stack.bias.dims2()?, stack.kv_heads()?);
     let apart = stack.projection.dim(1)?;
     let (layers_there, tokens, columns) = sums.dims3()?;
-    let is_odd = [layers_there, columns] != [count, apart] || first + step.len > tokens || 2 * rows > apart;
+    let is_odd = [layers_there, columns] != [count, apart] || first + step.len > tokens || rows > apart;
     if is_odd || sums.dtype() != DType::F32 {
         let (dims, end) = (sums.dims(), first + step.len);
         bail!("gate: products {dims:?} {:?}, for the tokens {first}..{end} of {count} layers of {rows} rows", sums.dtype());

@@ -3,7 +3,8 @@ use crate::backend::cuda;
 use crate::token_router::{Projected, Scores};
 use candle_core::{DType, Device, Result, Tensor, bail};
 
-/// One or two layers on the attention input: what `train-router` makes. f32, on the host, or all on the model's GPU.
+/// One or two layers on the attention input: what `train-router` makes. f32, on the host, or all on the model's GPU, where the weights of the first
+/// one are rounded to bf16, as the input is that they are multiplied with.
 #[derive(Debug, Clone)]
 pub struct Feedforward {
     /// `[width, hidden_size]` and `[width]`, of the hidden layer where there is one.
@@ -51,22 +52,32 @@ impl Feedforward {
         Scores::Projected(Projected { sums: sums.clone(), bias: bias.clone(), last })
     }
 
-    /// The weights of the first layer in bf16, and what they lose by that, `[2 rows, hidden_size]`.
+    /// The weights of the first layer in bf16, `[rows, hidden_size]`.
     pub(super) fn projection(&self) -> Result<Tensor> {
-        let weight = self.hidden.as_ref().map_or(&self.weight, |(weight, _)| weight).to_dtype(DType::F32)?;
-        let high = weight.to_dtype(DType::BF16)?;
-        let low = (weight - high.to_dtype(DType::F32)?)?.to_dtype(DType::BF16)?;
-        Tensor::cat(&[high, low], 0)
+        self.hidden.as_ref().map_or(&self.weight, |(weight, _)| weight).to_dtype(DType::BF16)
     }
 
-    /// The same, computed on `device`.
+    /// The same with those weights.
+    ///
+    /// # Errors
+    /// If memory runs out.
+    pub fn rounded(&self) -> Result<Self> {
+        let first = self.projection()?.to_dtype(DType::F32)?;
+        Ok(match &self.hidden {
+            Some((_, bias)) => Self { hidden: Some((first, bias.clone())), ..self.clone() },
+            None => Self { weight: first, ..self.clone() },
+        })
+    }
+
+    /// The same, computed on `device`, a GPU.
     ///
     /// # Errors
     /// If it has no memory for it.
     pub fn to_device(&self, device: &Device) -> Result<Self> {
         let of = |tensor: &Tensor| tensor.to_dtype(DType::F32)?.contiguous()?.to_device(device);
-        let hidden = self.hidden.as_ref().map(|(weight, bias)| Ok::<_, candle_core::Error>((of(weight)?, of(bias)?)));
-        Ok(Self { hidden: hidden.transpose()?, weight: of(&self.weight)?, bias: of(&self.bias)? })
+        let Self { hidden, weight, bias } = self.rounded()?;
+        let hidden = hidden.map(|(weight, bias)| Ok::<_, candle_core::Error>((of(&weight)?, of(&bias)?)));
+        Ok(Self { hidden: hidden.transpose()?, weight: of(&weight)?, bias: of(&bias)? })
     }
 
     /// `[kv_heads, hidden_size]`

@@ -9,7 +9,7 @@ const WHOLE: usize = 8;
 pub struct GateStack {
     /// The decoder layers that they are of, ascending.
     pub layers: Vec<usize>,
-    /// What a layer's input is multiplied with: the weights of the gate's first layer in bf16, what those lose by that, and zeros,
+    /// What a layer's input is multiplied with: the weights of the gate's first layer in bf16, and zeros,
     /// `[layers, rows, hidden_size]`.
     pub projection: Tensor,
     /// `[layers, width]`
