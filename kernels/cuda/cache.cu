@@ -55,10 +55,13 @@ template <typename S, int N> __device__ __forceinline__ void store_row(const Sto
     for (int i = 0; i < N; ++i) store_at<S>(pool, scales, slot, HEAD_DIM, lane + 32 * i, std::is_same_v<S, Bytes> && kind == KEY ? hadamard(x[i]) : x[i]);
 }
 
-// Rows one after the other, as a token has them: a warp takes one at a time, of so many thread blocks.
-template <typename S> __device__ __forceinline__ void store(const StoreParams &p, int block, int blocks) {
-    const int warps = blocks * blockDim.x / 32, heads = p.q_heads + 2 * p.kv_heads;
-    for (int row = (block * blockDim.x + threadIdx.x) / 32; row < p.tokens * heads; row += warps) {
+// Rows one after the other, as a token has them: a warp takes one at a time, of so many thread blocks. The first `late` ones, which had something else
+// to do, begin when each of the others has had a row.
+template <typename S> __device__ __forceinline__ void store(const StoreParams &p, int block, int blocks, int late) {
+    const int of_block = blockDim.x / 32, all = blocks * of_block, early = (blocks - late) * of_block, heads = p.q_heads + 2 * p.kv_heads;
+    const int warp = (block - late) * of_block + (int)threadIdx.x / 32; // below 0: of a late one, the last of all in each round
+    const bool is_late = warp < 0;
+    for (int row = is_late ? early + warp + all : warp, step = is_late ? all : early; row < p.tokens * heads; row += step, step = all) {
         const int token = row / heads, of_all = row % heads;
         const Row kind = of_all < p.q_heads ? QUERY : of_all < p.q_heads + p.kv_heads ? KEY : VALUE;
         const int head = of_all - (kind == QUERY ? 0 : kind == KEY ? p.q_heads : p.q_heads + p.kv_heads);
@@ -450,7 +453,7 @@ extern "C" __global__ void __launch_bounds__(256) widen_bytes(const WidenParams 
     extern "C" __global__ void __launch_bounds__(cache::GATE_WARPS * 32) store_step_##NAME##_gate_##GATE(const StoreGatedParams p) {       \
         follow();                                                                                                                          \
         if ((int)blockIdx.x < p.gates) cache::gate<T, 1>(p.gate);                                                                          \
-        else cache::store<S>(p.store, blockIdx.x - p.gates, gridDim.x - p.gates);                                                          \
+        else cache::store<S>(p.store, blockIdx.x - p.gates, gridDim.x - p.gates, 0);                                                          \
     }
 // As many at once as there would be of a kernel that only stores: what a gate of two layers lacks registers for is not much. Those that decide store
 // too, afterwards, and are the last ones of all in that: some of these have a row less.
@@ -458,14 +461,13 @@ extern "C" __global__ void __launch_bounds__(256) widen_bytes(const WidenParams 
     extern "C" __global__ void __launch_bounds__(256, std::is_same_v<S, Bytes> ? 6 : 8)                                                     \
         store_step_##NAME##_projected_##LAYERS(const StoreProjectedParams p) {                                                             \
         follow();                                                                                                                          \
-        const bool decides = (int)blockIdx.x < p.gates;                                                                                    \
-        if (decides) cache::DECIDE(p.gate, blockIdx.x);                                                                                    \
-        cache::store<S>(p.store, blockIdx.x + (decides ? gridDim.x : 0) - p.gates, gridDim.x);                                             \
+        if ((int)blockIdx.x < p.gates) cache::DECIDE(p.gate, blockIdx.x);                                                                   \
+        cache::store<S>(p.store, blockIdx.x, gridDim.x, p.gates);                                                                          \
     }
 #define ROWS(NAME, S)                                                                                                                      \
     extern "C" __global__ void store_step_##NAME(const StoreParams p) {                                                                    \
         follow();                                                                                                                          \
-        cache::store<S>(p, blockIdx.x, gridDim.x);                                                                                         \
+        cache::store<S>(p, blockIdx.x, gridDim.x, 0);                                                                                         \
     }                                                                                                                                      \
     STORE_GATED(NAME, S, f32, float)                                                                                                       \
     STORE_GATED(NAME, S, bf16, __nv_bfloat16)                                                                                              \
