@@ -49,6 +49,7 @@ struct DecodeParams {
     int group_size;       // query heads of a key/value head
     int sliding_window;   // 0: none
     int local_window;     // 0: none
+    int hides_from;       // the first position of whose query a token router hides tokens
     float scale;
 };
 
@@ -61,7 +62,7 @@ struct PrefillParams {
     Kept kept;
     const Octet *octets;  // [lists, kv_heads, max_octets], ascending; null: all that is visible, by `pages` and `kept`
     const int *counts;    // [lists, kv_heads] octets of the lists
-    const int *firsts;    // [tiles + 1] first query of each tile; null: tiles of `tile` queries from the first one
+    const int *firsts;    // [tiles + 1] first query of each tile; null: tiles of `tile` queries from the first one, and from the first that does not see all
     const int *lists;     // [tiles] number of each tile's list; null: its own
     const int *windows;   // [lists] local windows; null: local_window
     void *out;            // [tokens, q_heads, head_dim] f32, or bf16 if it is rounded
@@ -75,6 +76,8 @@ struct PrefillParams {
     int group_size;
     int sliding_window;
     int local_window;
+    int dense;            // queries that see all, of those that are not listed: the first ones
+    int dense_tiles;      // and their tiles
     int is_rounded;
     int by_turns;         // thread blocks are those of all heads by turns, not head by head
     float scale;

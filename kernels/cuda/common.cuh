@@ -163,6 +163,28 @@ __device__ __forceinline__ uint32_t visible(Octet octet, int t, int sliding_wind
     return octet.position < 0 ? mask : past & oldest & (mask | near);
 }
 
+// The queries of a tile of a prompt: numbers of the step.
+struct TileQueries {
+    int first, count;
+
+    __device__ __forceinline__ TileQueries(const PrefillParams &p, int tile) {
+        if (p.firsts) {
+            first = p.firsts[tile], count = p.firsts[tile + 1] - first;
+            return;
+        }
+        const bool sees_all = p.dense_tiles && tile < p.dense_tiles;
+        first = sees_all ? tile * p.tile : p.dense + (tile - p.dense_tiles) * p.tile;
+        count = min(p.tile, (sees_all ? p.dense : p.tokens) - first);
+    }
+
+    // Positions of the first and the last one.
+    __device__ __forceinline__ int eldest(const PrefillParams &p) const { return p.start + first; }
+    __device__ __forceinline__ int newest(const PrefillParams &p) const { return p.start + first + count - 1; }
+
+    // Whether a token router hides tokens from some: before one leaves the window all are seen.
+    __device__ __forceinline__ bool miss_some(const PrefillParams &p) const { return first >= p.dense && newest(p) >= p.local_window; }
+};
+
 // The octets that queries at `eldest` to `newest` read of a head: a list, or all that is visible.
 struct Reads {
     const Octet *list;
@@ -171,14 +193,14 @@ struct Reads {
     int kept, kept_octets; // tokens before the recent ones
     int oldest, count;     // first recent octet; all octets
 
-    // By the tokens that are kept before the recent ones, see `before`.
-    template <typename Params> __device__ __forceinline__ Reads(const Params &p, int head, int row_of_list, int eldest, int newest, int2 before) {
+    // By the tokens that are kept before the recent ones, see `before`; `hides`: whether a token router hides tokens from the queries.
+    template <typename Params>
+    __device__ __forceinline__ Reads(const Params &p, int head, int row_of_list, int eldest, int newest, bool hides, int2 before) {
         list = p.octets ? p.octets + (int64_t)row_of_list * p.max_octets : nullptr;
         pages = p.pages + (int64_t)head * p.max_pages;
         kept_pages = nullptr, masks = nullptr, kept = kept_octets = 0;
         oldest = p.sliding_window ? max(0, eldest - p.sliding_window + 1) / OCTET : 0;
-        // Before a token leaves the window all are seen.
-        if (!list && p.kept.masks && newest >= p.local_window) {
+        if (!list && p.kept.masks && hides) {
             kept_pages = p.kept.pages + (int64_t)head * p.kept.max_pages;
             masks = p.kept.masks + (int64_t)head * p.max_pages * (PAGE / OCTET);
             oldest = before.x / OCTET, kept = before.y, kept_octets = (kept + OCTET - 1) / OCTET;
@@ -186,9 +208,9 @@ struct Reads {
         count = list ? p.counts[row_of_list] : kept_octets + newest / OCTET + 1 - oldest;
     }
 
-    // Of a prompt from which nothing is hidden.
-    __device__ __forceinline__ Reads(const PrefillParams &p, int head, int row_of_list, int eldest, int newest)
-        : Reads(p, head, row_of_list, eldest, newest, make_int2(0, 0)) {}
+    // Of a prompt's queries from which nothing is hidden, or what is listed.
+    __device__ __forceinline__ Reads(const PrefillParams &p, int head, int row_of_list, TileQueries of)
+        : Reads(p, head, row_of_list, of.eldest(p), of.newest(p), false, make_int2(0, 0)) {}
 
     // The first recent position, and the tokens of a head that are kept before it: where a token router decides, and nothing is listed.
     template <typename Params> static __device__ __forceinline__ int2 before(const Params &p, int head) {
@@ -258,11 +280,11 @@ struct PromptReads : Reads {
     // What the host knows need not be waited for.
     static __device__ __forceinline__ int2 before(const PrefillParams &p, int head) { return p.frontier ? Reads::before(p, head) : make_int2(0, 0); }
 
-    __device__ __forceinline__ PromptReads(const PrefillParams &p, int head, int row_of_list, int eldest, int newest)
-        : Reads(p, head, row_of_list, eldest, newest, before(p, head)), first_hidden(oldest), hidden(0), own(0), gathered(0) {
-        if (masks) hidden = max(0, eldest - p.local_window + 1 - oldest * OCTET) / OCTET;
+    __device__ __forceinline__ PromptReads(const PrefillParams &p, int head, int row_of_list, TileQueries of)
+        : Reads(p, head, row_of_list, of.eldest(p), of.newest(p), of.miss_some(p), before(p, head)), first_hidden(oldest), hidden(0), own(0), gathered(0) {
+        if (masks) hidden = max(0, of.eldest(p) - p.local_window + 1 - oldest * OCTET) / OCTET;
         oldest += hidden, count -= hidden;
-        if (masks) own = newest / OCTET - eldest / OCTET + 1;
+        if (masks) own = of.newest(p) / OCTET - of.eldest(p) / OCTET + 1;
     }
 
     // Counts the gathered tokens: so many threads together, page by page. `sums`: memory of all, [THREADS / 32]; `meet` waits for all of them.

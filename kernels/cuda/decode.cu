@@ -65,7 +65,8 @@ template <typename S, int D> __device__ void attend(const DecodeParams &p) {
     const int t = *p.position;
     // The kernel before makes the list; or it writes the newest token, and all others are there already.
     if (p.octets) follow();
-    const Reads reads(p, head, head, t, t, t >= p.local_window ? Reads::before(p, head) : make_int2(0, 0));
+    const bool hides = t >= p.hides_from;
+    const Reads reads(p, head, head, t, t, hides, hides ? Reads::before(p, head) : make_int2(0, 0));
     const int tiles = (reads.count + 1) / 2;
     // There is room for two thread blocks on each processor. Of up to LONG tiles one is faster: there is less to merge. Bytes have more to compute.
     const int most = IS_BYTES || tiles >= LONG ? gridDim.x : max(1, (int)gridDim.x / 2);

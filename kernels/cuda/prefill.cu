@@ -24,12 +24,12 @@ template <typename T, int D> __device__ void attend(const PrefillParams &p) {
     const Turn turn(p);
     const int tile = turn.tile, head = turn.head, warp = threadIdx.x / 32, lane = threadIdx.x % 32, G = p.group_size;
     follow();
-    const int first = p.firsts ? p.firsts[tile] : tile * p.tile;
-    const int queries = (p.firsts ? p.firsts[tile + 1] : min(first + p.tile, p.tokens)) - first;
+    const TileQueries of_tile(p, tile);
+    const int first = of_tile.first, queries = of_tile.count;
     const int row_of_list = (p.lists ? p.lists[tile] : tile) * p.kv_heads + head;
-    const int eldest = p.start + first, newest = eldest + queries - 1; // positions of the queries
+    const int eldest = of_tile.eldest(p), newest = of_tile.newest(p);
     const int local_window = p.windows ? p.windows[row_of_list / p.kv_heads] : p.local_window;
-    PromptReads reads(p, head, row_of_list, eldest, newest);
+    PromptReads reads(p, head, row_of_list, of_tile);
     const auto meet_all = [] { __syncthreads(); };
     if (reads.hidden) reads.count_gathered<WARPS * 32>(sums_of_warps, meet_all);
     Gathering<WARPS * 32> gathering;

@@ -123,9 +123,11 @@ template <Kind KIND> struct Tile {
     std::conditional_t<KIND == KEPT, PromptReads, Reads> reads;
     int steps, local_window;
 
-    __device__ __forceinline__ Tile(const PrefillParams &p, int tile, int head)
-        : first(p.firsts ? p.firsts[tile] : tile * p.tile), queries((p.firsts ? p.firsts[tile + 1] : min(first + p.tile, p.tokens)) - first),
-          eldest(p.start + first), newest(eldest + queries - 1), reads(p, head, (p.lists ? p.lists[tile] : tile) * p.kv_heads + head, eldest, newest),
+    __device__ __forceinline__ Tile(const PrefillParams &p, int tile, int head) : Tile(p, TileQueries(p, tile), tile, head) {}
+
+    __device__ __forceinline__ Tile(const PrefillParams &p, TileQueries of, int tile, int head)
+        : first(of.first), queries(of.count), eldest(of.eldest(p)), newest(of.newest(p)),
+          reads(p, head, (p.lists ? p.lists[tile] : tile) * p.kv_heads + head, of),
           steps((reads.octets() + OCTETS - 1) / OCTETS), local_window(p.windows ? p.windows[p.lists ? p.lists[tile] : tile] : p.local_window) {}
 
     // An octet as the queries see it: what all see by the window is as good as kept, and what none sees by it is kept or not.
@@ -441,6 +443,7 @@ __device__ __forceinline__ void compute(const PrefillParams &p, const Tile<KIND>
 // Shared memory: (1 + 2 * STAGES) tiles, and 1024 bytes to align them.
 template <typename T, int D, bool HALVES, Kind KIND> __device__ __forceinline__ void attend(PrefillParams p) {
     // What a kind is without needs no code.
+    if (KIND != KEPT) p.dense = p.dense_tiles = 0;
     if (KIND == PLAIN) p.kept = Kept{}, p.local_window = 0;
     if (KIND != LISTED) p.octets = nullptr, p.counts = p.firsts = p.lists = p.windows = nullptr;
     extern __shared__ unsigned char unaligned[];

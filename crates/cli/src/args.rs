@@ -240,6 +240,9 @@ pub(crate) struct AttentionArgs {
     /// trained for, else --window]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1 << 28))]
     pub(crate) token_window: Option<u32>,
+    /// Below this many tokens no query misses what the token router drops [default: on a GPU 2048: shorter contexts gain no speed by it there; else 0]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(..=1 << 28))]
+    pub(crate) token_min_ctx: Option<u32>,
     /// First tokens, which no token router drops [default: 4]
     #[arg(long, value_name = "N")]
     pub(crate) sinks: Option<u32>,

@@ -174,6 +174,7 @@ impl Checkpoint {
             selection_tokens: self.attention.selection_bytes()
                 / (routing::dtypes(args).bytes(self.config().heads.head_dim()) * self.config().heads.kv_heads()),
             tile: self.attention.preferred_tile(self.config().heads.group_size()),
+            token_dense_len: self.attention.preferred_token_dense_len(),
             fingerprint: &|| self.weights.fingerprint(),
         };
         let mut routing = routing::resolve(args, &known)?;

@@ -105,6 +105,8 @@ pub(crate) struct Known<'a> {
     pub(crate) selection_tokens: usize,
     /// Queries that share a selection, where no flag says otherwise.
     pub(crate) tile: usize,
+    /// The length from which hiding tokens from queries saves time, where no flag says otherwise.
+    pub(crate) token_dense_len: usize,
     /// Names the weights, so that a router trained on others is refused.
     pub(crate) fingerprint: &'a dyn Fn() -> candle_core::Result<String>,
 }
@@ -156,7 +158,8 @@ pub(crate) fn resolve(args: &AttentionArgs, known: &Known<'_>) -> Result<Routing
     let limits = Limits { window, sinks, block_size, budget, dense_len, tile: args.tile.map_or(known.tile, |tile| tile as usize) };
     let dense_layers = args.dense_layers.map_or(defaults.dense_layers, |n| n as usize);
     let layer_budgets = args.layer_budgets.clone().unwrap_or_else(|| defaults.layer_budgets.clone());
-    Ok(Routing { token_router, block_router, limits, token_window, dense_layers, layer_budgets })
+    let token_dense_len = args.token_min_ctx.map_or(known.token_dense_len, |tokens| tokens as usize);
+    Ok(Routing { token_router, block_router, limits, token_window, token_dense_len, dense_layers, layer_budgets })
 }
 
 /// The newest tokens that no router drops; `trained`: as far as the router that is used learnt to leave them alone.
@@ -248,7 +251,9 @@ pub(crate) fn describe(attention: &RoutedAttention) -> String {
     }
     if token_router.kept_fraction() < 1.0 {
         let keeps = 100.0 * token_router.kept_fraction();
-        parts.push(format!("{} keeps about {keeps:.0} % beyond {} tokens", token_router.name(), routing.token_window()));
+        let (window, dense_len) = (routing.token_window(), routing.token_dense_len());
+        let once = if dense_len > window { format!(" once there are {dense_len}") } else { String::new() };
+        parts.push(format!("{} keeps about {keeps:.0} % beyond {window} tokens{once}", token_router.name()));
     }
     parts.join(" · ")
 }
@@ -281,6 +286,7 @@ pub(crate) fn document(attention: &RoutedAttention) -> Value {
     if is_routed(attention) {
         document["window"] = limits.window.into();
         document["token_window"] = routing.token_window().into();
+        document["token_min_ctx"] = routing.token_dense_len().into();
         document["sinks"] = limits.sinks.into();
         document["kept_fraction"] = token_router.kept_fraction().into();
     }

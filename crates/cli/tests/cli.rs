@@ -771,6 +771,11 @@ fn a_router_that_was_trained_here_is_used_here_and_nowhere_else() {
     assert_eq!((&narrow["attn"]["window"], &narrow["attn"]["token_window"]), (&32.into(), &64.into()));
     assert!(narrow["memory"]["kv_bytes"].as_u64() < half["memory"]["kv_bytes"].as_u64(), "{narrow}");
     assert!(some["memory"]["kv_bytes"].as_u64() < half["memory"]["kv_bytes"].as_u64(), "{some}");
+    // Short contexts are dense, up to a length that follows from the device, or this one; of as many tokens as a text has.
+    assert_eq!(half["attn"]["token_min_ctx"], 0);
+    let short = generate(&["--token-min-ctx", "1001"]);
+    assert_eq!(short["attn"]["token_min_ctx"], 1000, "of whole tiles");
+    assert!(short["memory"]["kv_bytes"].as_u64() > half["memory"]["kv_bytes"].as_u64(), "{short}");
     // A system message is never dropped.
     let system = (0..60).map(|i| format!("rule{i}")).collect::<Vec<_>>().join(" ");
     let kept = case.json(&["generate", "hi", "--greedy", "-n", "1", "--token-router", &router, "--system", &system]);

@@ -223,7 +223,9 @@ fn a_recorded_step_follows_a_token_router() -> Result<()> {
             let of = |device: &Device| -> Result<(Arc<dyn model::CausalLm>, RoutedAttention)> {
                 let model = model::load(&Weights::open(dir.path(), device, quantize)?)?;
                 let gate = Arc::new(gate(model.config().hidden_size, device)?);
-                let routing = Routing { token_router: gate, ..routing(dense_len) };
+                // Without blocks to select, short contexts are dense: until the middle of what is generated.
+                let token_dense_len = if dense_len == usize::MAX { 256 } else { 0 };
+                let routing = Routing { token_router: gate, token_dense_len, ..routing(dense_len) };
                 Ok((model, RoutedAttention::new(routing, for_device(device)?)?))
             };
             let (model, attention) = of(&device)?;
@@ -285,12 +287,12 @@ fn a_prompt_that_fits_the_window_is_decided_on_as_one_that_leaves_it() -> Result
     let Some(device) = gpu() else { return Ok(()) };
     let dir = tempfile::tempdir()?;
     write_checkpoint(dir.path(), "qwen2")?;
-    for (is_deep, dense_len) in [(false, usize::MAX), (true, usize::MAX), (false, 200)] {
+    for (is_deep, dense_len, token_dense_len) in [(false, usize::MAX, 0), (true, usize::MAX, 144), (false, 200, 0)] {
         let weights = Weights::open(dir.path(), &device, Some(GgmlDType::Q8_0))?;
         let gate = alike(weights.config().hidden_size, is_deep, &device)?;
         assert_eq!(gate.stacks().len(), 1);
         let plain = routing(dense_len);
-        let routing = Routing { token_router: Arc::new(gate), limits: Limits { window: 128, ..plain.limits }, ..plain };
+        let routing = Routing { token_router: Arc::new(gate), limits: Limits { window: 128, ..plain.limits }, token_dense_len, ..plain };
         let prompt = |count: usize, chunk: usize| -> Result<Session> {
             let mut session = session(dir.path(), &device, Some(GgmlDType::Q8_0), routing.clone())?;
             session.prefill(&ids(count), chunk, |_, _| ControlFlow::Continue(()))?;
@@ -348,10 +350,11 @@ fn verdicts_on_generated_tokens_are_those_of_the_same_prompt() -> Result<()> {
         let open = Gate::new(vec![gate(hidden_size, &Device::Cpu)?.layers()[0].clone(), GateLayer::Open], 0.0, 0.5)?.to_device(&device)?;
         assert_eq!([&deep, &mixed, &open].map(|gate| gate.stacks().len()), [1, 2, 1]);
         // Windows and blocks that leave room for 32 tokens to wait, and for one.
-        for (gate, window, dense_len) in [(deep, 64, usize::MAX), (mixed, 64, 200), (open, 64, 200), (gate(hidden_size, &device)?, 17, 150)]
+        for (gate, window, dense_len, token_dense_len) in
+            [(deep, 64, usize::MAX, 128), (mixed, 64, 200, 0), (open, 64, 200, 96), (gate(hidden_size, &device)?, 17, 150, 0)]
         {
             let plain = routing(dense_len);
-            let routing = Routing { token_router: Arc::new(gate), limits: Limits { window, ..plain.limits }, ..plain };
+            let routing = Routing { token_router: Arc::new(gate), limits: Limits { window, ..plain.limits }, token_dense_len, ..plain };
             let start = || session(dir.path(), &device, Some(GgmlDType::Q8_0), routing.clone());
             let mut sampler = Sampler::new(SamplerOptions::greedy())?;
             let mut go_on = |session: &mut Session, count: usize| -> Result<Vec<u32>> {

@@ -73,6 +73,9 @@ pub struct Routing {
     /// The newest tokens that stay in memory whatever the token router says of them: at least the window of `limits`, and that if `None`.
     /// A query that selects blocks sees the dropped ones in its own window only; where it reads everything, all that are there.
     pub token_window: Option<usize>,
+    /// Queries before this position see every token, whatever the token router says of it: short contexts are dense. Tiles of queries
+    /// ([`Limits::tile`]) are not cut: those that are before it as a whole.
+    pub token_dense_len: usize,
     /// The first layers stay dense: their attention is diffuse (Quest, arXiv:2406.10774).
     pub dense_layers: usize,
     /// What the budget is multiplied by in each layer; 1 where the list is over. Layers that attend diffusely want more.
@@ -83,6 +86,11 @@ impl Routing {
     /// The newest tokens that stay in memory, of any verdict.
     pub fn token_window(&self) -> usize {
         self.token_window.unwrap_or(self.limits.window)
+    }
+
+    /// The first position of which the query does not see every token by its position alone: of a whole number of tiles.
+    pub fn token_dense_len(&self) -> usize {
+        self.token_dense_len / self.limits.tile * self.limits.tile
     }
 
     /// The limits in a layer. What fits a budget that is filled is read whole, as what is short is: it needs no scores.
@@ -100,6 +108,7 @@ impl Routing {
             block_router: Arc::new(block_router::All),
             limits: Limits { window: 256, sinks: 4, block_size: 32, budget: Budget::ALL, dense_len: usize::MAX, tile: TILE },
             token_window: None,
+            token_dense_len: 0,
             dense_layers: 0,
             layer_budgets: Vec::new(),
         }
@@ -197,7 +206,8 @@ impl RoutedAttention {
     /// What a cache must store for this attention, where the model's layers are `specs`.
     pub fn layer_specs(&self, specs: &[LayerSpec]) -> Vec<LayerSpec> {
         let kept_fraction = self.routing.token_router.kept_fraction();
-        let local = (kept_fraction < 1.0).then_some(Local { window: self.routing.token_window(), kept_fraction });
+        let local = Local { window: self.routing.token_window(), dense_len: self.routing.token_dense_len(), kept_fraction };
+        let local = (kept_fraction < 1.0).then_some(local);
         specs.iter().map(|spec| LayerSpec { local, ..*spec }).collect()
     }
 
@@ -217,6 +227,11 @@ impl RoutedAttention {
     /// slower than dense.
     pub fn selection_bytes(&self) -> usize {
         self.backend.selection_bytes()
+    }
+
+    /// See [`Routing::token_dense_len`]: from where on hiding tokens saves the backend time.
+    pub fn preferred_token_dense_len(&self) -> usize {
+        self.backend.preferred_token_dense_len()
     }
 
     /// Queries that best share a selection in steps of several, where `group_size` query heads share keys.
@@ -310,8 +325,8 @@ impl RoutedAttention {
     pub fn decides_later(&self, layer: usize, step: Step, store: &LayerStore) -> bool {
         let selects = self.is_routed(layer, store) && self.reads_by_score(layer, step);
         let is_stacked = self.routing.token_router.as_gate().is_some_and(|gate| gate.stacked(layer).is_some());
-        let fits_window = store.local_window().is_some_and(|window| step.len <= window);
-        is_stacked && fits_window && !selects && !self.is_observed() && self.backend.takes_products() && store.may_wait_for_verdict()
+        let sees_all = store.local().is_some_and(|local| step.len <= local.window_at(step.end() - 1));
+        is_stacked && sees_all && !selects && !self.is_observed() && self.backend.takes_products() && store.may_wait_for_verdict()
     }
 
     /// Makes the verdicts that tokens wait for, and has the host told. `multiply`: products of weights `[layers, rows, hidden_size]`, bf16
@@ -428,7 +443,7 @@ impl RoutedAttention {
         }
         let kv_heads = store.shape().kv_heads();
         let mut pieces = Vec::new();
-        selection.each_piece(step, usize::MAX, |queries| pieces.push(queries));
+        selection.each_piece(step, usize::MAX, store, |queries| pieces.push(queries));
         let counts = parallel::map(pieces.len() * kv_heads, |index| {
             let (queries, head) = (pieces[index / kv_heads].clone(), index % kv_heads);
             let mut ranges = Vec::new();

@@ -70,7 +70,7 @@ impl Limits {
 
     /// The newest positions of which a query that selects blocks sees what a token router drops; `None`: nothing is dropped.
     pub fn local_window(&self, store: &LayerStore) -> Option<usize> {
-        store.local_window().map(|window| window.min(self.window))
+        store.local().map(|local| local.window.min(self.window))
     }
 
     /// Whether the queries of a tile read everything, by their positions alone.
@@ -152,8 +152,9 @@ impl BlockSelection {
 }
 
 impl Selection {
-    /// Calls `piece` with the queries of a step that share what they may read: at most `most`, aligned to absolute positions.
-    pub(crate) fn each_piece(&self, step: Step, most: usize, mut piece: impl FnMut(Range<usize>)) {
+    /// Calls `piece` with the queries of a step that share what they may read: at most `most`, aligned to absolute positions, and cut where a token
+    /// router begins to hide tokens from them.
+    pub(crate) fn each_piece(&self, step: Step, most: usize, store: &LayerStore, mut piece: impl FnMut(Range<usize>)) {
         let mut cut = |queries: Range<usize>| {
             let mut t = queries.start;
             while t < queries.end {
@@ -163,7 +164,11 @@ impl Selection {
             }
         };
         match self {
-            Self::Every => cut(step.start..step.end()),
+            Self::Every => {
+                let (dense, rest) = step.split_at(store.local().map_or(0, |local| local.dense_len));
+                cut(dense.start..dense.end());
+                cut(rest.start..rest.end());
+            }
             Self::Blocks(blocks) => blocks.tiles().for_each(cut),
         }
     }
@@ -173,7 +178,7 @@ impl Selection {
         let selects = |blocks: &BlockSelection| blocks.tile_of(t).is_some_and(|tile| tile.heads.is_some());
         match self {
             Self::Blocks(blocks) if selects(blocks) => blocks.limits.local_window(store),
-            _ => store.local_window(),
+            _ => store.local().map(|local| local.window_at(t)),
         }
     }
 

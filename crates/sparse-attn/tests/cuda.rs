@@ -379,7 +379,7 @@ fn a_token_router_is_followed() -> Result<()> {
         let (got, cache) = case.run(&on_gpu(&device, narrow.clone())?, KvDtype::F16, &device, chunks)?;
         let error = far(&got, &want)?;
         assert!(error < tolerance(KvDtype::F16), "{shape:?} in {chunks:?}: {error}");
-        assert!(matches!(cache.layer(0).local_window(), Some(70)));
+        assert_eq!(cache.layer(0).local().map(|local| local.window), Some(70));
         // With blocks on top: selected from what was admitted.
         let both = Routing {
             limits: Limits { window: 70, dense_len: 100, ..routed(16, 120, 8).limits },
@@ -411,12 +411,16 @@ fn a_long_prompt_reads_what_is_kept_of_itself() -> Result<()> {
         for (keep, window, dtype) in
             [(0.4, 70, KvDtype::F16), (0.02, 64, KvDtype::Bf16), (0.9, 20, KvDtype::Q8_0), (0.0, 129, KvDtype::F16)]
         {
-            let routing = Routing { token_router: Arc::new(Random { keep }), ..Routing::dense() };
-            let routing = Routing { limits: Limits { window, ..routing.limits }, ..routing };
-            let (want, _) = case.run(&RoutedAttention::new(routing.clone(), Arc::new(Cpu))?, dtype, &Device::Cpu, &[tokens])?;
-            let (got, _) = case.run(&on_gpu(&device, routing)?, dtype, &device, chunks)?;
-            let error = far(&got, &want)?;
-            assert!(error < tolerance(dtype), "{shape:?} {dtype:?} in {chunks:?}, {keep} kept beyond {window}: {error}");
+            // All of them, and those that come after some that see everything: as a whole number of tiles.
+            for token_dense_len in [0, if keep < 0.5 { 640 } else { tokens }] {
+                let routing = Routing { token_router: Arc::new(Random { keep }), token_dense_len, ..Routing::dense() };
+                let routing = Routing { limits: Limits { window, ..routing.limits }, ..routing };
+                let (want, _) = case.run(&RoutedAttention::new(routing.clone(), Arc::new(Cpu))?, dtype, &Device::Cpu, &[tokens])?;
+                let (got, _) = case.run(&on_gpu(&device, routing)?, dtype, &device, chunks)?;
+                let error = far(&got, &want)?;
+                let what = format!("{keep} kept beyond {window}, after {token_dense_len}");
+                assert!(error < tolerance(dtype), "{shape:?} {dtype:?} in {chunks:?}, {what}: {error}");
+            }
         }
     }
     Ok(())
@@ -639,7 +643,8 @@ impl Generated {
     fn routing(&self) -> Routing {
         let (token_router, block_router) = (token_router::all()[self.token_router].clone(), block_router::all()[self.block_router].clone());
         let token_window = self.tokens.is_multiple_of(2).then_some(self.limits.window + self.tokens / 5);
-        Routing { token_router, block_router, limits: self.limits, token_window, ..Routing::dense() }
+        let token_dense_len = self.tokens % 3 * 70;
+        Routing { token_router, block_router, limits: self.limits, token_window, token_dense_len, ..Routing::dense() }
     }
 
     fn laws(&self, device: &Device) -> Result<()> {

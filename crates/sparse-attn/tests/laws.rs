@@ -59,7 +59,9 @@ impl Case {
         let (token_router, block_router) = (token_router::all()[self.token_router].clone(), block_router::all()[self.block_router].clone());
         // What is dropped stays longer than queries that select see it, in some cases.
         let token_window = self.seed.is_multiple_of(2).then_some(limits.window + (self.seed / 2 % 90) as usize);
-        RoutedAttention::new(Routing { token_router, block_router, limits, token_window, ..Routing::dense() }, backend)
+        // Short contexts are dense, in some cases.
+        let token_dense_len = (self.seed / 180 % 4 * 50) as usize;
+        RoutedAttention::new(Routing { token_router, block_router, limits, token_window, token_dense_len, ..Routing::dense() }, backend)
     }
 
     /// The output, the selection of every query, and the cache.

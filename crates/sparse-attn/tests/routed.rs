@@ -494,6 +494,45 @@ fn keeping_half_takes_little_more_than_half_the_memory_and_reports_what_is_alloc
 }
 
 #[test]
+fn a_short_context_is_dense_and_a_long_one_is_as_it_would_be_without_that() -> Result<()> {
+    let (data, dense_len) = (Data::new(600, 4, 2, 32)?, 320);
+    let limits = Limits { window: 64, dense_len: usize::MAX, ..LIMITS };
+    let attention = |token_router: Arc<dyn TokenRouter>, token_dense_len: usize, backend: &Arc<dyn AttentionBackend>| {
+        RoutedAttention::new(Routing { token_router, limits, token_dense_len, ..Routing::dense() }, backend.clone())
+    };
+    let random = || Arc::new(token_router::Random { keep: 0.3 });
+    for backend in backends() {
+        let dense = data.run(&attention(Arc::new(token_router::All), 0, &backend)?, 600)?;
+        let routed = data.run(&attention(random(), 0, &backend)?, 600)?;
+        for chunk in [600, 100, 7, 1] {
+            // Not cut: tiles that are before it as a whole.
+            let out = data.run(&attention(random(), dense_len + TILE - 1, &backend)?, chunk)?;
+            let (short, long) = ((0, dense_len), (dense_len, 600 - dense_len));
+            let difference = |want: &Tensor, (from, len)| max_difference(&out.narrow(0, from, len)?, &want.narrow(0, from, len)?);
+            let (of_short, of_long) = (difference(&dense, short)?, difference(&routed, long)?);
+            assert!(of_short < 1e-5 && of_long < 1e-5, "{} in {chunk}: {of_short} and {of_long}", backend.name());
+            assert!(difference(&dense, long)? > 1e-2, "{} in {chunk}: nothing is hidden", backend.name());
+        }
+    }
+    // Nothing leaves as long as a query may ask for it, and nobody goes back to where it would.
+    let routed = attention(random(), dense_len, &backends()[1])?;
+    let mut cache = data.cache(&routed, KvDtype::F16)?;
+    let mut frontiers = Vec::new();
+    for len in [200, 120, 1, 99] {
+        let step = cache.reserve(len)?;
+        let part = |x: &Tensor| x.narrow(0, step.start, len);
+        let (q, k, v) = (part(&data.q)?, part(&data.k)?, part(&data.v)?);
+        let input = AttentionInput { hidden: &q, projected: None, q: &q, k: &k, k_before_rope: &k, v: &v, scale: 0.2 };
+        routed.forward(0, input, step, &mut cache)?;
+        frontiers.push((cache.layer(0).frontier(), cache.oldest_restorable()));
+        cache.commit(step)?;
+    }
+    assert_eq!(frontiers, [(0, 0), (0, 0), (256, 320), (256, 320)]);
+    assert!(cache.truncate(319).is_err() && cache.truncate(330).is_ok());
+    Ok(())
+}
+
+#[test]
 fn a_fork_goes_its_own_way() -> Result<()> {
     let data = Data::new(400, 4, 2, 32)?;
     let routing = Routing { token_router: Arc::new(token_router::Random::default()), limits: LIMITS, ..Routing::dense() };

@@ -25,7 +25,11 @@ pub(crate) fn ppl(args: &EvalPpl, hub: &Hub, ui: Ui, interrupt: &Interrupt) -> R
     let mut tokens = checkpoint.tokenizer.encode(&text, true)?;
     let begins = |setting: &Setting| {
         let routing = setting.attention.routing();
-        if routing.limits.dense_len == usize::MAX { routing.token_window() } else { routing.limits.dense_len.max(routing.limits.window) }
+        if routing.limits.dense_len == usize::MAX {
+            routing.token_window().max(routing.token_dense_len())
+        } else {
+            routing.limits.dense_len.max(routing.limits.window)
+        }
     };
     let from = args.from.unwrap_or_else(|| settings.iter().map(begins).max().unwrap_or(0) + SETTLING);
     if tokens.len() < from + 2 {

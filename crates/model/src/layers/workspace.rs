@@ -6,8 +6,9 @@ use candle_core::{DType, Result, Tensor};
 use sparse_attn::{KvCache, Place, RoutedAttention, Step};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-/// Bytes of the attention inputs of all layers that are kept until verdicts on them are made.
-const INPUT_BYTES: usize = 64 << 20;
+/// Bytes of the attention inputs of all layers that are kept until verdicts on them are made: of models that a gate beside each layer would slow down,
+/// those of a prompt that sees all of itself.
+const INPUT_BYTES: usize = 96 << 20;
 
 /// What the layers of a step of many tokens on a GPU use, one after the other: small models have many layers, and a host that asks for memory,
 /// or launches a kernel more, is what they wait for. Of small models it stays for the next step, whose products are then launched as they were recorded.

@@ -97,6 +97,11 @@ pub trait AttentionBackend: std::fmt::Debug + Send + Sync {
         TILE
     }
 
+    /// From which position on queries are faster if tokens are hidden from them; those before see all: see [`Routing::token_dense_len`](crate::Routing).
+    fn preferred_token_dense_len(&self) -> usize {
+        0
+    }
+
     /// Bytes of keys and values that one query could read in the time that scoring and selecting takes at the least: shorter sequences
     /// are faster read whole.
     fn selection_bytes(&self) -> usize {

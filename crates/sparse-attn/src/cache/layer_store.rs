@@ -29,8 +29,27 @@ pub struct LayerSpec {
 pub struct Local {
     /// A query at `t` sees all of `(t - window, t]`, and what was admitted before.
     pub window: usize,
+    /// Queries before this position see every token.
+    pub dense_len: usize,
     /// The part of the tokens that will be admitted, 0 to 1: memory is planned by it, nothing else.
     pub kept_fraction: f32,
+}
+
+impl Local {
+    /// The newest positions of which the query at `t` sees what is not admitted.
+    pub fn window_at(&self, t: usize) -> usize {
+        if t < self.dense_len { self.window.max(self.dense_len) } else { self.window }
+    }
+
+    /// The first position from whose query tokens may be hidden.
+    pub fn hides_from(&self) -> usize {
+        self.window.max(self.dense_len)
+    }
+
+    /// The first position that the query at `t`, or a later one, sees whatever became of it.
+    pub fn edge(&self, t: usize) -> usize {
+        (t + 1).saturating_sub(self.window_at(t))
+    }
 }
 
 impl LayerSpec {
@@ -44,15 +63,20 @@ impl LayerSpec {
         self.sliding_window.or(self.local.map(|local| local.window))
     }
 
+    /// The window of tokens that are not admitted, where a token router decides.
+    pub fn routed(&self) -> Option<Local> {
+        self.local.filter(|_| self.sliding_window.is_none())
+    }
+
     /// Pages for `capacity` tokens; a window needs only itself and one page at either end, and what is kept of those before it.
     fn planned_pages(&self, capacity: usize) -> usize {
         let all = capacity.div_ceil(PAGE_SIZE);
         let recent = self.window().map_or(all, |w| all.min(w.div_ceil(PAGE_SIZE) + 2));
-        let kept = match (self.sliding_window, self.local) {
-            (None, Some(local)) => ((capacity.saturating_sub(local.window) as f32 * local.kept_fraction) as usize).div_ceil(PAGE_SIZE),
-            _ => 0,
-        };
-        (recent + kept) * self.shape.kv_heads()
+        let (kept, dense) = self.routed().map_or((0, 0), |local| {
+            let kept = capacity.saturating_sub(local.window) as f32 * local.kept_fraction;
+            ((kept as usize).div_ceil(PAGE_SIZE), all.min(local.dense_len.div_ceil(PAGE_SIZE)))
+        });
+        (recent + kept).max(dense) * self.shape.kv_heads()
     }
 
     pub(super) fn planned_bytes(&self, dtypes: KvDtypes, capacity: usize) -> usize {
@@ -125,14 +149,13 @@ impl LayerStore {
     pub(super) fn new(spec: LayerSpec, dtypes: KvDtypes, device: &Device, capacity: usize) -> Result<Self> {
         let (pages, width) = (spec.planned_pages(capacity), spec.shape.head_dim());
         let kv_heads = spec.shape.kv_heads();
-        let routed = spec.local.is_some() && spec.sliding_window.is_none();
         Ok(Self {
             spec,
             planned_pages: pages,
             k: Pool::of_keys(dtypes.k, width, pages, device)?,
             v: Pool::new(dtypes.v, Order::Rows, width, pages, device)?,
-            table: PageTable::new(kv_heads, spec.window()),
-            admitted: routed.then(|| vec![Admitted::default(); kv_heads]),
+            table: PageTable::new(kv_heads, spec.window(), spec.routed().map_or(0, |local| local.dense_len)),
+            admitted: spec.routed().map(|_| vec![Admitted::default(); kv_heads]),
             frontier: 0,
             moves: Vec::new(),
             written: 0,
@@ -158,8 +181,8 @@ impl LayerStore {
     }
 
     /// The window of tokens that are not admitted, where a token router decides.
-    pub fn local_window(&self) -> Option<usize> {
-        self.admitted.as_ref().and(self.spec.local).map(|local| local.window)
+    pub fn local(&self) -> Option<Local> {
+        self.spec.routed()
     }
 
     /// First position that a query at `position` sees.
@@ -585,11 +608,12 @@ impl LayerStore {
     pub fn count_visible(&self, step: Step) -> ReadCount {
         let heads = self.spec.shape.kv_heads();
         let visible = heads as u64 * step.seen(self.spec.sliding_window.unwrap_or(usize::MAX));
-        let read = self.local_window().map_or(visible, |window| {
-            let in_window = heads as u64 * step.seen(window);
+        let read = self.local().map_or(visible, |Local { window, dense_len, .. }| {
+            let (dense, rest) = step.split_at(dense_len);
+            let whole = heads as u64 * (dense.seen(usize::MAX) + rest.seen(window));
             // The query at `t` sees those kept before `t + 1 - window`.
-            let before = (step.start + 1).saturating_sub(window)..(step.end() + 1).saturating_sub(window);
-            in_window + self.admitted.iter().flatten().map(|admitted| admitted.sum_of_ranks(before.clone())).sum::<u64>()
+            let before = (rest.start + 1).saturating_sub(window)..(rest.end() + 1).saturating_sub(window);
+            whole + self.admitted.iter().flatten().map(|admitted| admitted.sum_of_ranks(before.clone())).sum::<u64>()
         });
         let row = |pool: &Pool| pool.dtype().row_bytes(pool.width()) as u64;
         ReadCount { read, visible, bytes: read * (row(&self.k) + row(&self.v)) }
@@ -666,8 +690,8 @@ impl LayerStore {
     pub(super) fn oldest_restorable(&self) -> usize {
         match (self.spec.window(), self.table.first_position()) {
             (None, _) | (_, 0) => 0,
-            // The next token, at position `len`, sees from `len + 1 - window`.
-            (Some(window), first) => first + window - 1,
+            // The next token, at position `len`, sees from `len + 1 - window`, or everything.
+            (Some(window), first) => (first + window - 1).max(self.local().map_or(0, |local| local.dense_len)),
         }
     }
 

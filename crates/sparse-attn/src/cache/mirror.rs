@@ -302,7 +302,7 @@ mod tests {
     #[test]
     fn what_kernels_look_up_is_what_the_host_has() -> Result<()> {
         // A layer whose tokens a router decides on, and one that keeps all.
-        let (mut routed, mut plain) = (PageTable::new(2, Some(100)), PageTable::new(1, None));
+        let (mut routed, mut plain) = (PageTable::new(2, Some(100), 0), PageTable::new(1, None, 0));
         let mut admitted = vec![Admitted::default(), Admitted::default()];
         let mut mirrors = Mirrors::default();
         for (start, len) in [(0, 60), (60, 1), (61, 239), (300, 1), (301, 2000), (2301, 40)] {

@@ -58,6 +58,12 @@ impl Step {
         (self.start < len).then(|| Self { len: self.len.min(len - self.start), ..self })
     }
 
+    /// Its tokens before position `t`, and the others.
+    pub(crate) fn split_at(self, t: usize) -> (Self, Self) {
+        let middle = t.clamp(self.start, self.end());
+        (Self { start: self.start, len: middle - self.start }, Self { start: middle, len: self.end() - middle })
+    }
+
     /// The tokens of both, where `next` follows.
     pub(crate) fn and(self, next: Self) -> Option<Self> {
         (self.end() == next.start).then(|| Self { len: self.len + next.len, ..self })
@@ -226,7 +232,7 @@ impl KvCache {
 
     /// Whether queries of `step` have a token outside of their window that waits for its verdict.
     pub fn needs_verdicts(&self, step: Step) -> bool {
-        let leaves = |first: usize, layer: &LayerStore| layer.local_window().is_some_and(|window| first + window < step.end());
+        let leaves = |first: usize, layer: &LayerStore| layer.local().is_some_and(|local| first < local.edge(step.end() - 1));
         self.waiting.as_ref().is_some_and(|waiting| self.layers.iter().any(|layer| leaves(waiting.step.start, layer)))
     }
 
@@ -259,8 +265,7 @@ impl KvCache {
             return Ok(());
         }
         let places: Vec<_> = self.layers.iter().map(|layer| layer.places_for(next)).collect();
-        let are_planned =
-            |(layer, places): (&LayerStore, &Option<Places>)| layer.local_window().is_none() && layer.lacks_pages(places.as_ref());
+        let are_planned = |(layer, places): (&LayerStore, &Option<Places>)| layer.local().is_none() && layer.lacks_pages(places.as_ref());
         if places.iter().all(Option::is_none) || self.layers.iter().zip(&places).any(are_planned) {
             return Ok(());
         }

@@ -19,13 +19,15 @@ pub struct PageTable {
     free: Vec<u32>,
     pages: u32,
     window: Option<usize>,
+    dense_len: usize,
     version: u64,
 }
 
 impl PageTable {
-    /// An empty table. `window`: for how many of the newest positions there are places (`None`: all).
-    pub fn new(kv_heads: usize, window: Option<usize>) -> Self {
-        Self { recent: vec![Vec::new(); kv_heads], kept: vec![Vec::new(); kv_heads], free: Vec::new(), pages: 0, window, version: 0 }
+    /// An empty table. `window`: for how many of the newest positions there are places (`None`: all), once there are queries at `dense_len` and beyond.
+    pub fn new(kv_heads: usize, window: Option<usize>, dense_len: usize) -> Self {
+        let none = vec![Vec::new(); kv_heads];
+        Self { recent: none.clone(), kept: none, free: Vec::new(), pages: 0, window, dense_len, version: 0 }
     }
 
     /// A number that is another one whenever a place of a recent token changed.
@@ -72,7 +74,8 @@ impl PageTable {
 
     /// The first position that has a place once `step` runs: those before are out of every window.
     pub fn frontier(&self, step: Step) -> usize {
-        self.window.map_or(0, |w| (step.start + 1).saturating_sub(w)) / PAGE_SIZE * PAGE_SIZE
+        let window = self.window.filter(|_| step.start >= self.dense_len);
+        window.map_or(0, |w| (step.start + 1).saturating_sub(w)) / PAGE_SIZE * PAGE_SIZE
     }
 
     /// Gives `head` pages for `slots` kept tokens.
@@ -119,7 +122,7 @@ impl PageTable {
 
     /// Forgets everything: no page is handed out.
     pub fn clear(&mut self) {
-        *self = Self { version: self.version + 1, ..Self::new(self.recent.len(), self.window) };
+        *self = Self { version: self.version + 1, ..Self::new(self.recent.len(), self.window, self.dense_len) };
     }
 
     /// Gives back the pages of all positions from `len` on.
@@ -144,7 +147,7 @@ impl PageTable {
         let dead = frontier / PAGE_SIZE;
         let recent = self.recent.iter().map(|head| [NO_PAGE].repeat(dead).into_iter().chain(take(head.len() - dead)).collect()).collect();
         let kept = (0..self.kept.len()).map(|head| take(kept(head).div_ceil(PAGE_SIZE)).collect()).collect();
-        Self { recent, kept, free: Vec::new(), pages, window: self.window, version: self.version + 1 }
+        Self { recent, kept, free: Vec::new(), pages, version: self.version + 1, ..*self }
     }
 
     /// Renames the pages so that none is free: the pages in use, in the order of their new names.
@@ -186,7 +189,7 @@ mod tests {
 
     #[test]
     fn a_window_bounds_the_pages_however_long_the_sequence() {
-        let mut table = PageTable::new(3, Some(100));
+        let mut table = PageTable::new(3, Some(100), 0);
         run(&mut table, 0, 5000);
         // 100 positions touch at most three pages of 64.
         assert!(table.pages() <= 3 * 3, "{} pages", table.pages());
@@ -196,7 +199,7 @@ mod tests {
 
     #[test]
     fn a_compacted_table_has_the_same_places_and_no_free_page() {
-        let mut table = PageTable::new(2, Some(70));
+        let mut table = PageTable::new(2, Some(70), 0);
         for (start, len) in [(0, 300), (300, 40)] {
             let step = Step { start, len };
             let frontier = table.frontier(step);
@@ -225,7 +228,7 @@ mod tests {
 
     #[test]
     fn no_two_live_pages_share_a_place() {
-        let mut table = PageTable::new(2, Some(70));
+        let mut table = PageTable::new(2, Some(70), 0);
         let live = |table: &PageTable| -> Vec<u32> {
             let all = (0..2).flat_map(|h| table.recent(h).iter().chain(table.kept(h)));
             let mut live: Vec<u32> = all.copied().filter(|page| *page != NO_PAGE).collect();

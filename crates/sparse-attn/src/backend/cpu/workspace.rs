@@ -110,7 +110,7 @@ impl Workspace {
         let Input { store, step, .. } = input;
         let Self { pieces, lists, items } = self;
         pieces.clear();
-        selection.each_piece(step, QUERY_TILE, |queries| pieces.push(queries));
+        selection.each_piece(step, QUERY_TILE, store, |queries| pieces.push(queries));
         let wanted = store.shape().kv_heads() * pieces.len();
         if lists.len() < wanted {
             lists.resize_with(wanted, List::default);

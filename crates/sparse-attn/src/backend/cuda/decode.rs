@@ -88,7 +88,7 @@ pub struct DecodeCall {
 pub unsafe fn decode(kernels: &Kernels, call: DecodeCall, scratch: &DecodeScratch, store: &LayerStore) -> Result<()> {
     let (shape, pages) = (store.shape(), store.device_pages()?);
     let head_dim = shape.head_dim();
-    let local_window = store.local_window().unwrap_or(0);
+    let (local_window, hides_from) = store.local().map_or((0, 0), |local| (local.window, local.hides_from()));
     let lists = call.lists.unwrap_or(DecodeLists { octets: 0, counts: 0, most: 0, local_window });
     let params = DecodeParams {
         q: call.q,
@@ -110,6 +110,7 @@ pub unsafe fn decode(kernels: &Kernels, call: DecodeCall, scratch: &DecodeScratc
         group_size: shape.group_size() as i32,
         sliding_window: store.sliding_window().unwrap_or(0) as i32,
         local_window: lists.local_window as i32,
+        hides_from: hides_from as i32,
         scale: call.scale,
     };
     // A warp's stages of keys and values, and, of bytes, a tile of them widened; then the warps' parts; then what each split counts for.

@@ -39,7 +39,7 @@ impl Lists {
     /// What a selection lets the queries of a step read, in pieces of at most `most` queries. Made on the host.
     pub(super) fn of_selection(selection: &Selection, store: &LayerStore, step: Step, most: usize) -> Result<Self> {
         let mut pieces = Vec::new();
-        selection.each_piece(step, most, |queries| pieces.push(queries));
+        selection.each_piece(step, most, store, |queries| pieces.push(queries));
         let kv_heads = store.shape().kv_heads();
         let windows: Vec<Option<usize>> = pieces.iter().map(|queries| selection.local_window(queries.start, store)).collect();
         let lists = parallel::map(pieces.len() * kv_heads, |index| {

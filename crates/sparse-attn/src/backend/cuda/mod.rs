@@ -39,6 +39,9 @@ const ROWS: usize = 128;
 /// cost twice the perplexity of those of 16 (SmolLM2, 8192 tokens: KL .0156, .0106, .0096, .0080 for 32, 16, 8, 4).
 const SHARED_BY: usize = 16;
 
+/// Prompts up to about this length are as fast dense: finding what is kept costs as much as it saves (small models, H100).
+const TOKEN_DENSE_LEN: usize = 2048;
+
 /// Keys and values that a GPU has near: a good part of the L2 cache of those that these kernels are for.
 const NEAR_BYTES: usize = 32 << 20;
 
@@ -96,12 +99,15 @@ impl Cuda {
         }
         let tile = lists.map_or_else(|| self.queries_at_once(store, step), |lists| lists.tile);
         let pages = store.device_pages()?;
+        // Whether the token router hides anything from these queries.
+        let local = store.local().filter(|local| lists.is_some() || step.end() > local.hides_from());
+        // Queries that see all are in tiles of their own.
+        let dense = step.split_at(local.map_or(0, |local| local.dense_len)).0.len;
+        let dense_tiles = dense.div_ceil(tile);
         let (firsts, tiles) = match lists {
             Some(lists) => (Some(&lists.firsts), lists.pieces),
-            None => (None, step.len.div_ceil(tile)),
+            None => (None, dense_tiles + (step.len - dense).div_ceil(tile)),
         };
-        // Whether the token router hides anything from these queries.
-        let hides = store.local_window().is_some_and(|window| lists.is_some() || step.end() > window);
         // Widening all is little beside what many queries read of it.
         let (k, v) = (in_halves(store.k())?, in_halves(store.v())?);
         let q = if store.k().is_transformed() { transformed(&q)? } else { q };
@@ -115,7 +121,7 @@ impl Cuda {
             k: address(&k)?,
             v: address(&v)?,
             pages: address(pages)?,
-            kept: if hides { Kept::of(store)? } else { Kept::default() },
+            kept: local.map_or(Ok(Kept::default()), |_| Kept::of(store))?,
             octets: lists.map_or(Ok(0), |lists| address(&lists.octets))?,
             counts: lists.map_or(Ok(0), |lists| address(&lists.counts))?,
             firsts: firsts.map_or(Ok(0), address)?,
@@ -133,10 +139,12 @@ impl Cuda {
             sliding_window: store.sliding_window().unwrap_or(0) as i32,
             is_rounded: i32::from(is_rounded),
             by_turns: i32::from(by_turns),
-            local_window: if hides { store.local_window().unwrap_or(0) as i32 } else { 0 },
+            local_window: local.map_or(0, |local| local.window) as i32,
+            dense: dense as i32,
+            dense_tiles: dense_tiles as i32,
             scale,
         };
-        let (name, threads, shared_bytes) = self.prefill_kernel(store, tile * shape.group_size(), lists.is_some(), hides);
+        let (name, threads, shared_bytes) = self.prefill_kernel(store, tile * shape.group_size(), lists.is_some(), local.is_some());
         let grid = if by_turns { [shape.kv_heads(), tiles, 1] } else { [tiles, shape.kv_heads(), 1] };
         let spread = Spread { grid, threads, shared_bytes };
         // SAFETY: the tensors are of these shapes, and live until the stream frees them after the kernel.
@@ -251,6 +259,10 @@ impl AttentionBackend for Cuda {
 
     fn preferred_tile(&self, group_size: usize) -> usize {
         queries_of_a_tile(group_size).min(SHARED_BY)
+    }
+
+    fn preferred_token_dense_len(&self) -> usize {
+        TOKEN_DENSE_LEN
     }
 
     fn selection_bytes(&self) -> usize {

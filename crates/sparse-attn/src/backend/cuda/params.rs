@@ -63,13 +63,13 @@ crate::mirrors! { "params.h":
     /// Attention of one query.
     DecodeParams {
         q: u64, k: u64, v: u64, k_scales: u64, v_scales: u64, pages: u64, kept: Kept, octets: u64, counts: u64, position: u64, partial: u64, tickets: u64, out: u64, out_q8: u64,
-        max_pages: i32, max_octets: i32, group_size: i32, sliding_window: i32, local_window: i32, scale: f32,
+        max_pages: i32, max_octets: i32, group_size: i32, sliding_window: i32, local_window: i32, hides_from: i32, scale: f32,
     }
     /// Attention of many queries.
     PrefillParams {
         q: u64, k: u64, v: u64, pages: u64, kept: Kept, octets: u64, counts: u64, firsts: u64, lists: u64, windows: u64,
         out: u64, max_pages: i32, max_octets: i32, frontier: i32, start: i32, tokens: i32, tile: i32, kv_heads: i32, group_size: i32, sliding_window: i32,
-        local_window: i32, is_rounded: i32, by_turns: i32, scale: f32,
+        local_window: i32, dense: i32, dense_tiles: i32, is_rounded: i32, by_turns: i32, scale: f32,
     }
     /// Scores of block summaries.
     ScoreParams {

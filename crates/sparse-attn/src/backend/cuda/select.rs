@@ -57,7 +57,7 @@ impl Budgeted {
     pub fn new(router: &dyn BlockRouter, limits: Limits, store: &LayerStore, step: Step) -> Option<Self> {
         let kind = kind_of(router)?;
         let blocks = step.end() / limits.block_size;
-        let is_short = store.local_window().is_none_or(|_| limits.block_size <= limits.window);
+        let is_short = store.local().is_none_or(|_| limits.block_size <= limits.window);
         let shared_bytes = select_bytes(most_scores(step.end() + SPARE, limits.block_size), limits.block_size, store);
         if !is_short
             || !limits.block_size.is_multiple_of(OCTET)
@@ -100,7 +100,7 @@ impl Budgeted {
         let takes = |tile: &Range<usize>| Self::takes(&limits, tile, limits.is_dense(tile, step), store);
         let takes: Vec<u32> = self.tiles.iter().flat_map(takes).collect();
         let kept = (0..kv_heads).map(|head| store.count_admitted(head, 0..store.frontier())).max().unwrap_or(0);
-        let is_thinned = store.local_window().is_some();
+        let is_thinned = store.local().is_some();
         let listed = |take: u32, tile: &Range<usize>| {
             if is_thinned {
                 return kept.div_ceil(OCTET) + tile.end.div_ceil(OCTET) - store.frontier() / OCTET;
@@ -173,7 +173,8 @@ impl Budgeted {
 
     /// See [`Selection::local_window`].
     fn local_window(&self, tile: &Range<usize>, store: &LayerStore) -> Option<usize> {
-        if self.limits.is_dense(tile, self.step) { store.local_window() } else { self.limits.local_window(store) }
+        let is_dense = self.limits.is_dense(tile, self.step);
+        if is_dense { store.local().map(|local| local.window_at(tile.start)) } else { self.limits.local_window(store) }
     }
 
     /// The queries of thread blocks, and the tile of each.
@@ -247,7 +248,7 @@ impl Budgeted {
 /// Shared memory of a selection.
 fn select_bytes(max_scores: usize, block_size: usize, store: &LayerStore) -> usize {
     // A bit for each kept token.
-    let bits = if store.local_window().is_some() { (max_scores * block_size).div_ceil(32) * 4 } else { 0 };
+    let bits = if store.local().is_some() { (max_scores * block_size).div_ceil(32) * 4 } else { 0 };
     (max_scores + 1) * 4 + bits
 }
 
@@ -340,7 +341,7 @@ pub unsafe fn score_and_select(kernels: &Kernels, call: &SelectCall, limits: &Li
     };
     let shared_bytes = select_bytes(call.max_scores, limits.block_size, store);
     let spread = Spread { grid: [kv_heads, call.tiles.len(), 1], threads: SELECT_THREADS, shared_bytes };
-    let stem = if store.local_window().is_some() { "select_kept" } else { "select_blocks" };
+    let stem = if store.local().is_some() { "select_kept" } else { "select_blocks" };
     // SAFETY: the caller's.
     unsafe { kernels.launch_following(&format!("{stem}_{each}"), spread, &params) }
 }
