@@ -27,6 +27,11 @@ __device__ __forceinline__ void copy_async(uint32_t to, const void *from, bool t
     asm volatile("{.reg .pred p; setp.eq.s32 p, %2, 0; cp.async.cg.shared.global.L2::128B [%0], [%1], 16, p;}" ::"r"(to), "l"(from), "r"((int)there));
 }
 
+// The same of what is there.
+__device__ __forceinline__ void copy_async(uint32_t to, const void *from) {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to), "l"(from));
+}
+
 // The same of 4, 8 or 16 bytes.
 template <int BYTES> __device__ __forceinline__ void copy_few_async(uint32_t to, const void *from, bool there) {
     if constexpr (BYTES == 16) copy_async(to, from, there);

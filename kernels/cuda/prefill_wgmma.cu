@@ -176,11 +176,12 @@ __device__ __forceinline__ void fetch(const PrefillParams &p, Tile<KIND> tile, P
         const uint32_t partly = __ballot_sync(~0u, tile.is_partial(octet, p.sliding_window)) >> threadIdx.x % 32 & (1 << OCTETS) - 1;
         if (place == 0) shared.partly[listed] = partly;
     };
-    // The slot of the thread's row of a step. What no query sees stays out: it may be anything, and no number hides it.
+    // The slot of the thread's row of a step. What no query sees may be anything, and no number hides it: in its place comes what all see, the eldest's.
+    const int seen_by_all = tile.reads.pages[tile.eldest / PAGE] * PAGE + tile.eldest % PAGE;
     auto slot_of = [&](int step) {
         const Octet octet = shared.listed[step % KNOWN][thread / OCTET];
         const int own = thread % OCTET;
-        if (!(octet.position < 0 ? octet.row >> own & 1 : octet.position + own <= tile.newest)) return -1;
+        if (!(octet.position < 0 ? octet.row >> own & 1 : octet.position + own <= tile.newest)) return seen_by_all;
         if constexpr (KIND == KEPT) {
             if (octet.position == GATHERED) return (int)shared.places[thread];
         }
@@ -188,16 +189,18 @@ __device__ __forceinline__ void fetch(const PrefillParams &p, Tile<KIND> tile, P
     };
     // A warp copies the rows of its threads: keys and values of the same slots.
     constexpr int COPIES = 32 / ROWS_AT_ONCE;
-    int slots[COPIES];
+    uint32_t slots[COPIES];
     const uint32_t own_place = place(0, thread - lane + lane / CHUNKS, chunk);
-    auto copy = [&](const void *pool, uint32_t tile) {
-        const char *from = (const char *)pool + chunk * 16;
+    auto copy = [&](const char *from, uint32_t tile) {
 #pragma unroll
         for (int i = 0; i < COPIES; ++i) {
             const int row = i * ROWS_AT_ONCE;
-            copy_async((tile + own_place ^ row % 8 * 16) + row * 128, from + (uint64_t)max(slots[i], 0) * (D * sizeof(T)), slots[i] >= 0);
+            copy_async((tile + own_place ^ row % 8 * 16) + row * 128, from + (uint64_t)slots[i] * (D * sizeof(T)));
         }
     };
+    // Each in registers of its own: then one instruction makes an address.
+    const char *keys = (const char *)p.k + chunk * 16, *values = (const char *)p.v + chunk * 16;
+    asm volatile("" : "+l"(keys), "+l"(values));
     const auto meet_all = [] { meet(3, GROUP); };
     // How much is gathered is learned while the first keys and values come, but where it is among what is looked up first.
     auto learn = [&]() {
@@ -233,12 +236,12 @@ __device__ __forceinline__ void fetch(const PrefillParams &p, Tile<KIND> tile, P
 #pragma unroll
         for (int i = 0; i < COPIES; ++i) slots[i] = __shfl_sync(~0u, slot, i * ROWS_AT_ONCE + lane / CHUNKS);
         if (step >= STAGES) await(shared.keys_read + stage, before);
-        copy(p.k, places.keys(step));
+        copy(keys, places.keys(step));
         if (step == 0 && !learns_first) learn();
         arrive_with_copies(shared.keys_there + stage);
         if (thread == 0) arrive(shared.keys_there + stage); // with what is noted
         if (step >= STAGES) await(shared.values_read + stage, before);
-        copy(p.v, places.values(step));
+        copy(values, places.values(step));
         arrive_with_copies(shared.values_there + stage);
         if (leads && step % TOGETHER == 0 && step > 0) ahead = look_up(step + TOGETHER);
         // Where those of steps are that were read: of this stage the values were, three steps ago.
@@ -444,6 +447,7 @@ __device__ __forceinline__ void compute(const PrefillParams &p, const Tile<KIND>
 template <typename T, int D, bool HALVES, Kind KIND> __device__ __forceinline__ void attend(PrefillParams p) {
     // What a kind is without needs no code.
     if (KIND != KEPT) p.dense = p.dense_tiles = 0;
+    if (KIND == KEPT) p.sliding_window = 0; // layers with one of their own have no token router
     if (KIND == PLAIN) p.kept = Kept{}, p.local_window = 0;
     if (KIND != LISTED) p.octets = nullptr, p.counts = p.firsts = p.lists = p.windows = nullptr;
     extern __shared__ unsigned char unaligned[];
