@@ -453,21 +453,21 @@ extern "C" __global__ void __launch_bounds__(256) widen_bytes(const WidenParams 
     extern "C" __global__ void __launch_bounds__(cache::GATE_WARPS * 32) store_step_##NAME##_gate_##GATE(const StoreGatedParams p) {       \
         follow();                                                                                                                          \
         if ((int)blockIdx.x < p.gates) cache::gate<T, 1>(p.gate);                                                                          \
-        else cache::store<S>(p.store, blockIdx.x - p.gates, gridDim.x - p.gates, 0);                                                          \
+        else cache::store<S>(p.store, blockIdx.x - p.gates, gridDim.x - p.gates, 0);                                                       \
     }
 // As many at once as there would be of a kernel that only stores: what a gate of two layers lacks registers for is not much. Those that decide store
-// too, afterwards, and are the last ones of all in that: some of these have a row less.
+// too, afterwards.
 #define STORE_PROJECTED(NAME, S, LAYERS, DECIDE)                                                                                           \
     extern "C" __global__ void __launch_bounds__(256, std::is_same_v<S, Bytes> ? 6 : 8)                                                     \
         store_step_##NAME##_projected_##LAYERS(const StoreProjectedParams p) {                                                             \
         follow();                                                                                                                          \
-        if ((int)blockIdx.x < p.gates) cache::DECIDE(p.gate, blockIdx.x);                                                                   \
-        cache::store<S>(p.store, blockIdx.x, gridDim.x, p.gates);                                                                          \
+        if ((int)blockIdx.x < p.gates) cache::DECIDE(p.gate, blockIdx.x);                                                                  \
+        cache::store<S>(p.store, blockIdx.x, gridDim.x, p.gates);                                                                           \
     }
 #define ROWS(NAME, S)                                                                                                                      \
     extern "C" __global__ void store_step_##NAME(const StoreParams p) {                                                                    \
         follow();                                                                                                                          \
-        cache::store<S>(p, blockIdx.x, gridDim.x, 0);                                                                                         \
+        cache::store<S>(p, blockIdx.x, gridDim.x, 0);                                                                                      \
     }                                                                                                                                      \
     STORE_GATED(NAME, S, f32, float)                                                                                                       \
     STORE_GATED(NAME, S, bf16, __nv_bfloat16)                                                                                              \

@@ -46,7 +46,7 @@ impl Local {
         self.window.max(self.dense_len)
     }
 
-    /// The first position that the query at `t`, or a later one, sees whatever became of it.
+    /// The first position that the query at `t` sees whether it is admitted or not.
     pub fn edge(&self, t: usize) -> usize {
         (t + 1).saturating_sub(self.window_at(t))
     }
