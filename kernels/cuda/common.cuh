@@ -177,6 +177,7 @@ struct TileQueries {
             first = p.firsts[tile], count = p.firsts[tile + 1] - first;
             return;
         }
+        // Of kernels that know there are none, the first test leaves nothing: they do not know that no number is below 0.
         const bool sees_all = p.dense_tiles && tile < p.dense_tiles;
         first = sees_all ? tile * p.tile : p.dense + (tile - p.dense_tiles) * p.tile;
         count = min(p.tile, (sees_all ? p.dense : p.tokens) - first);

@@ -6,8 +6,8 @@ use candle_core::{DType, Result, Tensor};
 use sparse_attn::{KvCache, Place, RoutedAttention, Step};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-/// Bytes of the attention inputs of all layers that are kept until verdicts on them are made: of models that a gate beside each layer would slow down,
-/// those of a prompt that sees all of itself.
+/// Bytes of the attention inputs of all layers that are kept until verdicts on them are made: enough for 2048 tokens of small models, which a gate
+/// beside each layer would slow down.
 const INPUT_BYTES: usize = 96 << 20;
 
 /// What the layers of a step of many tokens on a GPU use, one after the other: small models have many layers, and a host that asks for memory,

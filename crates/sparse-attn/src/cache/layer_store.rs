@@ -38,7 +38,7 @@ pub struct Local {
 impl Local {
     /// The newest positions of which the query at `t` sees what is not admitted.
     pub fn window_at(&self, t: usize) -> usize {
-        if t < self.dense_len { self.window.max(self.dense_len) } else { self.window }
+        if t < self.dense_len { self.hides_from() } else { self.window }
     }
 
     /// The first position from whose query tokens may be hidden.

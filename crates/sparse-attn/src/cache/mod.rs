@@ -55,7 +55,7 @@ impl Step {
 
     /// Its tokens before position `len`, if there are any.
     pub(crate) fn until(self, len: usize) -> Option<Self> {
-        (self.start < len).then(|| Self { len: self.len.min(len - self.start), ..self })
+        Some(self.split_at(len).0).filter(|before| before.len > 0)
     }
 
     /// Its tokens before position `t`, and the others.
