@@ -293,22 +293,20 @@ struct PromptReads : Reads {
         if (masks) own = of.newest(p) / OCTET - of.eldest(p) / OCTET + 1;
     }
 
-    // Counts the gathered tokens: so many threads together, page by page. `sums`: memory of all, [THREADS / 32]; `meet` waits for all of them.
-    template <int THREADS, typename Meet> __device__ __forceinline__ void count_gathered(int *sums, Meet meet) {
-        constexpr int OCTETS = PAGE / OCTET;
-        const int thread = threadIdx.x % THREADS;
+    // Which tokens are kept of page number `page` of those with hidden octets; beyond the last one, none.
+    __device__ __forceinline__ uint64_t kept_of_page(int page) const {
+        const int left = hidden - page * (PAGE / OCTET);
+        if (left <= 0) return 0;
+        const uint64_t mask = *(const uint64_t *)(masks + first_hidden + page * (PAGE / OCTET));
+        return left < PAGE / OCTET ? mask & ~(~uint64_t(0) << OCTET * left) : mask;
+    }
+
+    // Counts the gathered tokens. Whole warps, each for itself.
+    __device__ __forceinline__ void count_gathered() {
         int sum = 0;
 #pragma unroll 1 // few have more than one, and code comes from afar when it is first executed
-        for (int at = thread * OCTETS; at < hidden; at += THREADS * OCTETS) {
-            const uint64_t mask = *(const uint64_t *)(masks + first_hidden + at);
-            sum += __popcll(hidden - at < OCTETS ? mask & ~(~uint64_t(0) << OCTET * (hidden - at)) : mask);
-        }
-        sum = __reduce_add_sync(~0u, sum);
-        if (thread % 32 == 0) sums[thread / 32] = sum;
-        meet();
-#pragma unroll
-        for (int warp = 0; warp < THREADS / 32; ++warp) gathered += sums[warp];
-        meet();
+        for (int page = threadIdx.x % 32; page * (PAGE / OCTET) < hidden; page += 32) sum += __popcll(kept_of_page(page));
+        gathered = __reduce_add_sync(~0u, sum);
     }
 
     __device__ __forceinline__ int octets() const { return count + (gathered + OCTET - 1) / OCTET; }
@@ -332,43 +330,46 @@ struct PromptReads : Reads {
     }
 };
 
-// Finds the slots of gathered tokens, in their order: so many threads together, each with one of as many hidden octets.
-template <int THREADS> struct Gathering {
-    static constexpr int WARPS = THREADS / 32;
-    int next = 0, end = 0;      // the first octet, and the first token, that no thread has had yet
-    int first = 0, slot = 0;    // of the thread's octet: its first gathered token, and its first slot
-    uint32_t mask = 0;
+// Finds the slots of gathered tokens, in their order: a warp for itself, with a page for each lane.
+struct Gathering {
+    int next = 0;            // the first page that no lane has had yet
+    int begin = 0, end = 0;  // tokens before those of the warp's pages, and with them
+    int upto = 0, first = 0; // of the lane's page: tokens before it and in it, and its first slot
+    uint64_t kept = 0;
 
-    // Where so many tokens from `from` on are, which no call was for before: `places`, once all threads have met. `sums`: memory of all, [2][WARPS].
-    template <typename Meet>
-    __device__ __forceinline__ void note(const PromptReads &reads, int from, int tokens, uint32_t *places, int *sums, Meet meet) {
-        const int thread = threadIdx.x % THREADS, lane = thread % 32, warp = thread / 32;
+    // The next 32 pages.
+    __device__ __forceinline__ void turn(const PromptReads &reads) {
+        const int lane = threadIdx.x % 32, page = next + lane;
+        kept = reads.kept_of_page(page);
+        first = kept ? reads.pages[reads.first_hidden / (PAGE / OCTET) + page] * PAGE : 0;
+        upto = __popcll(kept);
+#pragma unroll
+        for (int step = 1; step < 32; step *= 2) {
+            const int other = __shfl_up_sync(~0u, upto, step);
+            if (lane >= step) upto += other;
+        }
+        upto += end, begin = end, end = __shfl_sync(~0u, upto, 31), next += 32;
+    }
+
+    // The slot of token `index`, for each lane one of its own, below `reads.gathered` and no earlier than the first one of the last call.
+    __device__ __forceinline__ int slot(const PromptReads &reads, int index) {
+        int found = 0;
         while (true) {
-            int at = first - from;
-            for (uint32_t left = at < tokens ? mask : 0; left; left &= left - 1, ++at)
-                if (at >= 0 && at < tokens) places[at] = slot + __ffs(left) - 1;
-            if (end >= from + tokens || next >= reads.hidden) break;
-            const int octet = next + thread, of_all = reads.first_hidden + octet;
-            const bool is_hidden = octet < reads.hidden;
-            mask = is_hidden ? reads.masks[of_all] : 0;
-            slot = is_hidden ? reads.pages[of_all / (PAGE / OCTET)] * PAGE + of_all % (PAGE / OCTET) * OCTET : 0;
-            const int own = __popc(mask);
-            int sum = own; // of the octets up to this one, first of its warp's
+            int page = 0;
 #pragma unroll
-            for (int step = 1; step < 32; step *= 2) {
-                const int other = __shfl_up_sync(~0u, sum, step);
-                if (lane >= step) sum += other;
-            }
-            int *of_warps = sums + next / THREADS % 2 * WARPS; // others may still read the last ones
-            if (lane == 31) of_warps[warp] = sum;
-            meet();
-            first = end + sum - own;
+            for (int step = 16; step; step /= 2)
+                if (__shfl_sync(~0u, upto, page + step - 1) <= index) page += step;
+            const uint64_t mask = __shfl_sync(~0u, kept, page);
+            // Of its page's tokens, how many are before it; then the same of halves of what is left.
+            int rank = index - __shfl_sync(~0u, upto, page) + __popcll(mask), at = __shfl_sync(~0u, first, page);
+            uint32_t left = mask;
+            if (const int low = __popc(left); rank >= low) left = mask >> 32, rank -= low, at += 32;
 #pragma unroll
-            for (int of = 0; of < WARPS; ++of) {
-                if (of < warp) first += of_warps[of];
-                end += of_warps[of];
-            }
-            next += THREADS;
+            for (int half = 16; half; half /= 2)
+                if (const int low = __popc(left & (1u << half) - 1); rank >= low) left >>= half, rank -= low, at += half;
+            if (index >= begin) found = at;
+            if (!__any_sync(~0u, index >= end)) return found;
+            turn(reads);
         }
     }
 };

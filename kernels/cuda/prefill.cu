@@ -20,7 +20,6 @@ template <typename T, int D> __device__ void attend(const PrefillParams &p) {
     __shared__ Octet listed[2][OCTETS];
     __shared__ uint32_t partly[2]; // octets of a step that not every query sees whole
     __shared__ uint32_t places[2][KEYS];
-    __shared__ int sums_of_warps[2 * WARPS];
     const Turn turn(p);
     const int tile = turn.tile, head = turn.head, warp = threadIdx.x / 32, lane = threadIdx.x % 32, G = p.group_size;
     follow();
@@ -30,9 +29,8 @@ template <typename T, int D> __device__ void attend(const PrefillParams &p) {
     const int eldest = of_tile.eldest(p), newest = of_tile.newest(p);
     const int local_window = p.windows ? p.windows[row_of_list / p.kv_heads] : p.local_window;
     PromptReads reads(p, head, row_of_list, of_tile);
-    const auto meet_all = [] { __syncthreads(); };
-    if (reads.hidden) reads.count_gathered<WARPS * 32>(sums_of_warps, meet_all);
-    Gathering<WARPS * 32> gathering;
+    if (reads.hidden) reads.count_gathered();
+    Gathering gathering;
     const int steps = (reads.octets() + OCTETS - 1) / OCTETS;
     const uint32_t base = shared_address(shared);
 
@@ -41,8 +39,9 @@ template <typename T, int D> __device__ void attend(const PrefillParams &p) {
             const uint32_t to = base + stage * 2 * TILE_BYTES;
             const int first_gathered = reads.gathered_from(step * OCTETS);
             if (reads.gathered && first_gathered > -KEYS) {
-                gathering.note(reads, first_gathered, KEYS, places[stage], sums_of_warps, meet_all);
-                meet_all();
+                if (threadIdx.x < KEYS)
+                    places[stage][threadIdx.x] = gathering.slot(reads, min(max(first_gathered + (int)threadIdx.x, 0), reads.gathered - 1));
+                __syncthreads();
             }
             if (warp == 0) {
                 const Octet octet = lane < OCTETS ? reads.octet_by_branches(step * OCTETS + lane) : Octet{0xff, -1};

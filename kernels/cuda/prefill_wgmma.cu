@@ -112,9 +112,7 @@ template <Kind KIND> struct Shared {
     uint32_t partly[KNOWN]; // octets of a step that not every query sees whole, from bit 0 on
 };
 template <> struct Shared<KEPT> : Shared<PLAIN> {
-    uint32_t places[KEYS];             // slots of a step's gathered tokens
-    int sums_of_warps[2 * GROUP / 32]; // of those who look for them
-    int steps;                         // in all, once the first keys are there
+    int steps; // in all, once the first keys are there
 };
 
 // What a thread block computes: a tile of queries, and what it reads.
@@ -178,12 +176,12 @@ __device__ __forceinline__ void fetch(const PrefillParams &p, Tile<KIND> tile, P
     };
     // The slot of the thread's row of a step. What no query sees may be anything, and no number hides it: in its place comes what all see, the eldest's.
     const int seen_by_all = tile.reads.pages[tile.eldest / PAGE] * PAGE + tile.eldest % PAGE;
-    auto slot_of = [&](int step) {
+    auto slot_of = [&](int step, int gathered) {
         const Octet octet = shared.listed[step % KNOWN][thread / OCTET];
         const int own = thread % OCTET;
         if (!(octet.position < 0 ? octet.row >> own & 1 : octet.position + own <= tile.newest)) return seen_by_all;
         if constexpr (KIND == KEPT) {
-            if (octet.position == GATHERED) return (int)shared.places[thread];
+            if (octet.position == GATHERED) return gathered;
         }
         return (octet.row >> 8) * OCTET + own;
     };
@@ -202,11 +200,13 @@ __device__ __forceinline__ void fetch(const PrefillParams &p, Tile<KIND> tile, P
     const char *keys = (const char *)p.k + chunk * 16, *values = (const char *)p.v + chunk * 16;
     asm volatile("" : "+l"(keys), "+l"(values));
     const auto meet_all = [] { meet(3, GROUP); };
+    Gathering gathering;
     // How much is gathered is learned while the first keys and values come, but where it is among what is looked up first.
     auto learn = [&]() {
         if constexpr (KIND == KEPT) {
             if (tile.reads.hidden) {
-                tile.reads.template count_gathered<GROUP>(shared.sums_of_warps, meet_all);
+                tile.reads.count_gathered();
+                gathering.turn(tile.reads);
                 tile.steps = (tile.reads.octets() + OCTETS - 1) / OCTETS;
             }
             if (thread == 0) shared.steps = tile.steps;
@@ -219,20 +219,16 @@ __device__ __forceinline__ void fetch(const PrefillParams &p, Tile<KIND> tile, P
     static_assert(KNOWN * OCTETS == GROUP);
     const bool leads = thread < TOGETHER * OCTETS;
     Octet ahead{};
-    Gathering<GROUP> gathering;
     for (int step = 0; step < tile.steps; ++step) {
         const int stage = step % STAGES;
         const uint32_t before = (step / STAGES + 1) % 2; // parity of the phase in which this stage was read
         if (step % TOGETHER == 0) meet_all(); // the octets of this step and the next ones are noted
+        int gathered = 0;
         if constexpr (KIND == KEPT) {
             const int from = tile.reads.gathered_from(step * OCTETS);
-            if (tile.reads.gathered && from > -KEYS) {
-                meet_all(); // nobody reads those of the step before any more
-                gathering.note(tile.reads, from, KEYS, shared.places, shared.sums_of_warps, meet_all);
-                meet_all();
-            }
+            if (tile.reads.gathered && from > -KEYS) gathered = gathering.slot(tile.reads, min(max(from + thread, 0), tile.reads.gathered - 1));
         }
-        const int slot = slot_of(step);
+        const int slot = slot_of(step, gathered);
 #pragma unroll
         for (int i = 0; i < COPIES; ++i) slots[i] = __shfl_sync(~0u, slot, i * ROWS_AT_ONCE + lane / CHUNKS);
         if (step >= STAGES) await(shared.keys_read + stage, before);
