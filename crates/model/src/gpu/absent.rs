@@ -81,7 +81,7 @@ pub(crate) fn rotated(_q: &Tensor, _k: &Tensor, _angles: [&Tensor; 2], _dtype: D
 }
 
 /// Only tensors of a GPU get there.
-pub(crate) fn multiply_unpacked(_weights: &Tensor, _x: &Tensor, _place: &mut Place) -> Result<Tensor> {
+pub(crate) fn multiply_unpacked(_weights: &Tensor, _used: usize, _x: &Tensor, _place: &mut Place) -> Result<Tensor> {
     bail!("this build has no CUDA: build with --features cuda")
 }
 

@@ -62,7 +62,7 @@ impl Linear {
     /// If the widths differ.
     pub(crate) fn forward_by(&self, unpacked: Option<&Tensor>, x: &Tensor) -> Result<Tensor> {
         match unpacked {
-            Some(weights) => self.add_bias(gpu::multiply_unpacked(weights, x, &mut Place::default())?),
+            Some(weights) => self.add_bias(gpu::multiply_unpacked(weights, weights.dim(0)?, x, &mut Place::default())?),
             None => self.forward(x),
         }
     }
@@ -88,7 +88,7 @@ impl Linear {
             let each = each.iter().zip(heads).map(|(y, heads)| y.reshape((tokens, heads, width))).collect::<Result<_>>()?;
             return Ok((all_of(each)?, None));
         };
-        let all = gpu::multiply_unpacked(weights, x, place)?;
+        let all = gpu::multiply_unpacked(weights, own * width + beside, x, place)?;
         let beside = if beside > 0 { Some(all.narrow(1, own * width, beside)?) } else { None };
         let all = all.reshape((tokens, all.dim(1)? / width, width))?;
         let mut first = 0;

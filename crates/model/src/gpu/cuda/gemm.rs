@@ -35,13 +35,14 @@ pub(super) enum Arithmetic {
     Bf16,
 }
 
-/// `x W'`: `[tokens, columns]` and `[rows, columns]` -> `[tokens, rows]`, of so many parts.
+/// `x W'`: `[tokens, columns]` and `[rows, columns]` -> `[tokens, rows]`, a token's numbers so many after the one's before it, of so many parts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 struct Shape {
     parts: usize,
     tokens: usize,
     rows: usize,
     columns: usize,
+    apart: usize,
     arithmetic: Arithmetic,
 }
 
@@ -123,7 +124,8 @@ impl Gemm {
         Ok(out)
     }
 
-    /// The same to `out`, beside what that holds (`adds`) or in its place; or of each part of tensors of three axes.
+    /// The same to the first numbers that `out` has of each token, beside what they are (`adds`) or in their place; or of each part of tensors of three
+    /// axes.
     ///
     /// # Errors
     /// If shapes or dtypes do not fit each other.
@@ -134,8 +136,8 @@ impl Gemm {
             [parts, rows, columns] => [parts, rows, columns],
             _ => [0; 3],
         };
-        let ([parts, rows, columns], [_, tokens, width]) = (dims(weight), dims(x));
-        let fit = columns == width && dims(x)[0] == parts && dims(out) == [parts, tokens, rows];
+        let ([parts, rows, columns], [_, tokens, width], [.., apart]) = (dims(weight), dims(x), dims(out));
+        let fit = columns == width && dims(x)[0] == parts && dims(out) == [parts, tokens, apart] && apart >= rows;
         if !fit || weight.dtype() != dtype || x.dtype() != dtype || out.dtype() != DType::F32 {
             bail!("cuda: product of {:?} and {:?} to {:?} in {arithmetic:?}", are_of(x), are_of(weight), are_of(out));
         }
@@ -143,7 +145,7 @@ impl Gemm {
         if [weight_at, x_at, out_at].iter().any(|at| !at.is_multiple_of(ALIGNED.into())) {
             bail!("cuda: product of {:?} and {:?}, which do not begin at multiples of {ALIGNED} bytes", x.dims(), weight.dims());
         }
-        let product = Product { shape: Shape { parts, tokens, rows, columns, arithmetic }, adds, places: [weight_at, x_at, out_at] };
+        let product = Product { shape: Shape { parts, tokens, rows, columns, apart, arithmetic }, adds, places: [weight_at, x_at, out_at] };
         match self.recorded(product) {
             // SAFETY: the tensors live until the stream frees them, and the workspace is used by one product at a time.
             Some(recorded) => unsafe { recorded.launch() },
@@ -231,7 +233,7 @@ impl Plan {
     fn new(handle: sys::cublasLtHandle_t, shape: Shape, workspace: usize) -> std::result::Result<Self, result::CublasError> {
         use sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_TRANSA;
         use sys::cublasLtMatmulPreferenceAttributes_t as Preferred;
-        let Shape { parts, tokens, rows, columns, arithmetic } = shape;
+        let Shape { parts, tokens, rows, columns, apart, arithmetic } = shape;
         let (kind, compute) = match arithmetic {
             Arithmetic::F32 => (sys::cudaDataType::CUDA_R_32F, sys::cublasComputeType_t::CUBLAS_COMPUTE_32F),
             Arithmetic::Tf32 => (sys::cudaDataType::CUDA_R_32F, sys::cublasComputeType_t::CUBLAS_COMPUTE_32F_FAST_TF32),
@@ -247,10 +249,10 @@ impl Plan {
         plan.operation = result::create_matmul_desc(compute, sys::cudaDataType::CUDA_R_32F)?;
         plan.weight = result::create_matrix_layout(kind, columns as u64, rows as u64, columns as i64)?;
         plan.x = result::create_matrix_layout(kind, columns as u64, tokens as u64, columns as i64)?;
-        plan.out = result::create_matrix_layout(sys::cudaDataType::CUDA_R_32F, rows as u64, tokens as u64, rows as i64)?;
+        plan.out = result::create_matrix_layout(sys::cudaDataType::CUDA_R_32F, rows as u64, tokens as u64, apart as i64)?;
         if parts > 1 {
             use sys::cublasLtMatrixLayoutAttribute_t::{CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET};
-            for (layout, numbers) in [(plan.weight, rows * columns), (plan.x, tokens * columns), (plan.out, tokens * rows)] {
+            for (layout, numbers) in [(plan.weight, rows * columns), (plan.x, tokens * columns), (plan.out, tokens * apart)] {
                 let (count, apart) = (parts as i32, numbers as i64);
                 // SAFETY: the layout is there, and each attribute is a number of this size.
                 unsafe {

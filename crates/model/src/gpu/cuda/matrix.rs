@@ -25,6 +25,9 @@ const UNIT: usize = 32;
 /// Rows (warps) of a thread block of `product`.
 const WARPS: usize = 4;
 
+/// Rows of weights whose products lie at multiples of what kernels store at once.
+const ROWS_AT_ONCE: usize = 8;
+
 /// Threads of `matrix_rows` and of `unpack_matrices`, and weights of each.
 const ROWS_THREADS: usize = 64;
 const UNPACK_THREADS: usize = 256;
@@ -279,13 +282,17 @@ impl DeviceMatrix {
     }
 }
 
-/// `x W'` of what was unpacked, `[rows, columns]` and `x` `[tokens, columns]`, bf16: `[tokens, rows]` f32, in `place`.
+/// `x W'` of what was unpacked, `[rows, columns]` and `x` `[tokens, columns]`, bf16: `[tokens, rows]` f32, in `place`, of which a token's numbers from
+/// `used` on may be anything.
 ///
 /// # Errors
 /// If a width differs, or the device is out of memory.
-pub(crate) fn multiply_unpacked(weights: &Tensor, x: &Tensor, place: &mut Place) -> Result<Tensor> {
-    let out = place.take((x.dim(0)?, weights.dim(0)?), DType::F32, x.device())?;
-    Gemm::of(x.device())?.multiply_to(&out, false, weights, &x.contiguous()?, Arithmetic::Bf16)?;
+pub(crate) fn multiply_unpacked(weights: &Tensor, used: usize, x: &Tensor, place: &mut Place) -> Result<Tensor> {
+    let rows = weights.dim(0)?;
+    let out = place.take((x.dim(0)?, rows), DType::F32, x.device())?;
+    // No more than kernels take at once: a whole tile of columns more can be another round of thread blocks.
+    let used = weights.narrow(0, 0, used.next_multiple_of(ROWS_AT_ONCE).min(rows))?;
+    Gemm::of(x.device())?.multiply_to(&out, false, &used, &x.contiguous()?, Arithmetic::Bf16)?;
     Ok(out)
 }
 
