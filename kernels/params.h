@@ -126,7 +126,8 @@ struct SelectParams {
 };
 
 // Queries, keys and values of a step, made of rows of products: with a bias, normed, rotated, as far as there is by what. Keys and values are
-// written to the places that the page table gives them, rounded; keys in 8 bits as their Hadamard transform.
+// written to the places that the page table gives them, rounded; keys in 8 bits as their Hadamard transform. All that is read begins at multiples of
+// 16 bytes, and tokens are multiples of 4 numbers apart.
 struct StoreParams {
     const float *rows[3];   // queries, keys, values: [tokens, heads, head_dim], tokens so many numbers apart
     const float *biases[3]; // [heads, head_dim]; null: none

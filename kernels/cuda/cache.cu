@@ -14,61 +14,155 @@ template <typename S> __device__ void scatter(const ScatterParams &p) {
 // Rows of a step, by what they are made of.
 enum Row { QUERY, KEY, VALUE };
 
-// A row of N groups of 32 numbers: a lane has one of each.
-template <typename S, int N> __device__ __forceinline__ void store_row(const StoreParams &p, int token, Row kind, int head) {
-    using T = typename ComputedAs<S>::T;
-    constexpr int HEAD_DIM = 32 * N;
-    const int lane = threadIdx.x % 32, t = p.start + token;
-    const float *from = p.rows[kind] + (int64_t)token * p.apart[kind] + head * HEAD_DIM + lane;
-    float x[N];
-#pragma unroll
-    for (int i = 0; i < N; ++i) x[i] = from[32 * i];
-    if (const float *bias = p.biases[kind]) {
-#pragma unroll
-        for (int i = 0; i < N; ++i) x[i] += bias[head * HEAD_DIM + lane + 32 * i];
+// What is stored: a row of a token.
+struct StoredRow {
+    Row kind;
+    int token, head;
+
+    __device__ __forceinline__ StoredRow(const StoreParams &p, int row) {
+        const int heads = p.q_heads + 2 * p.kv_heads, of_all = row % heads;
+        token = row / heads;
+        kind = of_all < p.q_heads ? QUERY : of_all < p.q_heads + p.kv_heads ? KEY : VALUE;
+        head = of_all - (kind == QUERY ? 0 : kind == KEY ? p.q_heads : p.q_heads + p.kv_heads);
     }
-    if (const float *weight = kind == VALUE ? nullptr : p.norms[kind]) {
-        float squares = 0.f;
-#pragma unroll
-        for (int i = 0; i < N; ++i) squares += x[i] * x[i];
-        const float factor = 1.f / sqrtf(sum_of_warp(squares) / HEAD_DIM + p.eps);
-#pragma unroll
-        for (int i = 0; i < N; ++i) x[i] *= factor * weight[lane + 32 * i];
+
+    __device__ __forceinline__ const float *from(const StoreParams &p) const {
+        return p.rows[kind] + (int64_t)token * p.apart[kind] + head * p.head_dim;
     }
-    if (kind != VALUE && p.cos) {
-        const int64_t at = (int64_t)token * (HEAD_DIM / 2) + lane;
+    __device__ __forceinline__ const float *bias(const StoreParams &p) const { return p.biases[kind] ? p.biases[kind] + head * p.head_dim : nullptr; }
+    __device__ __forceinline__ const float *norm(const StoreParams &p) const { return kind == VALUE ? nullptr : p.norms[kind]; }
+    __device__ __forceinline__ bool is_rotated(const StoreParams &p) const { return kind != VALUE && p.cos; }
+    // The row of queries, or of a pool.
+    __device__ __forceinline__ int64_t place(const StoreParams &p) const {
+        if (kind == QUERY) return (int64_t)token * p.q_heads + head;
+        const int t = p.start + token;
+        return (int64_t)p.pages[(int64_t)head * p.max_pages + t / PAGE] * PAGE + t % PAGE;
+    }
+};
+
+// Rows of a warp at a time, from `first` on, stored as T: a lane has neighbours of the first half of a row, and those of the second half that they are
+// rotated with.
+template <typename T, int HEAD_DIM> struct StoredHalves {
+    static constexpr int LANES = HEAD_DIM < 128 ? HEAD_DIM / 4 : 32, OWN = HEAD_DIM / 2 / LANES, ROWS = 32 / LANES;
+
+    // Numbers of a lane.
+    struct __align__(4 * OWN) Own {
+        float x[OWN];
+    };
+    struct __align__(sizeof(T) * OWN) Stored {
+        uint32_t pairs[OWN / 2];
+    };
+
+    static __device__ __forceinline__ void store(const StoreParams &p, int first) {
+        const int lane = threadIdx.x % LANES;
+        // Beyond the last one, that one again.
+        const StoredRow row(p, min(first + (int)threadIdx.x % 32 / LANES, p.tokens * (p.q_heads + 2 * p.kv_heads) - 1));
+        const auto of_half = [&](const float *numbers, int half) { return *(const Own *)(numbers + half * (HEAD_DIM / 2) + OWN * lane); };
+        const float *from = row.from(p);
+        Own x[2] = {of_half(from, 0), of_half(from, 1)};
+        if (const float *bias = row.bias(p)) {
 #pragma unroll
-        for (int i = 0; i < N / 2; ++i) {
-            const float cos = p.cos[at + 32 * i], sin = p.sin[at + 32 * i], a = x[i], b = x[i + N / 2];
-            x[i] = a * cos - b * sin, x[i + N / 2] = a * sin + b * cos;
+            for (int half = 0; half < 2; ++half) {
+                const Own more = of_half(bias, half);
+#pragma unroll
+                for (int i = 0; i < OWN; ++i) x[half].x[i] += more.x[i];
+            }
+        }
+        // Neighbouring rows of a warp may be of another kind.
+        if (p.norms[QUERY] || p.norms[KEY]) {
+            float squares = 0.f;
+#pragma unroll
+            for (int i = 0; i < OWN; ++i) squares += x[0].x[i] * x[0].x[i] + x[1].x[i] * x[1].x[i];
+#pragma unroll
+            for (int step = LANES / 2; step; step /= 2) squares += __shfl_xor_sync(~0u, squares, step);
+            if (const float *weight = row.norm(p)) {
+                const float factor = 1.f / sqrtf(squares / HEAD_DIM + p.eps);
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    const Own by = of_half(weight, half);
+#pragma unroll
+                    for (int i = 0; i < OWN; ++i) x[half].x[i] *= factor * by.x[i];
+                }
+            }
+        }
+        if (row.is_rotated(p)) {
+            const int64_t at = (int64_t)row.token * (HEAD_DIM / 2) + OWN * lane;
+            const Own cos = *(const Own *)(p.cos + at), sin = *(const Own *)(p.sin + at);
+#pragma unroll
+            for (int i = 0; i < OWN; ++i) {
+                const float a = x[0].x[i], b = x[1].x[i];
+                x[0].x[i] = a * cos.x[i] - b * sin.x[i], x[1].x[i] = a * sin.x[i] + b * cos.x[i];
+            }
+        }
+        T *to = (T *)(row.kind == QUERY ? p.q : p.pools[row.kind == VALUE]) + row.place(p) * HEAD_DIM + OWN * lane;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            Stored out;
+#pragma unroll
+            for (int i = 0; i < OWN / 2; ++i) out.pairs[i] = pack<T>(x[half].x[2 * i], x[half].x[2 * i + 1]);
+            *(Stored *)(to + half * (HEAD_DIM / 2)) = out;
         }
     }
-    if (kind == QUERY) {
-        T *to = (T *)p.q + ((int64_t)token * p.q_heads + head) * HEAD_DIM + lane;
-#pragma unroll
-        for (int i = 0; i < N; ++i) narrow(to[32 * i], x[i]);
-        return;
-    }
-    const int64_t slot = (int64_t)p.pages[(int64_t)head * p.max_pages + t / PAGE] * PAGE + t % PAGE;
-    void *pool = p.pools[kind == VALUE], *scales = p.scales[kind == VALUE];
-#pragma unroll
-    for (int i = 0; i < N; ++i) store_at<S>(pool, scales, slot, HEAD_DIM, lane + 32 * i, std::is_same_v<S, Bytes> && kind == KEY ? hadamard(x[i]) : x[i]);
-}
+};
 
-// Rows one after the other, as a token has them: a warp takes one at a time, of so many thread blocks. The first `late` ones, which had something else
-// to do, begin when each of the others has had a row.
+// A row of a warp, of N groups of 32 numbers, stored as bytes with a scale for each group: a lane has one of each.
+template <int N> struct StoredBytes {
+    static constexpr int HEAD_DIM = 32 * N, ROWS = 1;
+
+    static __device__ __forceinline__ void store(const StoreParams &p, int first) {
+        const int lane = threadIdx.x % 32;
+        const StoredRow row(p, first);
+        const float *from = row.from(p) + lane;
+        float x[N];
+#pragma unroll
+        for (int i = 0; i < N; ++i) x[i] = from[32 * i];
+        if (const float *bias = row.bias(p)) {
+#pragma unroll
+            for (int i = 0; i < N; ++i) x[i] += bias[lane + 32 * i];
+        }
+        if (const float *weight = row.norm(p)) {
+            float squares = 0.f;
+#pragma unroll
+            for (int i = 0; i < N; ++i) squares += x[i] * x[i];
+            const float factor = 1.f / sqrtf(sum_of_warp(squares) / HEAD_DIM + p.eps);
+#pragma unroll
+            for (int i = 0; i < N; ++i) x[i] *= factor * weight[lane + 32 * i];
+        }
+        if (row.is_rotated(p)) {
+            const int64_t at = (int64_t)row.token * (HEAD_DIM / 2) + lane;
+#pragma unroll
+            for (int i = 0; i < N / 2; ++i) {
+                const float cos = p.cos[at + 32 * i], sin = p.sin[at + 32 * i], a = x[i], b = x[i + N / 2];
+                x[i] = a * cos - b * sin, x[i + N / 2] = a * sin + b * cos;
+            }
+        }
+        const int64_t place = row.place(p);
+        if (row.kind == QUERY) {
+            half *to = (half *)p.q + place * HEAD_DIM + lane;
+#pragma unroll
+            for (int i = 0; i < N; ++i) narrow(to[32 * i], x[i]);
+            return;
+        }
+        void *pool = p.pools[row.kind == VALUE], *scales = p.scales[row.kind == VALUE];
+#pragma unroll
+        for (int i = 0; i < N; ++i) store_at<Bytes>(pool, scales, place, HEAD_DIM, lane + 32 * i, row.kind == KEY ? hadamard(x[i]) : x[i]);
+    }
+};
+
+template <typename S, int HEAD_DIM> using Stored = std::conditional_t<std::is_same_v<S, Bytes>, StoredBytes<HEAD_DIM / 32>, StoredHalves<S, HEAD_DIM>>;
+
+// Rows one after the other, as a token has them: a warp takes one at a time, or two, of so many thread blocks. The first `late` ones, which had
+// something else to do, begin when each of the others has had one.
 template <typename S> __device__ __forceinline__ void store(const StoreParams &p, int block, int blocks, int late) {
-    const int of_block = blockDim.x / 32, all = blocks * of_block, early = (blocks - late) * of_block, heads = p.q_heads + 2 * p.kv_heads;
+    const int of_block = blockDim.x / 32, all = blocks * of_block, early = (blocks - late) * of_block;
     const int warp = (block - late) * of_block + (int)threadIdx.x / 32; // below 0: of a late one, the last of all in each round
+    const int rows = p.tokens * (p.q_heads + 2 * p.kv_heads), at_once = p.head_dim == 64 ? Stored<S, 64>::ROWS : 1;
     const bool is_late = warp < 0;
-    for (int row = is_late ? early + warp + all : warp, step = is_late ? all : early; row < p.tokens * heads; row += step, step = all) {
-        const int token = row / heads, of_all = row % heads;
-        const Row kind = of_all < p.q_heads ? QUERY : of_all < p.q_heads + p.kv_heads ? KEY : VALUE;
-        const int head = of_all - (kind == QUERY ? 0 : kind == KEY ? p.q_heads : p.q_heads + p.kv_heads);
+    for (int turn = is_late ? early + warp + all : warp, step = is_late ? all : early; turn * at_once < rows; turn += step, step = all) {
         switch (p.head_dim) {
-        case 64: store_row<S, 2>(p, token, kind, head); break;
-        case 128: store_row<S, 4>(p, token, kind, head); break;
-        default: store_row<S, 8>(p, token, kind, head);
+        case 64: Stored<S, 64>::store(p, turn * at_once); break;
+        case 128: Stored<S, 128>::store(p, turn); break;
+        default: Stored<S, 256>::store(p, turn);
         }
     }
 }
@@ -199,8 +293,11 @@ template <typename T> __device__ void expand(const ExpandParams &p) {
     narrow(to[p.head_dim + d], b / (end - first));
 }
 
-// What a mask says of an octet's tokens before a step's first one.
-__device__ __forceinline__ uint32_t known_before(int start, int octet, const uint8_t *mask) { return *mask & ~(0xffu << max(0, min(OCTET, start - octet * OCTET))); }
+// What a mask says of an octet's tokens before a step's first one. Of most octets it need not be read.
+__device__ __forceinline__ uint32_t known_before(int start, int octet, const uint8_t *mask) {
+    const int before = start - octet * OCTET;
+    return before > 0 ? *mask & ~(0xffu << min(OCTET, before)) : 0;
+}
 
 // An octet for each thread. grid (octets / 256, kv_heads)
 __device__ __forceinline__ void note_verdicts(const VerdictParams &p) {
@@ -252,7 +349,8 @@ template <typename T> __device__ __forceinline__ Halves eight(const void *x, int
     return out;
 }
 
-__device__ __forceinline__ float gelu(float x) { return 0.5f * x * (1.f + erff(x * 0.70710678118654752f)); }
+// Called, not inlined for each number: code comes from afar when it is first executed, and this is long.
+__device__ __noinline__ float gelu(float x) { return 0.5f * x * (1.f + erff(x * 0.70710678118654752f)); }
 
 // GELU of so many numbers of a layer, `at(row)`, by a warp; those beyond its rows are 0.
 template <int N, typename At> __device__ __forceinline__ void activate(float (&x)[N], int rows, At at) {
@@ -260,7 +358,8 @@ template <int N, typename At> __device__ __forceinline__ void activate(float (&x
 #pragma unroll
     for (int i = 0; i < N; ++i) x[i] = threadIdx.x % 32 + 32 * i < rows ? at(threadIdx.x % 32 + 32 * i) : 0.f;
 #pragma unroll
-    for (int i = 0; i < N; ++i) x[i] = gelu(x[i]);
+    for (int i = 0; i < N; ++i)
+        if (32 * i < rows) x[i] = gelu(x[i]);
 }
 
 // TILES tiles of rows with GATE_TOKENS tokens, from a multiple of them on. Products are of bf16 and of what is lost by that: 16 bits of
@@ -363,6 +462,7 @@ __device__ __forceinline__ void decide_by_warps(const ProjectedParams &p, int in
     for (int from = 0; from < p.kv_heads; from += HEADS) {
         const int heads = min(HEADS, p.kv_heads - from);
         float score = 0.f; // of the lane's head
+#pragma unroll 2
         for (int head = 0; head < heads; ++head) {
             const float *weight = p.weight + (from + head) * p.rows;
             float sum = 0.f;

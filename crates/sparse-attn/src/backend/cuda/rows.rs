@@ -93,7 +93,7 @@ pub(super) fn transformed(q: &Tensor) -> Result<Tensor> {
 
 /// Stores `k` and `v` `[step.len, kv_heads, head_dim]` in the places that the page table gives them, and makes a verdict on them.
 pub(super) fn store_step(k: &Tensor, v: &Tensor, step: Step, store: &LayerStore, verdict: Option<Verdict<'_>>) -> Result<()> {
-    let rows = |rows: &Tensor| by_tokens(&rows.to_dtype(DType::F32)?);
+    let rows = |rows: &Tensor| by_fours(&rows.to_dtype(DType::F32)?);
     let ((_k, k_rows, k_apart), (_v, v_rows, v_apart)) = (rows(k)?, rows(v)?);
     let params = StoreParams { rows: [0, k_rows, v_rows], apart: [0, k_apart as i32, v_apart as i32], ..StoreParams::default() };
     launch_store(params, step, store, verdict)
@@ -120,25 +120,44 @@ pub(super) fn store_products(
         let (biases, norms) = (biases.map(|bias| bias.map(Tensor::dims)), norms.map(|(norms, _)| norms.map(Tensor::dims)));
         bail!("cuda: products {dims:?}, biases {biases:?}, norms {norms:?}, angles {tables:?} of {} tokens, f32, for {shape:?}", step.len);
     }
-    let ((_q, q_rows, q_apart), (_k, k_rows, k_apart), (_v, v_rows, v_apart)) = (by_tokens(q)?, by_tokens(k)?, by_tokens(v)?);
+    let ((_q, q_rows, q_apart), (_k, k_rows, k_apart), (_v, v_rows, v_apart)) = (by_fours(q)?, by_fours(k)?, by_fours(v)?);
     let out = place.take((step.len, q_heads, head_dim), queries_of(store).tensor_dtype(), q.device())?;
     let mut params = StoreParams {
         rows: [q_rows, k_rows, v_rows],
-        cos: address(cos)?,
-        sin: address(sin)?,
+        cos: at_fours(cos)?,
+        sin: at_fours(sin)?,
         q: address(&out)?,
         apart: [q_apart, k_apart, v_apart].map(|apart| apart as i32),
         q_heads: q_heads as i32,
         ..StoreParams::default()
     };
     for (to, bias) in params.biases.iter_mut().zip(biases) {
-        *to = bias.map_or(Ok(0), address)?;
+        *to = bias.map_or(Ok(0), at_fours)?;
     }
     if let Some(([q_norm, k_norm], eps)) = norms {
-        (params.norms, params.eps) = ([address(q_norm)?, address(k_norm)?], eps);
+        (params.norms, params.eps) = ([at_fours(q_norm)?, at_fours(k_norm)?], eps);
     }
     launch_store(params, step, store, verdict)?;
     Ok(out)
+}
+
+/// Numbers that are read at once, and bytes of them.
+const FOUR: usize = 4;
+const FOUR_BYTES: u64 = (FOUR * size_of::<f32>()) as u64;
+
+/// [`by_tokens`] of what is read by fours.
+fn by_fours(rows: &Tensor) -> Result<(Tensor, u64, usize)> {
+    let (tensor, at, apart) = by_tokens(rows)?;
+    if at.is_multiple_of(FOUR_BYTES) && apart.is_multiple_of(FOUR) { Ok((tensor, at, apart)) } else { by_tokens(&rows.force_contiguous()?) }
+}
+
+/// [`address`] of what is read by fours.
+fn at_fours(tensor: &Tensor) -> Result<u64> {
+    let at = address(tensor)?;
+    if !at.is_multiple_of(FOUR_BYTES) {
+        bail!("cuda: a tensor {:?} begins {} bytes after a multiple of {FOUR_BYTES}", tensor.shape(), at % FOUR_BYTES);
+    }
+    Ok(at)
 }
 
 /// Stores the rows of `params`, which says what there is of queries.
@@ -158,9 +177,11 @@ fn launch_store(params: StoreParams, step: Step, store: &LayerStore, verdict: Op
     let (kernels, names) = (Kernels::of(pages.device())?, StoreKernels::of(store.k())?);
     // No more than are there at once: some that begin late are what all wait for.
     let most = |threads: usize| STORING * STORED / threads * kernels.multiprocessors();
+    // Half a warp has a row of 64 numbers of 16 bits.
+    let at_once = if shape.head_dim() == 64 && store.k().dtype() != KvDtype::Q8_0 { 2 } else { 1 };
     let blocks = |threads: usize| {
         let rows = step.len * (params.q_heads + 2 * params.kv_heads) as usize;
-        rows.div_ceil(threads / 32).min(most(threads))
+        rows.div_ceil(threads / 32 * at_once).min(most(threads))
     };
     // A gate is done meanwhile, but for those of many heads.
     if let Some((gate, gates)) = verdict.map(gate::of_projected).transpose()?.flatten() {
