@@ -261,6 +261,27 @@ fn products_become_the_queries_keys_and_values_that_the_host_makes() -> Result<(
 }
 
 #[test]
+fn rows_that_begin_anywhere_are_stored_as_others() -> Result<()> {
+    let Some(device) = gpu() else { return Ok(()) };
+    let case = Case::new((4, 1, 64, None), 50)?;
+    let attention = on_gpu(&device, Routing::dense())?;
+    for dtype in [KvDtype::F16, KvDtype::Q8_0] {
+        let attend = |k: Tensor, v: Tensor| -> Result<Tensor> {
+            let q = case.q.to_device(&device)?;
+            let mut cache = KvCache::new(&[case.spec], dtype.into(), &device, 0)?;
+            let step = cache.reserve(50)?;
+            let input = AttentionInput { hidden: &q, projected: None, q: &q, k: &k, k_before_rope: &k, v: &v, scale: 0.125 };
+            attention.forward(0, input, step, &mut cache)?.to_device(&Device::Cpu)
+        };
+        // With a number before each row.
+        let shifted = |x: &Tensor| Tensor::cat(&[&x.narrow(2, 0, 1)?, x], 2)?.to_device(&device)?.narrow(2, 1, 64);
+        let want = attend(case.k.to_device(&device)?, case.v.to_device(&device)?)?;
+        assert!(equal(&attend(shifted(&case.k)?, shifted(&case.v)?)?, &want)?, "{dtype:?}");
+    }
+    Ok(())
+}
+
+#[test]
 fn a_selection_is_read_as_the_plain_backend_reads_it() -> Result<()> {
     let Some(device) = gpu() else { return Ok(()) };
     for (shape, block_size, tile, chunks) in [
