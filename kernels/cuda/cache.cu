@@ -49,7 +49,7 @@ template <typename T, int HEAD_DIM> struct StoredHalves {
     struct __align__(4 * OWN) Own {
         float x[OWN];
     };
-    struct __align__(sizeof(T) * OWN) Stored {
+    struct __align__(sizeof(T) * OWN) Rounded {
         uint32_t pairs[OWN / 2];
     };
 
@@ -97,10 +97,10 @@ template <typename T, int HEAD_DIM> struct StoredHalves {
         T *to = (T *)(row.kind == QUERY ? p.q : p.pools[row.kind == VALUE]) + row.place(p) * HEAD_DIM + OWN * lane;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            Stored out;
+            Rounded out;
 #pragma unroll
             for (int i = 0; i < OWN / 2; ++i) out.pairs[i] = pack<T>(x[half].x[2 * i], x[half].x[2 * i + 1]);
-            *(Stored *)(to + half * (HEAD_DIM / 2)) = out;
+            *(Rounded *)(to + half * (HEAD_DIM / 2)) = out;
         }
     }
 };
