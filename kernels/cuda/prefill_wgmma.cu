@@ -335,6 +335,11 @@ __device__ __forceinline__ void compute(const PrefillParams &p, const Tile<KIND>
         commit();
     };
     auto parity = [&](int step) { return uint32_t(step / STAGES % 2); };
+    // Of a barrier that counts warps: all that the lanes of this one read is read.
+    auto arrive_as_warp = [&](uint64_t *barrier) {
+        __syncwarp();
+        if (lane == 0) arrive(barrier);
+    };
     // The queries, while the first keys are looked up; rows that are none are zeros.
     wait_for_last();
     {
@@ -362,7 +367,7 @@ __device__ __forceinline__ void compute(const PrefillParams &p, const Tile<KIND>
     const bool is_first_partial = is_partial(0);
     wait<0>();
     pin(c);
-    if (lane == 0) arrive(shared.keys_read);
+    arrive_as_warp(shared.keys_read);
     soften(0, is_first_partial);
     round();
     for (int step = 0; step < steps - 1; ++step) {
@@ -379,11 +384,11 @@ __device__ __forceinline__ void compute(const PrefillParams &p, const Tile<KIND>
         const bool is_next_partial = is_partial(next);
         wait<1>();
         pin(c);
-        if (lane == 0) arrive(shared.keys_read + next % STAGES);
+        arrive_as_warp(shared.keys_read + next % STAGES);
         soften(next, is_next_partial);
         wait<0>();
         pin(sums);
-        if (lane == 0) arrive(shared.values_read + step % STAGES);
+        arrive_as_warp(shared.values_read + step % STAGES);
         round();
 #pragma unroll
         for (int d = 0; d < D / 8; ++d) {
