@@ -275,6 +275,28 @@ fn a_recorded_step_follows_a_token_router() -> Result<()> {
     Ok(())
 }
 
+#[test]
+fn pools_that_are_large_enough_stay_where_they_are() -> Result<()> {
+    let Some(device) = gpu() else { return Ok(()) };
+    let dir = tempfile::tempdir()?;
+    write_checkpoint(dir.path(), "llama")?;
+    let model = model::load(&Weights::open(dir.path(), &device, None)?)?;
+    let token_router = Arc::new(gate(model.config().hidden_size, &device)?);
+    let attention = RoutedAttention::new(Routing { token_router, ..routing(usize::MAX) }, for_device(&device)?)?;
+    // A page for each head, which is in use from the first token on.
+    let specs = attention.layer_specs(&model.config().layer_specs());
+    let mut cache = sparse_attn::KvCache::new(&specs, KvDtype::F16.into(), &device, 60)?;
+    let places = |cache: &sparse_attn::KvCache| (0..cache.layers()).map(|layer| cache.layer(layer).k().values().id()).collect::<Vec<_>>();
+    let (before, ids) = (places(&cache), ids(60));
+    model.forward(&ids[..10], &attention, &mut cache)?;
+    let mut step = model.token_step(&attention, &cache)?.expect("every part has a kernel");
+    for id in &ids[10..] {
+        assert!(step.run(*id, &mut cache)?);
+    }
+    assert_eq!(places(&cache), before, "each time they were made again, that step was recorded again");
+    Ok(())
+}
+
 /// A gate of one layer for each of two, or of two layers: those of all can decide together.
 fn alike(hidden_size: usize, is_deep: bool, device: &Device) -> Result<Gate> {
     let gate = gate(hidden_size, &Device::Cpu)?;

@@ -283,16 +283,14 @@ impl KvCache {
     }
 
     /// Gives pools that lack pages for `places` of their layers more, and those beside them; `keeps` what is there. Before a `single` token on a GPU
-    /// also pools that will soon lack some: whenever one is somewhere else, that step is recorded anew.
+    /// then also pools that will soon lack some: whenever one is somewhere else, that step is recorded anew.
     fn make_pages(&mut self, places: &[Option<Places>], keeps: bool, single: bool) -> Result<()> {
         let foresees = single && !self.device.is_cpu();
-        let is_due = |layer: usize| {
-            let (layer, places) = (&self.layers[layer], places[layer].as_ref());
-            layer.lacks_pages(places) || foresees && layer.is_nearly_full(places)
-        };
-        if !(0..self.layers.len()).any(is_due) {
+        let lacks = |layer: usize| self.layers[layer].lacks_pages(places[layer].as_ref());
+        if !(0..self.layers.len()).any(lacks) {
             return Ok(());
         }
+        let is_due = |layer: usize| lacks(layer) || foresees && self.layers[layer].is_nearly_full(places[layer].as_ref());
         let pages: Vec<usize> = self.layers.iter().zip(places).map(|(layer, places)| layer.pages_to_have(places.as_ref())).collect();
         let bytes = |layer: usize| self.layers[layer].bytes_of(pages[layer]);
         for slab in self.slabs.renew(is_due, bytes, slabs::joins(&self.layers)) {
