@@ -1,6 +1,6 @@
 //! What stands for a GPU in a build without one: nothing gets here, since no tensor can be on it.
 
-use super::{DecoderParts, Group};
+use super::{DecoderParts, Group, Unpacked};
 use crate::arch::TokenStep;
 use crate::config::Activation;
 use candle_core::quantized::GgmlDType;
@@ -25,7 +25,7 @@ impl DeviceMatrix {
         matrices.iter().map(|matrix| match **matrix {}).collect()
     }
 
-    pub(crate) fn unpack_groups(_groups: &[Group<'_, Self>], _tokens: usize, _places: Vec<Tensor>) -> Result<Option<Vec<Tensor>>> {
+    pub(crate) fn unpack_groups(_groups: &[Group<'_, Self>], _tokens: usize, _last: Unpacked) -> Result<Option<Unpacked>> {
         Ok(None)
     }
 
@@ -71,7 +71,7 @@ pub(crate) fn add_norm(
 }
 
 /// Only steps on a GPU get there.
-pub(crate) fn angles(_frequencies: &[f64], _magnitude: f64, _step: Step, _device: &Device) -> Result<[Tensor; 2]> {
+pub(crate) fn angles(_frequencies: &Tensor, _magnitude: f64, _step: Step) -> Result<[Tensor; 2]> {
     bail!("this build has no CUDA: build with --features cuda")
 }
 

@@ -29,6 +29,15 @@ pub(crate) struct Group<'a, M> {
     pub(crate) whole: usize,
 }
 
+/// Weights of groups in 16 bits, and the memory that they lie in: the next layer's are put there, too.
+#[derive(Debug, Default)]
+pub(crate) struct Unpacked {
+    /// Of each group `[rows, columns]`, bf16, where rows beyond its own are of no meaning.
+    pub(crate) groups: Vec<Tensor>,
+    #[cfg_attr(not(feature = "cuda"), expect(dead_code, reason = "for builds with a GPU"))]
+    memory: Option<Tensor>,
+}
+
 /// The parts of a decoder, for devices that run a step of one token as a whole.
 #[derive(Debug)]
 #[cfg_attr(not(feature = "cuda"), expect(dead_code, reason = "for builds with a GPU"))]

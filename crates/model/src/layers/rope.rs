@@ -6,11 +6,14 @@ use crate::gpu;
 use crate::weights::{Name, Scope};
 use candle_core::{DType, Device, Result, Tensor};
 use sparse_attn::Step;
+use std::sync::OnceLock;
 
 /// The frequencies of one kind of layer.
 #[derive(Debug, Clone)]
 pub struct Rope {
     inverse_frequencies: Vec<f64>, // [head_dim / 2]
+    /// The same where the model's weights are, once a GPU asked for them.
+    on_device: OnceLock<Tensor>,
     magnitude: f64,
 }
 
@@ -36,7 +39,7 @@ impl Rope {
                 (yarn(&plain, config.theta, factor, original_context as f64, beta_fast, beta_slow), attention_factor)
             }
         };
-        Self { inverse_frequencies, magnitude }
+        Self { inverse_frequencies, on_device: OnceLock::new(), magnitude }
     }
 
     /// [`Rope::new`], divided by the factors that llama.cpp's converter bakes Llama 3's scaling into.
@@ -60,6 +63,18 @@ impl Rope {
         &self.inverse_frequencies
     }
 
+    /// [`Rope::inverse_frequencies`] on the device that the model is on.
+    ///
+    /// # Errors
+    /// If it is out of memory.
+    pub(crate) fn frequencies_on(&self, device: &Device) -> Result<&Tensor> {
+        if let Some(frequencies) = self.on_device.get() {
+            return Ok(frequencies);
+        }
+        let frequencies = Tensor::new(self.inverse_frequencies(), device)?;
+        Ok(self.on_device.get_or_init(|| frequencies))
+    }
+
     /// What rotated pairs are multiplied with.
     pub fn magnitude(&self) -> f64 {
         self.magnitude
@@ -72,7 +87,7 @@ impl Rope {
     pub fn tables(&self, step: Step, device: &Device) -> Result<RopeTables> {
         if device.is_cuda() {
             // A long prompt's take a millisecond and more on the host, while the GPU has nothing to do.
-            let [cos, sin] = gpu::angles(&self.inverse_frequencies, self.magnitude, step, device)?;
+            let [cos, sin] = gpu::angles(self.frequencies_on(device)?, self.magnitude, step)?;
             return Ok(RopeTables { cos, sin });
         }
         let angles = || (step.start..step.end()).flat_map(|t| self.inverse_frequencies.iter().map(move |f| t as f64 * f));

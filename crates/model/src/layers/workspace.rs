@@ -1,6 +1,6 @@
 use super::{GatedMlp, SelfAttention};
 use crate::config::Config;
-use crate::gpu::{self, Group, Parts};
+use crate::gpu::{self, Group, Parts, Unpacked};
 use crate::weights::Matrix;
 use candle_core::{DType, Result, Tensor};
 use sparse_attn::{KvCache, Place, RoutedAttention, Step};
@@ -17,7 +17,7 @@ pub(crate) struct Workspace {
     /// `[layers, hidden_size]`
     shape: [usize; 2],
     /// Weights in 16 bits: a layer's are unpacked by one kernel before the first product, if there is room for all at once.
-    unpacked: Vec<Tensor>,
+    unpacked: Unpacked,
     /// Attention inputs of layers on which verdicts are made later, of each of a gate's stacks, and which of them has the layer.
     inputs: Vec<Parts>,
     waits_in: Option<usize>,
@@ -73,7 +73,7 @@ impl Workspace {
             self.unpacked = Matrix::unpack_groups(&groups, step.len, unpacked)?.unwrap_or_default();
         }
         // Of large models each part gives its memory back: another one may need it.
-        let keeps = !self.unpacked.is_empty();
+        let keeps = !self.unpacked.groups.is_empty();
         let Self { stream, normed, product, queries, attended, gated, .. } = self;
         for place in [stream, normed, product, queries, attended, gated] {
             place.keep(keeps);
@@ -123,7 +123,7 @@ impl Workspace {
 
     /// Those that attention's output is multiplied with.
     pub(crate) fn output(&self) -> Option<&Tensor> {
-        self.unpacked.get(1)
+        self.unpacked.groups.get(1)
     }
 
     /// The same of the gate and of what it gates.
@@ -136,12 +136,14 @@ impl Workspace {
 
     /// Those that are multiplied last.
     pub(crate) fn down(&self) -> Option<&Tensor> {
-        self.unpacked.get(3)
+        self.unpacked.groups.get(3)
     }
 
     fn group_or<'a>(&self, index: usize, group: impl FnOnce() -> Group<'a, Matrix>, x: &Tensor) -> Result<Option<Tensor>> {
-        match self.unpacked.get(index) {
-            None if x.dtype() == DType::BF16 => Ok(Matrix::unpack_groups(&[group()], x.dim(0)?, Vec::new())?.and_then(|mut one| one.pop())),
+        match self.unpacked.groups.get(index) {
+            None if x.dtype() == DType::BF16 => {
+                Ok(Matrix::unpack_groups(&[group()], x.dim(0)?, Unpacked::default())?.and_then(|mut one| one.groups.pop()))
+            }
             weights => Ok(weights.cloned()),
         }
     }

@@ -1,5 +1,5 @@
 use super::{Arithmetic, Tiles, product};
-use crate::gpu::{DeviceMatrix, Group};
+use crate::gpu::{DeviceMatrix, Group, Unpacked};
 use candle_core::quantized::{GgmlDType, QMatMul, QTensor};
 use candle_core::{DType, Device, Module, Result, Tensor};
 use sparse_attn::Place;
@@ -103,13 +103,13 @@ impl Matrix {
     }
 
     /// Weights of groups of matrices in 16 bits, where a GPU unpacks them to multiply them with so many tokens; see [`DeviceMatrix::unpack_groups`].
-    pub(crate) fn unpack_groups(groups: &[Group<'_, Self>], tokens: usize, places: Vec<Tensor>) -> Result<Option<Vec<Tensor>>> {
+    pub(crate) fn unpack_groups(groups: &[Group<'_, Self>], tokens: usize, last: Unpacked) -> Result<Option<Unpacked>> {
         let mut on_device = Vec::with_capacity(groups.len());
         for group in groups {
             let Some(matrices) = Self::on_device(&group.matrices) else { return Ok(None) };
             on_device.push(Group { matrices, beside: group.beside, whole: group.whole });
         }
-        DeviceMatrix::unpack_groups(&on_device, tokens, places)
+        DeviceMatrix::unpack_groups(&on_device, tokens, last)
     }
 
     /// The matrices, where all are on a GPU.

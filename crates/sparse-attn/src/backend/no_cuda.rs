@@ -41,6 +41,10 @@ pub(crate) fn address(_tensor: &Tensor) -> Result<u64> {
     absent()
 }
 
+pub(crate) fn put_numbers(numbers: &[u32], to: &Tensor) -> Result<()> {
+    to.slice_set(&Tensor::new(numbers, to.device())?, 0, 0)
+}
+
 /// Memory that no kernel fills: zeros.
 pub(crate) fn uninitialised(shape: impl Into<Shape>, dtype: DType, device: &Device) -> Result<Tensor> {
     Tensor::zeros(shape, dtype, device)

@@ -317,16 +317,18 @@ impl KvCache {
             return Ok(());
         }
         let tables: Vec<_> = self.layers.iter().map(LayerStore::tables).collect();
-        let staged = self.mirrors.stage(&tables, &self.device, false)?;
-        let moved = self.layers.iter().zip(&staged.layouts).filter_map(|(layer, layout)| layer.moved(*layout));
-        cuda::compact(&moved.collect::<Vec<_>>(), &staged.numbers)?;
+        let mut staged = self.mirrors.stage(&tables, false);
+        let moved: Vec<_> = self.layers.iter().zip(&staged.layouts).filter_map(|(layer, layout)| layer.moved(*layout)).collect();
+        if !moved.is_empty() {
+            cuda::compact(&moved, staged.beside(&self.device)?)?;
+        }
         self.look_up(staged)
     }
 
     /// Makes staged tables those that layers look up.
     fn look_up(&mut self, staged: Staged) -> Result<()> {
         let tables: Vec<_> = self.layers.iter().map(LayerStore::tables).collect();
-        let are_elsewhere = self.mirrors.put(staged, &tables)?;
+        let are_elsewhere = self.mirrors.put(staged, &tables, &self.device)?;
         for (index, layer) in self.layers.iter_mut().enumerate() {
             layer.look_up_in(are_elsewhere.then(|| self.mirrors.part(index).clone()));
         }
@@ -551,7 +553,7 @@ impl KvCache {
             places[layer] = after[layer].take().map(|(places, _)| places);
         }
         let tables: Vec<_> = self.layers.iter().zip(&places).map(|(layer, places)| layer.tables_after(places.as_ref())).collect();
-        let staged = self.mirrors.stage(&tables, &self.device, true)?;
+        let mut staged = self.mirrors.stage(&tables, true);
         // One after the other: only so much is there twice.
         for slab in slabs {
             let (layers, places, layouts) = (&mut self.layers[slab.clone()], &mut places[slab.clone()], &staged.layouts[slab]);
@@ -559,7 +561,7 @@ impl KvCache {
             let new = slabs::pools_of(layers, |index| places[index].pages())?;
             let jobs = layers.iter().zip(&places).zip(&new).zip(layouts);
             let jobs: Vec<_> = jobs.map(|(((layer, places), new), layout)| layer.compacted(places, new, *layout)).collect();
-            cuda::compact(&jobs, &staged.numbers)?;
+            cuda::compact(&jobs, staged.beside(&self.device)?)?;
             for ((layer, places), new) in layers.iter_mut().zip(places).zip(new) {
                 layer.take_compacted(places, new);
             }

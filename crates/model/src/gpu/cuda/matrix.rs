@@ -1,6 +1,6 @@
 //! A matrix on the GPU: multiplied as it is with few tokens, unpacked to 16 bits with many.
 
-use super::super::Group;
+use super::super::{Group, Unpacked};
 use super::gemm::{Arithmetic, Gemm};
 use super::pack::{self, Format};
 use super::params::{Matrix, ProductParams, QuantizeParams, RoundParams, RowsParams, UnpackParams};
@@ -169,13 +169,12 @@ impl DeviceMatrix {
         !matches!(self.format, Format::F32 | Format::F16)
     }
 
-    /// Unpacks matrices to be multiplied with so many tokens, each group as one product by [`multiply_unpacked`]: `[rows, columns]` bf16, where rows
-    /// beyond theirs are of no meaning. They go to `places` if those are of these shapes, else to new ones. `None`: they are too large to be there at
-    /// once, or not unpacked anyway.
+    /// Unpacks matrices to be multiplied with so many tokens, each group as one product by [`multiply_unpacked`], in the place of the `last` ones if
+    /// there is room. `None`: they are too large to be there at once, or not unpacked anyway.
     ///
     /// # Errors
     /// If widths of a group differ, or the device is out of memory.
-    pub(crate) fn unpack_groups(groups: &[Group<'_, Self>], tokens: usize, places: Vec<Tensor>) -> Result<Option<Vec<Tensor>>> {
+    pub(crate) fn unpack_groups(groups: &[Group<'_, Self>], tokens: usize, last: Unpacked) -> Result<Option<Unpacked>> {
         let Some(first) = groups.first().and_then(|group| group.matrices.first()) else { return Ok(None) };
         let is_unpacked = |matrix: &&Self| matrix.rounds(tokens) && matrix.format != Format::Bf16;
         let count: usize = groups.iter().map(|group| group.matrices.len() + usize::from(group.beside.is_some())).sum();
@@ -184,7 +183,7 @@ impl DeviceMatrix {
         if !is_little || !groups.iter().all(|group| group.matrices.iter().all(is_unpacked)) {
             return Ok(None);
         }
-        first.unpack(groups, places).map(Some)
+        first.unpack(groups, last).map(Some)
     }
 
     fn multiply_many(&self, x: &Tensor, rounded: Option<&Tensor>) -> Result<Tensor> {
@@ -194,7 +193,7 @@ impl DeviceMatrix {
             (Format::F16, _) => self.gemm.multiply(&self.planes[0].to_dtype(DType::F32)?, x, Arithmetic::Tf32),
             (Format::Bf16, Some(rounded)) => self.gemm.multiply(&self.planes[0], rounded, Arithmetic::Bf16),
             (_, Some(rounded)) => self.gemm.multiply(
-                &self.unpack(&[Group { matrices: vec![self], beside: None, whole: 1 }], Vec::new())?[0],
+                &self.unpack(&[Group { matrices: vec![self], beside: None, whole: 1 }], Unpacked::default())?.groups[0],
                 rounded,
                 Arithmetic::Bf16,
             ),
@@ -203,17 +202,10 @@ impl DeviceMatrix {
     }
 
     /// [`DeviceMatrix::unpack_groups`] of any size.
-    fn unpack(&self, groups: &[Group<'_, Self>], places: Vec<Tensor>) -> Result<Vec<Tensor>> {
-        let fit = places.len() == groups.len()
-            && groups.iter().zip(&places).all(|(group, place)| place.dims() == [group.rows(), group.columns()]);
-        let outs = if fit {
-            places
-        } else {
-            drop(places);
-            self.places(groups)?
-        };
+    fn unpack(&self, groups: &[Group<'_, Self>], last: Unpacked) -> Result<Unpacked> {
+        let unpacked = self.places(groups, last)?;
         let (mut params, mut blocks) = (UnpackParams::default(), 0);
-        for (group, out) in groups.iter().zip(&outs) {
+        for (group, out) in groups.iter().zip(&unpacked.groups) {
             let (mut room, columns) = (out.elem_count(), group.columns());
             let mut to = address(out)?;
             let mut parts = Vec::with_capacity(group.matrices.len() + 1);
@@ -243,21 +235,31 @@ impl DeviceMatrix {
         let spread = Spread::new([blocks, 1, 1], UNPACK_THREADS);
         // SAFETY: there is room for the rows of all matrices, which are as wide as they are said to be.
         unsafe { self.kernels.launch_following("unpack_matrices", spread, &params) }?;
-        Ok(outs)
+        Ok(unpacked)
     }
 
-    /// Memory for unpacked groups, all in one allocation.
-    fn places(&self, groups: &[Group<'_, Self>]) -> Result<Vec<Tensor>> {
+    /// Where groups are unpacked to: all in one allocation, the `last` one's if there is room.
+    fn places(&self, groups: &[Group<'_, Self>], last: Unpacked) -> Result<Unpacked> {
+        let is_place = |(group, place): (&Group<'_, Self>, &Tensor)| place.dims() == [group.rows(), group.columns()];
+        if last.groups.len() == groups.len() && groups.iter().zip(&last.groups).all(is_place) {
+            return Ok(last);
+        }
         let device = self.planes.first().map_or(&Device::Cpu, Tensor::device);
         let numbers = groups.iter().map(|group| group.rows() * group.columns()).sum::<usize>();
-        let all = uninitialised(numbers, DType::BF16, device)?;
-        let mut first = 0;
-        let place = |group: &Group<'_, Self>| {
-            let shape = (group.rows(), group.columns());
-            first += shape.0 * shape.1;
-            all.narrow(0, first - shape.0 * shape.1, shape.0 * shape.1)?.reshape(shape)
+        let Unpacked { memory, groups: mut places } = last;
+        places.clear();
+        let memory = match memory.filter(|memory| memory.elem_count() >= numbers) {
+            Some(memory) => memory,
+            None => uninitialised(numbers, DType::BF16, device)?,
         };
-        groups.iter().map(place).collect()
+        // The first group at the end: whether a token router has rows in it, the others lie where they did, and their products are recorded.
+        let mut first = groups.first().map_or(0, |group| numbers - group.rows() * group.columns());
+        for group in groups {
+            let shape = (group.rows(), group.columns());
+            places.push(memory.narrow(0, first, shape.0 * shape.1)?.reshape(shape)?);
+            first = (first + shape.0 * shape.1) % numbers;
+        }
+        Ok(Unpacked { groups: places, memory: Some(memory) })
     }
 
     /// Rows by index, times `factor`: ids `[tokens]` u32 -> `[tokens, columns]` f32, in `place`.

@@ -1,7 +1,7 @@
 //! Rotary position embedding of many tokens.
 
 use super::params::{AnglesParams, RotateParams};
-use candle_core::{DType, Device, Result, Tensor, bail};
+use candle_core::{DType, Result, Tensor, bail};
 use sparse_attn::Step;
 use sparse_attn::backend::cuda::{Kernels, Spread, address, by_tokens, uninitialised};
 
@@ -9,20 +9,25 @@ use sparse_attn::backend::cuda::{Kernels, Spread, address, by_tokens, uninitiali
 const EACH: usize = 4;
 const THREADS: usize = 256;
 
-/// cos and sin of the angles of the tokens of `step`, times `magnitude`: `[tokens, frequencies]` each, where frequencies are radians per position.
+/// cos and sin of the angles of the tokens of `step`, times `magnitude`: `[tokens, frequencies]` each, where frequencies are radians per position,
+/// `[frequencies]` f64.
 ///
 /// # Errors
-/// If the device is out of memory.
-pub(crate) fn angles(frequencies: &[f64], magnitude: f64, step: Step, device: &Device) -> Result<[Tensor; 2]> {
-    let table = || uninitialised((step.len, frequencies.len()), DType::F32, device);
-    let (frequencies, cos, sin) = (Tensor::new(frequencies, device)?, table()?, table()?);
+/// If they have another dtype, or their device is out of memory.
+pub(crate) fn angles(frequencies: &Tensor, magnitude: f64, step: Step) -> Result<[Tensor; 2]> {
+    let (pairs, device) = (frequencies.dims1()?, frequencies.device());
+    if frequencies.dtype() != DType::F64 {
+        bail!("cuda: frequencies in {:?}, they should be f64", frequencies.dtype());
+    }
+    let table = || uninitialised((step.len, pairs), DType::F32, device);
+    let (cos, sin) = (table()?, table()?);
     let params = AnglesParams {
-        frequencies: address(&frequencies)?,
+        frequencies: address(frequencies)?,
         cos: address(&cos)?,
         sin: address(&sin)?,
         start: step.start as i32,
         tokens: step.len as i32,
-        pairs: frequencies.elem_count() as i32,
+        pairs: pairs as i32,
         magnitude: magnitude as f32,
     };
     let spread = Spread::new([cos.elem_count().div_ceil(THREADS), 1, 1], THREADS);

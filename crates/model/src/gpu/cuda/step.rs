@@ -273,9 +273,8 @@ fn of_layer(parts: &LayerParts<'_>, device: &Device) -> Option<Result<Layer>> {
     let bare = |linear: &Linear| if linear.bias().is_none() { on_device(linear.weight()) } else { None };
     let weight = |norm: &RmsNorm| norm.weight().clone();
     let [q, k, v] = parts.qkv;
-    let frequencies = Tensor::new(parts.rope.inverse_frequencies(), device);
-    let frequencies = match frequencies {
-        Ok(frequencies) => frequencies,
+    let frequencies = match parts.rope.frequencies_on(device) {
+        Ok(frequencies) => frequencies.clone(),
         Err(error) => return Some(Err(error)),
     };
     Some(Ok(Layer {

@@ -27,6 +27,8 @@ use crate::attention::Products;
 use crate::cache::{KvDtype, KvDtypes, LayerStore, Pool, Step, Summary};
 use crate::place::{Destination, Place};
 use crate::select::Selection;
+use candle_core::cuda_backend::WrapErr;
+use candle_core::cuda_backend::cudarc::driver::result;
 use candle_core::{DType, Device, Result, Tensor, bail};
 use lists::Lists;
 use params::{Kept, PrefillParams};
@@ -289,6 +291,24 @@ fn queries_of_a_tile(group_size: usize) -> usize {
 pub fn uninitialised(shape: impl Into<candle_core::Shape>, dtype: DType, device: &Device) -> Result<Tensor> {
     // SAFETY: the callers launch a kernel that writes every number before anything reads one.
     unsafe { Tensor::empty(shape, dtype, device) }
+}
+
+/// Puts `numbers` into the first places of `to`, contiguous u32, in the order of its device's stream.
+///
+/// # Errors
+/// If `to` is no such tensor or has fewer places, or its device fails.
+pub(crate) fn put_numbers(numbers: &[u32], to: &Tensor) -> Result<()> {
+    if !to.device().is_cuda() {
+        return to.slice_set(&Tensor::new(numbers, to.device())?, 0, 0);
+    }
+    if to.dtype() != DType::U32 || to.elem_count() < numbers.len() {
+        bail!("cuda: {} numbers u32 go to {:?} {:?}", numbers.len(), to.shape(), to.dtype());
+    }
+    let (at, kernels) = (address(to)?, Kernels::of(to.device())?);
+    let stream = kernels.stream();
+    stream.context().bind_to_thread().w()?;
+    // SAFETY: there is room for so many, and of memory that is not page-locked the driver has a copy when it returns.
+    unsafe { result::memcpy_htod_async(at, numbers, stream.cu_stream()) }.w()
 }
 
 /// A kernel's name for keys of this storage.
