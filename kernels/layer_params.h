@@ -102,6 +102,12 @@ struct UnpackParams {
     int count;
 };
 
+// A layer's weights, and the norm before its first product. grid unpack.blocks[unpack.count - 1] + tokens, 256 threads
+struct UnpackNormParams {
+    UnpackParams unpack;
+    NormParams norm;
+};
+
 // Numbers in 8 bits. grid columns * tokens / 32 / 8
 struct QuantizeParams {
     const float *x;        // [tokens, columns]

@@ -29,9 +29,9 @@ __device__ __forceinline__ void fetch_ahead(const Ahead &ahead) {
 }
 
 // GROUPS groups of four neighbours for each thread; of MANY tokens a thread block takes one.
-template <int THREADS, int GROUPS, bool MANY> __device__ __forceinline__ void add_norm(NormParams p, float *shared) {
+template <int THREADS, int GROUPS, bool MANY> __device__ __forceinline__ void add_norm(NormParams p, float *shared, int token = 0) {
     if (MANY) {
-        const int64_t first = (int64_t)blockIdx.x * p.columns;
+        const int64_t first = (int64_t)token * p.columns;
         p.x += first, p.y += p.y ? first : 0, p.out += p.out ? first : 0, p.rounded = p.rounded ? (__nv_bfloat16 *)p.rounded + first : nullptr;
         p.copy = p.copy ? (__nv_bfloat16 *)p.copy + first : nullptr;
     }
@@ -103,9 +103,9 @@ extern "C" __global__ void __launch_bounds__(layer::NORM_THREADS) add_norm(const
 
 // A thread block for each token, by how many threads.
 #define ROWS(THREADS, GROUPS)                                                                                                              \
-    extern "C" __global__ void __launch_bounds__(THREADS) add_norm_rows_##THREADS##_##GROUPS(const NormParams p) {                          \
+    extern "C" __global__ void __launch_bounds__(THREADS) add_norm_rows_##THREADS##_##GROUPS(const NormParams p) {                         \
         __shared__ float shared[32];                                                                                                       \
-        layer::add_norm<THREADS, GROUPS, true>(p, shared);                                                                                 \
+        layer::add_norm<THREADS, GROUPS, true>(p, shared, blockIdx.x);                                                                     \
     }
 ROWS(256, 1)
 ROWS(256, 4)

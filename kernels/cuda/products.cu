@@ -203,17 +203,35 @@ extern "C" __global__ void matrix_rows(const RowsParams p) {
     to[1] = make_float4(w[4] * p.factor, w[5] * p.factor, w[6] * p.factor, w[7] * p.factor);
 }
 
-extern "C" __global__ void __launch_bounds__(products::UNPACK_THREADS) unpack_matrices(const __grid_constant__ UnpackParams p) {
+namespace products {
+
+__device__ __forceinline__ void unpack_weights(const UnpackParams &p) {
     follow();
     int of = 0, first = 0;
     for (; of < p.count - 1 && (int)blockIdx.x >= p.blocks[of]; ++of) first = p.blocks[of];
-    const int of_row = p.columns[of] / 8, index = (blockIdx.x - first) * products::UNPACK_THREADS + threadIdx.x, place = index % of_row;
+    const int of_row = p.columns[of] / 8, index = (blockIdx.x - first) * UNPACK_THREADS + threadIdx.x, place = index % of_row;
     if (index >= p.matrices[of].rows * of_row) return;
     float w[8];
-    products::eight_weights(w, p.matrices[of], index / of_row, p.columns[of], place / 4, place % 4);
+    eight_weights(w, p.matrices[of], index / of_row, p.columns[of], place / 4, place % 4);
     using T = __nv_bfloat16;
     ((uint4 *)p.matrices[of].out)[index] = make_uint4(pack<T>(w[0], w[1]), pack<T>(w[2], w[3]), pack<T>(w[4], w[5]), pack<T>(w[6], w[7]));
 }
+
+} // namespace products
+
+extern "C" __global__ void __launch_bounds__(products::UNPACK_THREADS) unpack_matrices(const __grid_constant__ UnpackParams p) { products::unpack_weights(p); }
+
+// Weights, then tokens, by a thread block each.
+#define ROWS(GROUPS)                                                                                                                                       \
+    extern "C" __global__ void __launch_bounds__(products::UNPACK_THREADS) unpack_and_norm_rows_256_##GROUPS(const __grid_constant__ UnpackNormParams p) { \
+        __shared__ float shared[32];                                                                                                                       \
+        const int unpacking = p.unpack.blocks[p.unpack.count - 1];                                                                                         \
+        if ((int)blockIdx.x < unpacking) products::unpack_weights(p.unpack);                                                                               \
+        else layer::add_norm<products::UNPACK_THREADS, GROUPS, true>(p.norm, shared, blockIdx.x - unpacking);                                              \
+    }
+ROWS(1)
+ROWS(4)
+#undef ROWS
 
 // grid (columns / 32 / 8 rounded up, tokens), 256 threads.
 extern "C" __global__ void quantize_activations(const QuantizeParams p) {

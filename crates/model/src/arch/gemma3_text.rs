@@ -2,7 +2,7 @@
 //! by `sqrt(hidden_size)`, five sliding layers to each one that sees everything, with a rope base of their own.
 
 use super::{CausalLm, TokenStep};
-use crate::gpu::{self, DecoderParts};
+use crate::gpu::{self, Along, DecoderParts};
 use crate::layers::{AttentionParts, DecoderLayer, Embedding, OutputHead, Residual, RmsNorm, Rope, Workspaces, name};
 use crate::weights::{Scope, Weights};
 use crate::{Config, config::RopeConfig};
@@ -61,7 +61,7 @@ impl CausalLm for Gemma3Text {
             let rope = if window.is_some() { &local } else { &global };
             layer.forward(&mut stream, &mut workspace, rope, attention, step, cache)?;
         }
-        let hidden = stream.norm(&self.norm, DType::F32, &mut Place::default(), None)?;
+        let hidden = stream.norm(&self.norm, DType::F32, &mut Place::default(), Along::default())?;
         workspace.end(&self.workspaces, step, cache)?;
         Ok(hidden)
     }

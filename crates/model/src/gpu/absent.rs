@@ -1,6 +1,6 @@
 //! What stands for a GPU in a build without one: nothing gets here, since no tensor can be on it.
 
-use super::{DecoderParts, Group, Unpacked};
+use super::{Along, DecoderParts, Group};
 use crate::arch::TokenStep;
 use crate::config::Activation;
 use candle_core::quantized::GgmlDType;
@@ -52,6 +52,20 @@ impl Parts {
     }
 }
 
+/// Weights of no layer.
+#[derive(Debug, Default)]
+pub(crate) struct Unpacked {}
+
+impl Unpacked {
+    pub(crate) fn groups(&self) -> &[Tensor] {
+        &[]
+    }
+
+    pub(crate) fn launch(&mut self) -> Result<()> {
+        Ok(())
+    }
+}
+
 /// Only tensors of a GPU get there.
 pub(crate) fn gated(_activation: Activation, _gate: &Tensor, _up: &Tensor, _dtype: DType, _place: &mut Place) -> Result<Tensor> {
     bail!("this build has no CUDA: build with --features cuda")
@@ -65,7 +79,7 @@ pub(crate) fn add_norm(
     _eps: f32,
     _dtype: DType,
     _place: &mut Place,
-    _copies: Option<&mut Parts>,
+    _along: Along<'_>,
 ) -> Result<Tensor> {
     bail!("this build has no CUDA: build with --features cuda")
 }

@@ -5,14 +5,14 @@ mod cuda;
 #[cfg(feature = "cuda")]
 pub use cuda::DeviceMatrix;
 #[cfg(feature = "cuda")]
-pub(crate) use cuda::{Parts, add_norm, add_product, angles, fetch, gated, multiply_parts, multiply_unpacked, record, rotated};
+pub(crate) use cuda::{Parts, Unpacked, add_norm, add_product, angles, fetch, gated, multiply_parts, multiply_unpacked, record, rotated};
 
 #[cfg(not(feature = "cuda"))]
 mod absent;
 #[cfg(not(feature = "cuda"))]
 pub use absent::DeviceMatrix;
 #[cfg(not(feature = "cuda"))]
-pub(crate) use absent::{Parts, add_norm, add_product, angles, fetch, gated, multiply_parts, multiply_unpacked, record, rotated};
+pub(crate) use absent::{Parts, Unpacked, add_norm, add_product, angles, fetch, gated, multiply_parts, multiply_unpacked, record, rotated};
 
 use crate::config::Activation;
 use crate::layers::{Linear, RmsNorm, Rope};
@@ -29,13 +29,14 @@ pub(crate) struct Group<'a, M> {
     pub(crate) whole: usize,
 }
 
-/// Weights of groups in 16 bits, and the memory that they lie in: the next layer's are put there, too.
+/// What the kernel of a norm does beside it, on a GPU.
 #[derive(Debug, Default)]
-pub(crate) struct Unpacked {
-    /// Of each group `[rows, columns]`, bf16, where rows beyond its own are of no meaning.
-    pub(crate) groups: Vec<Tensor>,
-    #[cfg_attr(not(feature = "cuda"), expect(dead_code, reason = "for builds with a GPU"))]
-    memory: Option<Tensor>,
+#[cfg_attr(not(feature = "cuda"), expect(dead_code, reason = "for builds with a GPU"))]
+pub(crate) struct Along<'a> {
+    /// Where a copy of the norm goes, if it is rounded.
+    pub(crate) copies: Option<&'a mut Parts>,
+    /// Weights that are still to be unpacked.
+    pub(crate) unpacked: Option<&'a mut Unpacked>,
 }
 
 /// The parts of a decoder, for devices that run a step of one token as a whole.

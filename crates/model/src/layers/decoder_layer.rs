@@ -1,6 +1,6 @@
 use super::{AttentionParts, GatedMlp, Residual, RmsNorm, Rope, RopeTables, SelfAttention, Workspace, name};
 use crate::config::Config;
-use crate::gpu::LayerParts;
+use crate::gpu::{Along, LayerParts};
 use crate::weights::Scope;
 use candle_core::Result;
 use sparse_attn::{KvCache, RoutedAttention, Step};
@@ -58,11 +58,11 @@ impl DecoderLayer {
     ) -> Result<()> {
         workspace.begin(&self.attention, &self.mlp, attention, step, cache)?;
         let dtype = self.attention.dtype_of_input(step.len, attention);
-        let (place, copies) = workspace.attention_input();
-        let x = stream.norm(&self.attention_norm, dtype, place, copies)?;
+        let (place, along) = workspace.attention_input();
+        let x = stream.norm(&self.attention_norm, dtype, place, along)?;
         let x = self.attention.forward(&x, workspace, rope, attention, step, cache)?;
         stream.add_product(&self.attention.parts().o_proj, workspace.output(), &x, self.post_attention_norm.as_ref())?;
-        let x = stream.norm(&self.mlp_norm, self.mlp.dtype_of_input(step.len), &mut workspace.normed, None)?;
+        let x = stream.norm(&self.mlp_norm, self.mlp.dtype_of_input(step.len), &mut workspace.normed, Along::default())?;
         let x = self.mlp.forward(&x, workspace)?;
         stream.add_product(self.mlp.down(), workspace.down(), &x, self.post_mlp_norm.as_ref())
     }

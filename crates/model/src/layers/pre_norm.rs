@@ -1,7 +1,7 @@
 use super::{AttentionParts, DecoderLayer, Embedding, OutputHead, Residual, RmsNorm, Rope, Workspaces, name};
 use crate::arch::{CausalLm, TokenStep};
 use crate::config::Config;
-use crate::gpu::{self, DecoderParts};
+use crate::gpu::{self, Along, DecoderParts};
 use crate::weights::{Scope, Weights};
 use candle_core::{DType, Device, Result, Tensor};
 use sparse_attn::{KvCache, Place, RoutedAttention, Step};
@@ -62,7 +62,7 @@ impl CausalLm for PreNormDecoder {
         for layer in &self.layers {
             layer.forward(&mut stream, &mut workspace, &rope, attention, step, cache)?;
         }
-        let hidden = stream.norm(&self.norm, DType::F32, &mut Place::default(), None)?;
+        let hidden = stream.norm(&self.norm, DType::F32, &mut Place::default(), Along::default())?;
         workspace.end(&self.workspaces, step, cache)?;
         Ok(hidden)
     }

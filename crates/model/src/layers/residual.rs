@@ -1,6 +1,6 @@
 use super::fused::add;
 use super::{Linear, RmsNorm};
-use crate::gpu::{self, Parts};
+use crate::gpu::{self, Along};
 use candle_core::{DType, Result, Tensor};
 use sparse_attn::Place;
 
@@ -44,15 +44,15 @@ impl<'a> Residual<'a> {
     }
 
     /// The norm of the stream, f32, or as products want it: see [`super::Linear::dtype_of_activations`]. On a GPU in `place`, and if it is
-    /// rounded, a copy in `copies`.
+    /// rounded, a copy too, with what else its kernel does `along`.
     ///
     /// # Errors
     /// If the widths differ.
-    pub(crate) fn norm(&mut self, norm: &RmsNorm, dtype: DType, place: &mut Place, copies: Option<&mut Parts>) -> Result<Tensor> {
+    pub(crate) fn norm(&mut self, norm: &RmsNorm, dtype: DType, place: &mut Place, along: Along<'_>) -> Result<Tensor> {
         if self.x.device().is_cuda() {
             let y = self.pending.take();
             let y = y.as_ref().map(|(y, norm)| (y, norm.map(RmsNorm::weight)));
-            return gpu::add_norm(&self.x, y, norm.weight(), norm.eps(), dtype, place, copies);
+            return gpu::add_norm(&self.x, y, norm.weight(), norm.eps(), dtype, place, along);
         }
         self.settle()?;
         norm.forward(&self.x)
@@ -77,11 +77,14 @@ mod tests {
         let norm = RmsNorm::new(Tensor::arange(1f32, 9.0, &Device::Cpu)?, 1e-5);
         let (x, y, z) = (random(0.7)?, random(1.3)?, random(2.9)?);
         let mut stream = Residual::new(x.copy()?);
-        assert_eq!(stream.norm(&norm, DType::F32, &mut Place::default(), None)?.to_vec2::<f32>()?, norm.forward(&x)?.to_vec2::<f32>()?);
+        assert_eq!(
+            stream.norm(&norm, DType::F32, &mut Place::default(), Along::default())?.to_vec2::<f32>()?,
+            norm.forward(&x)?.to_vec2::<f32>()?
+        );
         stream.add(y.clone(), Some(&norm))?;
         stream.add(z.clone(), None)?;
         let want = norm.forward(&((x + norm.forward(&y)?)? + z)?)?;
-        assert_eq!(stream.norm(&norm, DType::F32, &mut Place::default(), None)?.to_vec2::<f32>()?, want.to_vec2::<f32>()?);
+        assert_eq!(stream.norm(&norm, DType::F32, &mut Place::default(), Along::default())?.to_vec2::<f32>()?, want.to_vec2::<f32>()?);
         Ok(())
     }
 }

@@ -1,6 +1,6 @@
 use super::{GatedMlp, SelfAttention};
 use crate::config::Config;
-use crate::gpu::{self, Group, Parts, Unpacked};
+use crate::gpu::{self, Along, Group, Parts, Unpacked};
 use crate::weights::Matrix;
 use candle_core::{DType, Result, Tensor};
 use sparse_attn::{KvCache, Place, RoutedAttention, Step};
@@ -51,7 +51,7 @@ impl Workspaces {
 }
 
 impl Workspace {
-    /// Makes ready for a layer of a step: unpacks its weights, or none where each product is to see to its own.
+    /// Makes ready for a layer of a step: has its weights unpacked with the norm of its input, or none where each product is to see to its own.
     ///
     /// # Errors
     /// If the device is out of memory.
@@ -73,7 +73,7 @@ impl Workspace {
             self.unpacked = Matrix::unpack_groups(&groups, step.len, unpacked)?.unwrap_or_default();
         }
         // Of large models each part gives its memory back: another one may need it.
-        let keeps = !self.unpacked.groups.is_empty();
+        let keeps = !self.unpacked.groups().is_empty();
         let Self { stream, normed, product, queries, attended, gated, .. } = self;
         for place in [stream, normed, product, queries, attended, gated] {
             place.keep(keeps);
@@ -89,9 +89,9 @@ impl Workspace {
         Ok(())
     }
 
-    /// Where attention's input goes, and a copy of it if the token router decides later.
-    pub(crate) fn attention_input(&mut self) -> (&mut Place, Option<&mut Parts>) {
-        (&mut self.normed, self.waits_in.map(|stack| &mut self.inputs[stack]))
+    /// Where attention's input goes, with a copy of it if the token router decides later, and weights that are to be there with it.
+    pub(crate) fn attention_input(&mut self) -> (&mut Place, Along<'_>) {
+        (&mut self.normed, Along { copies: self.waits_in.map(|stack| &mut self.inputs[stack]), unpacked: Some(&mut self.unpacked) })
     }
 
     /// Whether the token router decides later on the layer's tokens.
@@ -123,7 +123,7 @@ impl Workspace {
 
     /// Those that attention's output is multiplied with.
     pub(crate) fn output(&self) -> Option<&Tensor> {
-        self.unpacked.groups.get(1)
+        self.unpacked.groups().get(1)
     }
 
     /// The same of the gate and of what it gates.
@@ -136,13 +136,15 @@ impl Workspace {
 
     /// Those that are multiplied last.
     pub(crate) fn down(&self) -> Option<&Tensor> {
-        self.unpacked.groups.get(3)
+        self.unpacked.groups().get(3)
     }
 
     fn group_or<'a>(&self, index: usize, group: impl FnOnce() -> Group<'a, Matrix>, x: &Tensor) -> Result<Option<Tensor>> {
-        match self.unpacked.groups.get(index) {
+        match self.unpacked.groups().get(index) {
             None if x.dtype() == DType::BF16 => {
-                Ok(Matrix::unpack_groups(&[group()], x.dim(0)?, Unpacked::default())?.and_then(|mut one| one.groups.pop()))
+                let Some(mut one) = Matrix::unpack_groups(&[group()], x.dim(0)?, Unpacked::default())? else { return Ok(None) };
+                one.launch()?;
+                Ok(one.groups().first().cloned())
             }
             weights => Ok(weights.cloned()),
         }

@@ -1,9 +1,8 @@
 //! A matrix on the GPU: multiplied as it is with few tokens, unpacked to 16 bits with many.
 
-use super::super::{Group, Unpacked};
 use super::gemm::{Arithmetic, Gemm};
 use super::pack::{self, Format};
-use super::params::{Matrix, ProductParams, QuantizeParams, RoundParams, RowsParams, UnpackParams};
+use super::params::{Matrix, ProductParams, QuantizeParams, RoundParams, RowsParams};
 use candle_core::quantized::{GgmlDType, QStorage, QTensor};
 use candle_core::{DType, Device, Result, Tensor, bail};
 use sparse_attn::Place;
@@ -14,24 +13,15 @@ use std::sync::Arc;
 /// Tokens up to which blocks are multiplied as they are: more are faster through the tensor cores.
 const FEW_TOKENS: usize = 8;
 
-/// Matrices that are unpacked by a kernel, and bytes of those that are unpacked before they are needed: more would be much beside the
-/// activations, and take so long that a launch less is nothing.
-const UNPACKED: usize = 8;
-const UNPACKED_BYTES: usize = 64 << 20;
-
 /// Weights of a unit: what a lane of the kernels takes at a time.
 const UNIT: usize = 32;
 
 /// Rows (warps) of a thread block of `product`.
 const WARPS: usize = 4;
 
-/// Rows of weights whose products lie at multiples of what kernels store at once.
-const ROWS_AT_ONCE: usize = 8;
-
-/// Threads of `matrix_rows` and of `unpack_matrices`, and weights of each.
+/// Threads of `matrix_rows`, and weights of each.
 const ROWS_THREADS: usize = 64;
-const UNPACK_THREADS: usize = 256;
-const OF_A_THREAD: usize = 8;
+pub(super) const OF_A_THREAD: usize = 8;
 
 /// A weight matrix `[rows, columns]`.
 #[derive(Debug)]
@@ -97,6 +87,10 @@ impl DeviceMatrix {
             *to = address(plane)?;
         }
         Ok(Self { format, planes, addresses, rows, columns, kernels: Kernels::of(device)?, gemm: Gemm::of(device)? })
+    }
+
+    pub(super) fn device(&self) -> &Device {
+        self.planes.first().map_or(&Device::Cpu, Tensor::device)
     }
 
     pub(super) fn height(&self) -> usize {
@@ -169,97 +163,15 @@ impl DeviceMatrix {
         !matches!(self.format, Format::F32 | Format::F16)
     }
 
-    /// Unpacks matrices to be multiplied with so many tokens, each group as one product by [`multiply_unpacked`], in the place of the `last` ones if
-    /// there is room. `None`: they are too large to be there at once, or not unpacked anyway.
-    ///
-    /// # Errors
-    /// If widths of a group differ, or the device is out of memory.
-    pub(crate) fn unpack_groups(groups: &[Group<'_, Self>], tokens: usize, last: Unpacked) -> Result<Option<Unpacked>> {
-        let Some(first) = groups.first().and_then(|group| group.matrices.first()) else { return Ok(None) };
-        let is_unpacked = |matrix: &&Self| matrix.rounds(tokens) && matrix.format != Format::Bf16;
-        let count: usize = groups.iter().map(|group| group.matrices.len() + usize::from(group.beside.is_some())).sum();
-        let numbers: usize = groups.iter().map(|group| group.rows() * group.columns()).sum();
-        let is_little = count <= UNPACKED && numbers * size_of::<u16>() <= UNPACKED_BYTES;
-        if !is_little || !groups.iter().all(|group| group.matrices.iter().all(is_unpacked)) {
-            return Ok(None);
-        }
-        first.unpack(groups, last).map(Some)
-    }
-
     fn multiply_many(&self, x: &Tensor, rounded: Option<&Tensor>) -> Result<Tensor> {
         match (self.format, rounded) {
             (Format::F32, _) => self.gemm.multiply(&self.planes[0], x, Arithmetic::F32),
             // The 10 bits of f16 are those of tf32, whose exponents are f32's.
             (Format::F16, _) => self.gemm.multiply(&self.planes[0].to_dtype(DType::F32)?, x, Arithmetic::Tf32),
             (Format::Bf16, Some(rounded)) => self.gemm.multiply(&self.planes[0], rounded, Arithmetic::Bf16),
-            (_, Some(rounded)) => self.gemm.multiply(
-                &self.unpack(&[Group { matrices: vec![self], beside: None, whole: 1 }], Unpacked::default())?.groups[0],
-                rounded,
-                Arithmetic::Bf16,
-            ),
+            (_, Some(rounded)) => self.gemm.multiply(&self.unpacked()?, rounded, Arithmetic::Bf16),
             (_, None) => bail!("cuda: activations were not rounded"),
         }
-    }
-
-    /// [`DeviceMatrix::unpack_groups`] of any size.
-    fn unpack(&self, groups: &[Group<'_, Self>], last: Unpacked) -> Result<Unpacked> {
-        let unpacked = self.places(groups, last)?;
-        let (mut params, mut blocks) = (UnpackParams::default(), 0);
-        for (group, out) in groups.iter().zip(&unpacked.groups) {
-            let (mut room, columns) = (out.elem_count(), group.columns());
-            let mut to = address(out)?;
-            let mut parts = Vec::with_capacity(group.matrices.len() + 1);
-            for matrix in &group.matrices {
-                parts.push((matrix.params(0, 0), matrix.columns));
-            }
-            if let Some(plain) = group.beside {
-                parts.push((plain_bf16(plain)?, plain.dim(1)?));
-            }
-            for (matrix, width) in parts {
-                let own = matrix.rows as usize * columns;
-                let at = params.count as usize;
-                if width != columns || own > room || at == UNPACKED {
-                    bail!(
-                        "cuda: matrix {at} of {UNPACKED}, {} rows of {width}, where {} of {columns} are to be",
-                        matrix.rows,
-                        room / columns
-                    );
-                }
-                blocks += own.div_ceil(OF_A_THREAD * UNPACK_THREADS);
-                (params.matrices[at], params.columns[at]) = (Matrix { out: to, ..matrix }, columns as i32);
-                (params.blocks[at], params.count) = (blocks as i32, at as i32 + 1);
-                to += (own * size_of::<u16>()) as u64;
-                room -= own;
-            }
-        }
-        let spread = Spread::new([blocks, 1, 1], UNPACK_THREADS);
-        // SAFETY: there is room for the rows of all matrices, which are as wide as they are said to be.
-        unsafe { self.kernels.launch_following("unpack_matrices", spread, &params) }?;
-        Ok(unpacked)
-    }
-
-    /// Where groups are unpacked to: all in one allocation, the `last` one's if there is room.
-    fn places(&self, groups: &[Group<'_, Self>], last: Unpacked) -> Result<Unpacked> {
-        let is_place = |(group, place): (&Group<'_, Self>, &Tensor)| place.dims() == [group.rows(), group.columns()];
-        if last.groups.len() == groups.len() && groups.iter().zip(&last.groups).all(is_place) {
-            return Ok(last);
-        }
-        let device = self.planes.first().map_or(&Device::Cpu, Tensor::device);
-        let numbers = groups.iter().map(|group| group.rows() * group.columns()).sum::<usize>();
-        let Unpacked { memory, groups: mut places } = last;
-        places.clear();
-        let memory = match memory.filter(|memory| memory.elem_count() >= numbers) {
-            Some(memory) => memory,
-            None => uninitialised(numbers, DType::BF16, device)?,
-        };
-        // The first group at the end: whether a token router has rows in it, the others lie where they did, and their products are recorded.
-        let mut first = groups.first().map_or(0, |group| numbers - group.rows() * group.columns());
-        for group in groups {
-            let shape = (group.rows(), group.columns());
-            places.push(memory.narrow(0, first, shape.0 * shape.1)?.reshape(shape)?);
-            first = (first + shape.0 * shape.1) % numbers;
-        }
-        Ok(Unpacked { groups: places, memory: Some(memory) })
     }
 
     /// Rows by index, times `factor`: ids `[tokens]` u32 -> `[tokens, columns]` f32, in `place`.
@@ -284,20 +196,6 @@ impl DeviceMatrix {
     }
 }
 
-/// `x W'` of what was unpacked, `[rows, columns]` and `x` `[tokens, columns]`, bf16: `[tokens, rows]` f32, in `place`, of which a token's numbers from
-/// `used` on may be anything.
-///
-/// # Errors
-/// If a width differs, or the device is out of memory.
-pub(crate) fn multiply_unpacked(weights: &Tensor, used: usize, x: &Tensor, place: &mut Place) -> Result<Tensor> {
-    let rows = weights.dim(0)?;
-    let out = place.take((x.dim(0)?, rows), DType::F32, x.device())?;
-    // No more than kernels take at once: a whole tile of columns more can be another round of thread blocks.
-    let used = weights.narrow(0, 0, used.next_multiple_of(ROWS_AT_ONCE).min(rows))?;
-    Gemm::of(x.device())?.multiply_to(&out, false, &used, &x.contiguous()?, Arithmetic::Bf16)?;
-    Ok(out)
-}
-
 /// `x W'` of each part of `[parts, rows, columns]` and `x` `[parts, tokens, columns]`, bf16: `[parts, tokens, rows]` f32.
 ///
 /// # Errors
@@ -315,25 +213,6 @@ pub(crate) fn multiply_parts(weights: &Tensor, x: &Tensor) -> Result<Tensor> {
 /// If a width differs.
 pub(crate) fn add_product(weights: &Tensor, x: &Tensor, to: &Tensor) -> Result<()> {
     Gemm::of(x.device())?.multiply_to(to, true, weights, &x.contiguous()?, Arithmetic::Bf16)
-}
-
-/// A matrix of bf16, as kernels take it.
-fn plain_bf16(plain: &Tensor) -> Result<Matrix> {
-    if plain.dtype() != DType::BF16 {
-        bail!("cuda: {:?} {:?} beside other matrices, it should be bf16", plain.dtype(), plain.dims());
-    }
-    Ok(Matrix { planes: [address(plain)?, 0, 0, 0], rows: plain.dim(0)? as i32, format: Format::Bf16 as i32, ..Matrix::default() })
-}
-
-impl Group<'_, DeviceMatrix> {
-    fn rows(&self) -> usize {
-        let beside = self.beside.map_or(0, |plain| plain.dims().first().copied().unwrap_or(0));
-        (self.matrices.iter().map(|matrix| matrix.rows).sum::<usize>() + beside).next_multiple_of(self.whole)
-    }
-
-    fn columns(&self) -> usize {
-        self.matrices.first().map_or(0, |matrix| matrix.columns)
-    }
 }
 
 /// Bytes from one token's activations in 8 bits to the next one's.

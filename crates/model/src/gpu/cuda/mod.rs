@@ -10,14 +10,16 @@ mod params;
 mod parts;
 mod rotated;
 mod step;
+mod unpack;
 
 pub(crate) use gated::gated;
 pub use matrix::DeviceMatrix;
-pub(crate) use matrix::{add_product, multiply_parts, multiply_unpacked};
+pub(crate) use matrix::{add_product, multiply_parts};
 pub(crate) use norm::add_norm;
 pub(crate) use parts::Parts;
 pub(crate) use rotated::{angles, rotated};
 pub(crate) use step::record;
+pub(crate) use unpack::{Unpacked, multiply_unpacked};
 
 use candle_core::{Result, Tensor};
 use sparse_attn::backend::cuda::Kernels;

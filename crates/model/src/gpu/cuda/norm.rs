@@ -1,7 +1,8 @@
 //! The step between layers, for many tokens.
 
-use super::Parts;
-use super::params::NormParams;
+use super::super::Along;
+use super::params::{NormParams, UnpackNormParams};
+use super::unpack;
 use candle_core::{DType, Result, Tensor, bail};
 use sparse_attn::Place;
 use sparse_attn::backend::cuda::{Kernels, Spread, address};
@@ -10,7 +11,7 @@ use sparse_attn::backend::cuda::{Kernels, Spread, address};
 pub(super) const WIDEST: usize = 16 * 1024;
 
 /// Adds `y` to `x` in its place, or the norm of it by a weight; both `[tokens, columns]`, f32. Returns the norm of the sum by `weight`, f32
-/// or bf16, in `place`, and if it is bf16, a copy in `copies`.
+/// or bf16, in `place`; weights that are to be unpacked are `along`, and a copy of bf16 is made where one is wanted.
 ///
 /// # Errors
 /// If shapes differ, there is no kernel for that width, or the device is out of memory.
@@ -21,7 +22,7 @@ pub(crate) fn add_norm(
     eps: f32,
     dtype: DType,
     place: &mut Place,
-    copies: Option<&mut Parts>,
+    along: Along<'_>,
 ) -> Result<Tensor> {
     let (tokens, columns) = x.dims2()?;
     let y = y.map(|(y, norm)| Ok::<_, candle_core::Error>((y.contiguous()?, norm))).transpose()?;
@@ -40,18 +41,28 @@ pub(crate) fn add_norm(
         out: if is_rounded { 0 } else { address(&out)? },
         out_q8: 0,
         rounded: if is_rounded { address(&out)? } else { 0 },
-        copy: copies.filter(|_| is_rounded).map_or(Ok(0), |copies| copies.take([tokens, columns], x.device()))?,
+        copy: along.copies.filter(|_| is_rounded).map_or(Ok(0), |copies| copies.take([tokens, columns], x.device()))?,
         columns: columns as i32,
         eps,
         ..NormParams::default()
     };
-    let (name, threads) = match columns {
-        ..=1024 => ("add_norm_rows_256_1", 256),
-        1025..=4096 => ("add_norm_rows_256_4", 256),
-        _ => ("add_norm_rows_1024_4", 1024),
+    // Alone, and beside weights that are unpacked.
+    let (name, beside, threads) = match columns {
+        ..=1024 => ("add_norm_rows_256_1", Some("unpack_and_norm_rows_256_1"), unpack::THREADS),
+        1025..=4096 => ("add_norm_rows_256_4", Some("unpack_and_norm_rows_256_4"), unpack::THREADS),
+        _ => ("add_norm_rows_1024_4", None, 1024),
     };
-    let spread = Spread::new([tokens, 1, 1], threads);
-    // SAFETY: the tensors have these shapes, and live until the stream frees them.
-    unsafe { Kernels::of(x.device())?.launch_following(name, spread, &params) }?;
+    let kernels = Kernels::of(x.device())?;
+    let due = along.unpacked.and_then(unpack::Unpacked::take_due);
+    if let (Some(unpack), Some(beside)) = (due, beside) {
+        // A launch less: what short prompts of small models wait for.
+        let spread = Spread::new([unpack::blocks(&unpack) + tokens, 1, 1], threads);
+        // SAFETY: the tensors have these shapes, and live until the stream frees them, here and below.
+        unsafe { kernels.launch_following(beside, spread, &UnpackNormParams { unpack, norm: params }) }?;
+        return Ok(out);
+    }
+    due.map_or(Ok(()), |unpack| unpack::launch(&kernels, &unpack))?;
+    // SAFETY: as above.
+    unsafe { kernels.launch_following(name, Spread::new([tokens, 1, 1], threads), &params) }?;
     Ok(out)
 }

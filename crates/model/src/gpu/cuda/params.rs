@@ -22,6 +22,8 @@ sparse_attn::mirrors! { "layer_params.h":
     FetchParams { from: u64, to: u64, count: i32 }
     /// Matrices as bf16.
     UnpackParams { matrices: [Matrix; 8], columns: [i32; 8], blocks: [i32; 8], count: i32 }
+    /// Both, in one launch.
+    UnpackNormParams { unpack: UnpackParams, norm: NormParams }
     /// Numbers in 8 bits.
     QuantizeParams { x: u64, out: u64, columns: i32, tokens: i32 }
     /// f32 to bf16.
