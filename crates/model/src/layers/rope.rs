@@ -12,7 +12,7 @@ use std::sync::OnceLock;
 #[derive(Debug, Clone)]
 pub struct Rope {
     inverse_frequencies: Vec<f64>, // [head_dim / 2]
-    /// The same where the model's weights are, once a GPU asked for them.
+    /// The same on a GPU, once one asked for them.
     on_device: OnceLock<Tensor>,
     magnitude: f64,
 }
@@ -63,16 +63,17 @@ impl Rope {
         &self.inverse_frequencies
     }
 
-    /// [`Rope::inverse_frequencies`] on the device that the model is on.
+    /// [`Rope::inverse_frequencies`] on `device`, `[head_dim / 2]` f64: brought once to the first one that asks, which is the model's.
     ///
     /// # Errors
     /// If it is out of memory.
-    pub(crate) fn frequencies_on(&self, device: &Device) -> Result<&Tensor> {
-        if let Some(frequencies) = self.on_device.get() {
-            return Ok(frequencies);
+    pub(crate) fn frequencies_on(&self, device: &Device) -> Result<Tensor> {
+        if let Some(frequencies) = self.on_device.get().filter(|frequencies| frequencies.device().same_device(device)) {
+            return Ok(frequencies.clone());
         }
         let frequencies = Tensor::new(self.inverse_frequencies(), device)?;
-        Ok(self.on_device.get_or_init(|| frequencies))
+        self.on_device.get_or_init(|| frequencies.clone());
+        Ok(frequencies)
     }
 
     /// What rotated pairs are multiplied with.
@@ -87,7 +88,7 @@ impl Rope {
     pub fn tables(&self, step: Step, device: &Device) -> Result<RopeTables> {
         if device.is_cuda() {
             // A long prompt's take a millisecond and more on the host, while the GPU has nothing to do.
-            let [cos, sin] = gpu::angles(self.frequencies_on(device)?, self.magnitude, step)?;
+            let [cos, sin] = gpu::angles(&self.frequencies_on(device)?, self.magnitude, step)?;
             return Ok(RopeTables { cos, sin });
         }
         let angles = || (step.start..step.end()).flat_map(|t| self.inverse_frequencies.iter().map(move |f| t as f64 * f));

@@ -41,8 +41,8 @@ pub(crate) fn address(_tensor: &Tensor) -> Result<u64> {
     absent()
 }
 
-pub(crate) fn put_numbers(numbers: &[u32], to: &Tensor) -> Result<()> {
-    to.slice_set(&Tensor::new(numbers, to.device())?, 0, 0)
+pub(crate) fn put_numbers(_numbers: &[u32], _to: &Tensor) -> Result<()> {
+    absent()
 }
 
 /// Memory that no kernel fills: zeros.

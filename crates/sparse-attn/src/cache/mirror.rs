@@ -171,9 +171,9 @@ impl Mirrors {
     pub(super) fn put(&mut self, mut staged: Staged, tables: &[Tables<'_>], device: &Device) -> Result<bool> {
         self.none_kept = staged.none_kept;
         if let Some(old) = self.numbers.as_ref().filter(|_| self.has(&staged.layouts)) {
-            match &staged.beside {
-                Some(beside) => old.slice_set(beside, 0, 0)?,
-                None => cuda::put_numbers(&staged.numbers, old)?,
+            match staged.beside {
+                None if device.is_cuda() => cuda::put_numbers(&staged.numbers, old)?,
+                _ => old.slice_set(staged.beside(device)?, 0, 0)?,
             }
             self.parts.iter_mut().zip(staged.versions).for_each(|(part, version)| part.version = version);
             return Ok(false);

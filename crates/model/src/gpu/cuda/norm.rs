@@ -53,15 +53,18 @@ pub(crate) fn add_norm(
         _ => ("add_norm_rows_1024_4", None, 1024),
     };
     let kernels = Kernels::of(x.device())?;
-    let due = along.unpacked.and_then(unpack::Unpacked::take_due);
-    if let (Some(unpack), Some(beside)) = (due, beside) {
-        // A launch less: what short prompts of small models wait for.
-        let spread = Spread::new([unpack::blocks(&unpack) + tokens, 1, 1], threads);
-        // SAFETY: the tensors have these shapes, and live until the stream frees them, here and below.
-        unsafe { kernels.launch_following(beside, spread, &UnpackNormParams { unpack, norm: params }) }?;
-        return Ok(out);
+    if let Some(unpacked) = along.unpacked {
+        if let Some(beside) = beside
+            && let Some(unpack) = unpacked.take_due()
+        {
+            // A launch less: what short prompts of small models wait for.
+            let spread = Spread::new([unpack::blocks(&unpack) + tokens, 1, 1], threads);
+            // SAFETY: the tensors have these shapes, and live until the stream frees them, here and below.
+            unsafe { kernels.launch_following(beside, spread, &UnpackNormParams { unpack, norm: params }) }?;
+            return Ok(out);
+        }
+        unpacked.launch()?;
     }
-    due.map_or(Ok(()), |unpack| unpack::launch(&kernels, &unpack))?;
     // SAFETY: as above.
     unsafe { kernels.launch_following(name, Spread::new([tokens, 1, 1], threads), &params) }?;
     Ok(out)

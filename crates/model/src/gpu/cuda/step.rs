@@ -274,7 +274,7 @@ fn of_layer(parts: &LayerParts<'_>, device: &Device) -> Option<Result<Layer>> {
     let weight = |norm: &RmsNorm| norm.weight().clone();
     let [q, k, v] = parts.qkv;
     let frequencies = match parts.rope.frequencies_on(device) {
-        Ok(frequencies) => frequencies.clone(),
+        Ok(frequencies) => frequencies,
         Err(error) => return Some(Err(error)),
     };
     Some(Ok(Layer {

@@ -41,10 +41,10 @@ impl Unpacked {
     /// # Errors
     /// If the device fails.
     pub(crate) fn launch(&mut self) -> Result<()> {
-        match (self.due.take(), self.groups.first()) {
-            (Some(params), Some(group)) => launch(&*Kernels::of(group.device())?, &params),
-            _ => Ok(()),
-        }
+        let (Some(params), Some(group)) = (self.take_due(), self.groups.first()) else { return Ok(()) };
+        let spread = Spread::new([blocks(&params), 1, 1], THREADS);
+        // SAFETY: there is room for the rows of all matrices, which are as wide as they are said to be.
+        unsafe { Kernels::of(group.device())?.launch_following("unpack_matrices", spread, &params) }
     }
 
     /// What unpacks them, for who launches that with something else.
@@ -56,11 +56,6 @@ impl Unpacked {
 /// Thread blocks that unpack.
 pub(super) fn blocks(params: &UnpackParams) -> usize {
     params.blocks[..params.count as usize].last().map_or(0, |blocks| *blocks as usize)
-}
-
-pub(super) fn launch(kernels: &Kernels, params: &UnpackParams) -> Result<()> {
-    // SAFETY: there is room for the rows of all matrices, which are as wide as they are said to be.
-    unsafe { kernels.launch_following("unpack_matrices", Spread::new([blocks(params), 1, 1], THREADS), params) }
 }
 
 impl DeviceMatrix {
@@ -78,19 +73,19 @@ impl DeviceMatrix {
         if numbers == 0 || !is_little || !groups.iter().all(|group| group.matrices.iter().all(is_unpacked)) {
             return Ok(None);
         }
-        unpacked(groups, last).map(Some)
+        made_ready(groups, last).map(Some)
     }
 
     /// It alone.
     pub(super) fn unpacked(&self) -> Result<Tensor> {
-        let mut unpacked = unpacked(&[Group { matrices: vec![self], beside: None, whole: 1 }], Unpacked::default())?;
+        let mut unpacked = made_ready(&[Group { matrices: vec![self], beside: None, whole: 1 }], Unpacked::default())?;
         unpacked.launch()?;
         Ok(unpacked.groups.remove(0))
     }
 }
 
 /// [`DeviceMatrix::unpack_groups`] of any size.
-fn unpacked(groups: &[Group<'_, DeviceMatrix>], last: Unpacked) -> Result<Unpacked> {
+fn made_ready(groups: &[Group<'_, DeviceMatrix>], last: Unpacked) -> Result<Unpacked> {
     let mut unpacked = places(groups, last)?;
     let (mut params, mut blocks) = (UnpackParams::default(), 0);
     for (group, out) in groups.iter().zip(&unpacked.groups) {

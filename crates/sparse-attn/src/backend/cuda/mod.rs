@@ -298,9 +298,6 @@ pub fn uninitialised(shape: impl Into<candle_core::Shape>, dtype: DType, device:
 /// # Errors
 /// If `to` is no such tensor or has fewer places, or its device fails.
 pub(crate) fn put_numbers(numbers: &[u32], to: &Tensor) -> Result<()> {
-    if !to.device().is_cuda() {
-        return to.slice_set(&Tensor::new(numbers, to.device())?, 0, 0);
-    }
     if to.dtype() != DType::U32 || to.elem_count() < numbers.len() {
         bail!("cuda: {} numbers u32 go to {:?} {:?}", numbers.len(), to.shape(), to.dtype());
     }
