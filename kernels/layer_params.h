@@ -49,16 +49,15 @@ struct NormParams {
     const float *weight;
     float *out;            // null: not of many tokens
     void *out_q8;          // of one token
-    void *rounded;         // [tokens, columns] bf16, of one token [rows, columns]; null: none
-    void *copy;            // of many tokens: the same again; null: none
-    const int *position;   // of one token, which has row `position % rows`
+    void *rounded;         // of many tokens: [tokens, columns] bf16; null: none
+    void *copy;            // the same again; null: none
     Ahead ahead[8];        // of one token: brought to the L2 cache
-    int rows;              // a power of two
     int columns;
     float eps;
 };
 
-// What becomes of one token's query, key and value: norms, rotation, rounding; key and value go into the cache. grid kv_heads.
+// What becomes of one token's query, key and value: norms, rotation, rounding; key and value go into the cache. Where a token router decides later, the
+// input that they were made of is kept for it, rounded. grid kv_heads, and one more for that.
 struct WriteParams {
     const float *qkv;      // [q_heads + 2 kv_heads, head_dim]
     const float *q_norm;   // [head_dim]; may be null
@@ -71,6 +70,10 @@ struct WriteParams {
     void *v;
     void *k_scales;        // as in DecodeParams
     void *v_scales;
+    const float *input;    // [columns]
+    void *inputs;          // [rows, columns] bf16, of which row `position % rows` is the token's; null: none are kept
+    int rows;              // a power of two
+    int columns;
     int max_pages;
     int group_size;
     int head_dim;

@@ -23,6 +23,8 @@ __device__ __forceinline__ float4 scaled(float4 x, float factor, float4 weight) 
     return make_float4(x.x * factor * weight.x, x.y * factor * weight.y, x.z * factor * weight.z, x.w * factor * weight.w);
 }
 
+__device__ __forceinline__ uint2 in_bf16(float4 x) { return make_uint2(pack<__nv_bfloat16>(x.x, x.y), pack<__nv_bfloat16>(x.z, x.w)); }
+
 // Brings what a kernel further on looks up to the L2 cache, by a whole thread block: weights have taken its place there since the last token.
 __device__ __forceinline__ void fetch_ahead(const Ahead &ahead) {
     for (int at = threadIdx.x * 128; at < ahead.bytes; at += blockDim.x * 128) asm volatile("prefetch.global.L2 [%0];" ::"l"((const uint8_t *)ahead.from + at));
@@ -44,7 +46,6 @@ template <int THREADS, int GROUPS, bool MANY> __device__ __forceinline__ void ad
     if constexpr (!MANY) {
 #pragma unroll
         for (int i = 0; i < AHEAD; ++i) fetch_ahead(p.ahead[i]);
-        if (p.rounded) p.rounded = (__nv_bfloat16 *)p.rounded + (int64_t)(*p.position & (p.rows - 1)) * p.columns;
     }
     follow();
 #pragma unroll
@@ -78,10 +79,10 @@ template <int THREADS, int GROUPS, bool MANY> __device__ __forceinline__ void ad
         const float4 out = scaled(x[i], factor, weight[i]);
         if (p.out && place(i) < p.columns) *(float4 *)(p.out + place(i)) = out;
         if (!MANY) quantize4(out, p.out_q8, p.columns, place(i));
-        if (p.rounded && place(i) < p.columns) {
-            const uint2 rounded = make_uint2(pack<__nv_bfloat16>(out.x, out.y), pack<__nv_bfloat16>(out.z, out.w));
+        if (MANY && p.rounded && place(i) < p.columns) {
+            const uint2 rounded = in_bf16(out);
             *(uint2 *)((__nv_bfloat16 *)p.rounded + place(i)) = rounded;
-            if (MANY && p.copy) *(uint2 *)((__nv_bfloat16 *)p.copy + place(i)) = rounded;
+            if (p.copy) *(uint2 *)((__nv_bfloat16 *)p.copy + place(i)) = rounded;
         }
     }
 }
@@ -126,10 +127,18 @@ __device__ __forceinline__ float2 turned_by(int t, double frequency) {
 template <typename S> __device__ void write(const WriteParams &p) {
     using T = typename ComputedAs<S>::T;
     __shared__ float shared[2][256];
-    const int head = blockIdx.x, kv_heads = gridDim.x, warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32, D = p.head_dim, half_ = D / 2;
+    const int head = blockIdx.x, kv_heads = gridDim.x - (p.inputs ? 1 : 0), warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int D = p.head_dim, half_ = D / 2;
     let_next_begin();
     // Where the token goes and by what it is turned is known before the product is.
     const int t = *p.position, q_heads = kv_heads * p.group_size;
+    if (head == kv_heads) {
+        // Not where the input is made: all would wait until it is in this memory, too, which is far from the rest.
+        __nv_bfloat16 *to = (__nv_bfloat16 *)p.inputs + (int64_t)(t & (p.rows - 1)) * p.columns;
+        wait_for_last();
+        for (int i = 4 * threadIdx.x; i < p.columns; i += 4 * blockDim.x) *(uint2 *)(to + i) = in_bf16(*(const float4 *)(p.input + i));
+        return;
+    }
     const int64_t slot = (int64_t)p.pages[(int64_t)head * p.max_pages + t / PAGE] * PAGE + t % PAGE;
     for (int i = threadIdx.x; i < half_; i += blockDim.x) {
         const float2 turn = turned_by(t, p.frequencies[i]);

@@ -10,11 +10,11 @@ sparse_attn::mirrors! { "layer_params.h":
     /// Memory that is read soon.
     Ahead { from: u64, bytes: i32 }
     /// A residual connection and the norm that follows.
-    NormParams { x: u64, y: u64, y_weight: u64, weight: u64, out: u64, out_q8: u64, rounded: u64, copy: u64, position: u64, ahead: [Ahead; 8], rows: i32, columns: i32, eps: f32 }
+    NormParams { x: u64, y: u64, y_weight: u64, weight: u64, out: u64, out_q8: u64, rounded: u64, copy: u64, ahead: [Ahead; 8], columns: i32, eps: f32 }
     /// A token's query, key and value.
     WriteParams {
         qkv: u64, q_norm: u64, k_norm: u64, frequencies: u64, position: u64, pages: u64, q: u64, k: u64, v: u64, k_scales: u64, v_scales: u64,
-        max_pages: i32, group_size: i32, head_dim: i32, eps: f32, magnitude: f32,
+        input: u64, inputs: u64, rows: i32, columns: i32, max_pages: i32, group_size: i32, head_dim: i32, eps: f32, magnitude: f32,
     }
     /// Rows of a matrix.
     RowsParams { matrix: Matrix, ids: u64, out: u64, columns: i32, factor: f32 }

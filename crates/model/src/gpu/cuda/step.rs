@@ -463,8 +463,7 @@ impl CudaStep {
         let mut pending: Option<Option<&Tensor>> = None; // a product that is not added yet, and the norm over it
         for (index, layer) in self.layers.iter().enumerate() {
             let store = cache.layer(index);
-            let input = layer.input.as_ref().map(|input| (input, position));
-            self.add_norm(pending, &layer.attention_norm, input, &self.looked_up(layer, store)?)?;
+            self.add_norm(pending, &layer.attention_norm, &self.looked_up(layer, store)?)?;
             self.project_qkv(layer)?;
             self.write(layer, store, q, position)?;
             let lists = match select {
@@ -482,12 +481,12 @@ impl CudaStep {
             // SAFETY: as above.
             unsafe { decode(&self.kernels, call, scratch, store) }?;
             self.project(&layer.output, attended, projected)?;
-            self.add_norm(Some(layer.post_attention_norm.as_ref()), &layer.mlp_norm, None, &[])?;
+            self.add_norm(Some(layer.post_attention_norm.as_ref()), &layer.mlp_norm, &[])?;
             self.feed(layer)?;
             self.project(&layer.down, &self.buffers.inner, projected)?;
             pending = Some(layer.post_mlp_norm.as_ref());
         }
-        self.add_norm(pending, &self.norm, None, &[])?;
+        self.add_norm(pending, &self.norm, &[])?;
         let products = [Product { matrix: &self.head, out: address(logits)?, bias: 0 }];
         self.multiply(&products, normed, self.head.columns())?;
         let tells = select.is_some() && self.newest.routes_tokens;
@@ -516,9 +515,8 @@ impl CudaStep {
         tables.into_iter().map(ahead).collect()
     }
 
-    /// Adds the newest product to the residual stream, and norms that; in bf16 to the row of `input` that is the token's by its position, too.
-    /// Meanwhile it brings `ahead` to the L2 cache.
-    fn add_norm(&self, pending: Option<Option<&Tensor>>, weight: &Tensor, input: Option<(&Tensor, u64)>, ahead: &[Ahead]) -> Result<()> {
+    /// Adds the newest product to the residual stream, and norms that. Meanwhile it brings `ahead` to the L2 cache.
+    fn add_norm(&self, pending: Option<Option<&Tensor>>, weight: &Tensor, ahead: &[Ahead]) -> Result<()> {
         let Buffers { x, normed, projected, .. } = &self.buffers;
         let mut params = NormParams {
             x: address(x)?,
@@ -527,9 +525,6 @@ impl CudaStep {
             weight: address(weight)?,
             out: address(&normed[0])?,
             out_q8: address(&normed[1])?,
-            rounded: input.map_or(Ok(0), |(input, _)| address(input))?,
-            position: input.map_or(0, |(_, position)| position),
-            rows: self.newest.most as i32,
             columns: x.elem_count() as i32,
             eps: self.eps,
             ..NormParams::default()
@@ -561,7 +556,7 @@ impl CudaStep {
         unsafe { product(&self.kernels, products, [address(&x[0])?, address(&x[1])?], columns, 1) }
     }
 
-    /// Norms, rotates and stores the token's query, key and value.
+    /// Norms, rotates and stores the token's query, key and value, and the input that they were made of, where a token router decides by it.
     fn write(&self, layer: &Layer, store: &LayerStore, q: &Tensor, position: u64) -> Result<()> {
         let pages = store.device_pages()?;
         let (q_norm, k_norm) =
@@ -578,6 +573,10 @@ impl CudaStep {
             v: address(store.v().values())?,
             k_scales: scales_of(store.k())?,
             v_scales: scales_of(store.v())?,
+            input: address(&self.buffers.normed[0])?,
+            inputs: layer.input.as_ref().map_or(Ok(0), address)?,
+            rows: self.newest.most as i32,
+            columns: layer.qkv[0].weight.columns() as i32,
             max_pages: pages.dim(1)? as i32,
             group_size: self.heads.group_size() as i32,
             head_dim: self.heads.head_dim() as i32,
@@ -587,8 +586,9 @@ impl CudaStep {
         let name = format!("write_kv_{}", store.k().dtype().name());
         // A warp for each query of a head, its key, and its value.
         let warps = (self.heads.group_size() + 2).min(WRITE_WARPS);
+        let blocks = self.heads.kv_heads() + usize::from(layer.input.is_some());
         // SAFETY: as in `launch_all`.
-        unsafe { self.kernels.launch_following(&name, Spread::new([self.heads.kv_heads(), 1, 1], 32 * warps), &params) }
+        unsafe { self.kernels.launch_following(&name, Spread::new([blocks, 1, 1], 32 * warps), &params) }
     }
 
     fn select(&self, index: usize, store: &LayerStore, scratch: &SelectScratch, q: &Tensor, position: u64) -> Result<DecodeLists> {
