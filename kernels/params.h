@@ -310,10 +310,10 @@ struct DecideParams {
 
 // A step's keys and values, and such verdicts on its tokens.
 struct StoreProjectedParams {
+    int gates;             // thread blocks of the gate, of 256 threads: the first ones, one for each octet of positions, or, without a second
+                           // layer, for 256 positions from the first octet on. They store what is left then. It comes first: all look at it first
     StoreParams store;
     ProjectedParams gate;
-    int gates;             // thread blocks of the gate, of 256 threads: the first ones, one for each octet of positions, or, without a second
-                           // layer, for 256 positions from the first octet on. They store afterwards
 };
 
 // A step's keys and values, and a gate's verdict on its tokens.

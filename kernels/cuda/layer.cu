@@ -82,7 +82,8 @@ template <int THREADS, int GROUPS, bool MANY> __device__ __forceinline__ void ad
         if (MANY && p.rounded && place(i) < p.columns) {
             const uint2 rounded = in_bf16(out);
             *(uint2 *)((__nv_bfloat16 *)p.rounded + place(i)) = rounded;
-            if (p.copy) *(uint2 *)((__nv_bfloat16 *)p.copy + place(i)) = rounded;
+            // Nobody reads it before all layers are done: it is not to take the place of what the next kernels read.
+            if (p.copy) __stcs((uint2 *)((__nv_bfloat16 *)p.copy + place(i)), rounded);
         }
     }
 }

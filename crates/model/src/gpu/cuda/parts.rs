@@ -9,8 +9,8 @@ use std::sync::Arc;
 pub(crate) struct Parts {
     /// Memory for all of them.
     memory: Option<Tensor>,
-    /// Those that there are, `[count, rows, columns]`, which are in it.
-    all: Option<Arc<Tensor>>,
+    /// Those that there are, `[count, rows, columns]`, which are in it, and where: every layer of a prompt asks.
+    all: Option<(Arc<Tensor>, u64)>,
     /// Which of how many is next; none: what comes is not needed.
     part: Option<[usize; 2]>,
 }
@@ -18,7 +18,7 @@ pub(crate) struct Parts {
 impl Parts {
     /// Begins anew, in the same memory unless somebody still holds what is there.
     pub(crate) fn clear(&mut self) {
-        if self.all.take().is_some_and(|all| Arc::strong_count(&all) > 1) {
+        if self.all.take().is_some_and(|(all, _)| Arc::strong_count(&all) > 1) {
             self.memory = None;
         }
     }
@@ -30,7 +30,7 @@ impl Parts {
 
     /// Those that there are, `[count, rows, columns]`.
     pub(crate) fn all(&self) -> Option<Arc<Tensor>> {
-        self.all.clone()
+        self.all.as_ref().map(|(all, _)| all.clone())
     }
 
     /// Where the next one goes; 0: it is not needed.
@@ -40,22 +40,20 @@ impl Parts {
     pub(super) fn take(&mut self, [rows, columns]: [usize; 2], device: &Device) -> Result<u64> {
         let Some([index, count]) = self.part else { return Ok(0) };
         let shape = [count, rows, columns];
-        if self.all.as_ref().is_some_and(|all| all.dims() != shape) {
+        if self.all.as_ref().is_some_and(|(all, _)| all.dims() != shape) {
             self.clear();
         }
-        let all = match self.all.take() {
-            Some(all) => all,
+        let first = match &self.all {
+            Some((_, first)) => *first,
             None => {
                 let numbers = count * rows * columns;
                 let kept = self.memory.take().filter(|memory| memory.elem_count() >= numbers);
                 let memory = kept.map_or_else(|| uninitialised(numbers, DType::BF16, device), Ok)?;
-                let all = memory.narrow(0, 0, numbers)?.reshape(&shape)?;
+                let (all, first) = (memory.narrow(0, 0, numbers)?.reshape(&shape)?, address(&memory)?);
                 self.memory = Some(memory);
-                Arc::new(all)
+                self.all.insert((Arc::new(all), first)).1
             }
         };
-        let first = address(&all)?;
-        self.all = Some(all);
         Ok(first + (index * rows * columns * DType::BF16.size_in_bytes()) as u64)
     }
 }

@@ -131,7 +131,7 @@ crate::mirrors! { "params.h":
         first: ProjectedParams, sums_apart: i64, bias_apart: i32, weight_apart: i32, last_bias_apart: i32, layers: [WaitingLayer; 32],
     }
     /// Keys, values and such verdicts.
-    StoreProjectedParams { store: StoreParams, gate: ProjectedParams, gates: i32 }
+    StoreProjectedParams { gates: i32, store: StoreParams, gate: ProjectedParams }
     /// Keys, values and verdicts.
     StoreGatedParams { store: StoreParams, gate: GateParams, gates: i32 }
 }

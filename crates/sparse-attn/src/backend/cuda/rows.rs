@@ -186,8 +186,9 @@ fn launch_store(params: StoreParams, step: Step, store: &LayerStore, verdict: Op
     // A gate is done meanwhile, but for those of many heads.
     if let Some((gate, gates)) = verdict.map(gate::of_projected).transpose()?.flatten() {
         let name = names.projected[usize::from(gate.weight != 0)];
-        let params = StoreProjectedParams { store: params, gate, gates: gates as i32 };
-        let spread = Spread::new([blocks(STORED).max(gates), 1, 1], STORED);
+        let params = StoreProjectedParams { gates: gates as i32, store: params, gate };
+        // Where there is room, those of the gate have nothing to store.
+        let spread = Spread::new([(blocks(STORED) + gates).min(most(STORED)).max(gates), 1, 1], STORED);
         // SAFETY: as below, and the tensors of the gate have the shapes of its parameters.
         return unsafe { kernels.launch_following(name, spread, &params) };
     }
