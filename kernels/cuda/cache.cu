@@ -556,7 +556,7 @@ extern "C" __global__ void __launch_bounds__(256) widen_bytes(const WidenParams 
         else cache::store<S>(p.store, blockIdx.x - p.gates, gridDim.x - p.gates, 0);                                                       \
     }
 // As many at once as there would be of a kernel that only stores: what a gate of two layers lacks registers for is not much. Those that decide store
-// too, afterwards.
+// what is left then.
 #define STORE_PROJECTED(NAME, S, LAYERS, DECIDE)                                                                                           \
     extern "C" __global__ void __launch_bounds__(256, std::is_same_v<S, Bytes> ? 6 : 8)                                                     \
         store_step_##NAME##_projected_##LAYERS(const StoreProjectedParams p) {                                                             \
