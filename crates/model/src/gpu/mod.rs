@@ -33,8 +33,8 @@ pub(crate) struct Group<'a, M> {
 #[derive(Debug, Default)]
 #[cfg_attr(not(feature = "cuda"), expect(dead_code, reason = "for builds with a GPU"))]
 pub(crate) struct Along<'a> {
-    /// Where a copy of the norm goes, if it is rounded.
-    pub(crate) copies: Option<&'a mut Parts>,
+    /// Where the norm is kept, if it is rounded.
+    pub(crate) kept: Option<&'a mut Parts>,
     /// Weights that are still to be unpacked.
     pub(crate) unpacked: Option<&'a mut Unpacked>,
 }

@@ -43,8 +43,8 @@ impl<'a> Residual<'a> {
         }
     }
 
-    /// The norm of the stream, f32, or as products want it: see [`super::Linear::dtype_of_activations`]. On a GPU in `place`, and if it is
-    /// rounded, a copy too, with what else its kernel does `along`.
+    /// The norm of the stream, f32, or as products want it: see [`super::Linear::dtype_of_activations`]. On a GPU in `place`, or if it is
+    /// rounded where it is kept, with what else its kernel does `along`.
     ///
     /// # Errors
     /// If the widths differ.

@@ -6,9 +6,9 @@ use candle_core::{DType, Result, Tensor};
 use sparse_attn::{KvCache, Place, RoutedAttention, Step};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-/// Bytes of the attention inputs of all layers that are kept until verdicts on them are made: enough for 2048 tokens of small models, which a gate
-/// beside each layer would slow down.
-const INPUT_BYTES: usize = 96 << 20;
+/// Bytes of the attention inputs of all layers that are kept until verdicts on them are made: enough for prompts of small models that a gate beside
+/// each layer would slow down.
+const INPUT_BYTES: usize = 128 << 20;
 
 /// What the layers of a step of many tokens on a GPU use, one after the other: small models have many layers, and a host that asks for memory,
 /// or launches a kernel more, is what they wait for. Of small models it stays for the next step, whose products are then launched as they were recorded.
@@ -89,9 +89,9 @@ impl Workspace {
         Ok(())
     }
 
-    /// Where attention's input goes, with a copy of it if the token router decides later, and weights that are to be there with it.
+    /// Where attention's input goes, where it is kept if the token router decides later, and weights that are to be there with it.
     pub(crate) fn attention_input(&mut self) -> (&mut Place, Along<'_>) {
-        (&mut self.normed, Along { copies: self.waits_in.map(|stack| &mut self.inputs[stack]), unpacked: Some(&mut self.unpacked) })
+        (&mut self.normed, Along { kept: self.waits_in.map(|stack| &mut self.inputs[stack]), unpacked: Some(&mut self.unpacked) })
     }
 
     /// Whether the token router decides later on the layer's tokens.

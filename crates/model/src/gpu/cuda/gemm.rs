@@ -22,7 +22,7 @@ const ALIGNED: u32 = 16;
 
 /// Most shapes whose kernels are remembered: prompts have many lengths. And most products that are recorded.
 const MOST_PLANS: usize = 512;
-const MOST_RECORDED: usize = 64;
+const MOST_RECORDED: usize = 256;
 
 /// What each device multiplies with, once for a process.
 static MADE: Mutex<Vec<(DeviceId, Arc<Gemm>)>> = Mutex::new(Vec::new());

@@ -2,6 +2,7 @@
 
 use super::super::Along;
 use super::params::{NormParams, UnpackNormParams};
+use super::parts::Part;
 use super::unpack;
 use candle_core::{DType, Result, Tensor, bail};
 use sparse_attn::Place;
@@ -11,7 +12,7 @@ use sparse_attn::backend::cuda::{Kernels, Spread, address};
 pub(super) const WIDEST: usize = 16 * 1024;
 
 /// Adds `y` to `x` in its place, or the norm of it by a weight; both `[tokens, columns]`, f32. Returns the norm of the sum by `weight`, f32
-/// or bf16, in `place`; weights that are to be unpacked are `along`, and a copy of bf16 is made where one is wanted.
+/// or bf16, in `place`; weights that are to be unpacked are `along`, and where bf16 is to be kept, it is, there or in a copy.
 ///
 /// # Errors
 /// If shapes differ, there is no kernel for that width, or the device is out of memory.
@@ -31,8 +32,14 @@ pub(crate) fn add_norm(
         let y = y.as_ref().map(|(y, _)| y.shape());
         bail!("cuda: norm of {:?} with {y:?} by {:?}, of up to {WIDEST} numbers", x.shape(), weight.shape());
     }
-    let out = place.take((tokens, columns), dtype, x.device())?;
     let is_rounded = dtype == DType::BF16;
+    let part = along.kept.filter(|_| is_rounded).map(|parts| parts.take([tokens, columns], x.device())).transpose()?.flatten();
+    let (copy, outcome) = match part {
+        Some(Part::Outcome(part)) => (0, Some(part)),
+        Some(Part::Copy(to)) => (to, None),
+        None => (0, None),
+    };
+    let out = outcome.map_or_else(|| place.take((tokens, columns), dtype, x.device()), Ok)?;
     let params = NormParams {
         x: address(x)?,
         y: y.as_ref().map_or(Ok(0), |(y, _)| address(y))?,
@@ -41,7 +48,7 @@ pub(crate) fn add_norm(
         out: if is_rounded { 0 } else { address(&out)? },
         out_q8: 0,
         rounded: if is_rounded { address(&out)? } else { 0 },
-        copy: along.copies.filter(|_| is_rounded).map_or(Ok(0), |copies| copies.take([tokens, columns], x.device()))?,
+        copy,
         columns: columns as i32,
         eps,
         ..NormParams::default()
