@@ -90,8 +90,9 @@ pub struct KvCache {
     uncounted: Option<(Step, Vec<usize>)>,
     /// See [`KvCache::changes`].
     changes: u64,
-    /// The page tables, where a device has the pools.
+    /// The page tables, where a device has the pools, and whether those say where everything is: every layer of a step asks.
     mirrors: Mirrors,
+    are_tables_brought: bool,
     /// Where a device tells the host verdicts of token routers: every layer's of a step.
     noted: Option<Arc<Pinned<u8>>>,
     /// When it has, until the host looks.
@@ -153,6 +154,7 @@ impl KvCache {
             uncounted: None,
             changes: 0,
             mirrors,
+            are_tables_brought: false,
             noted: None,
             told: None,
             waiting: None,
@@ -276,6 +278,7 @@ impl KvCache {
     /// Makes these places in each layer; see [`KvCache::make_pages`].
     fn make_places(&mut self, places: Vec<Option<Places>>, keeps: bool, single: bool) -> Result<()> {
         self.make_pages(&places, keeps, single)?;
+        self.are_tables_brought = false;
         for (layer, places) in self.layers.iter_mut().zip(places) {
             places.into_iter().for_each(|places| layer.take(places));
         }
@@ -313,7 +316,11 @@ impl KvCache {
     /// # Errors
     /// If the device has no memory for them.
     pub fn bring_tables(&mut self) -> Result<()> {
-        if self.device.is_cpu() || self.mirrors.are_of(self.layers.iter().map(LayerStore::table)) {
+        if self.device.is_cpu() || self.are_tables_brought {
+            return Ok(());
+        }
+        if self.mirrors.are_of(self.layers.iter().map(LayerStore::table)) {
+            self.are_tables_brought = true;
             return Ok(());
         }
         let tables: Vec<_> = self.layers.iter().map(LayerStore::tables).collect();
@@ -332,6 +339,7 @@ impl KvCache {
         for (index, layer) in self.layers.iter_mut().enumerate() {
             layer.look_up_in(are_elsewhere.then(|| self.mirrors.part(index).clone()));
         }
+        self.are_tables_brought = true;
         Ok(())
     }
 
@@ -513,7 +521,7 @@ impl KvCache {
         }
         self.changes += 1;
         self.waiting = self.waiting.take().and_then(|waiting| waiting.until(len));
-        (self.read, self.uncounted) = (self.read_count(), None);
+        (self.read, self.uncounted, self.are_tables_brought) = (self.read_count(), None, false);
         for layer in &mut self.layers {
             layer.truncate(len);
         }
@@ -548,6 +556,7 @@ impl KvCache {
         if renewed.is_empty() {
             return Ok(());
         }
+        self.are_tables_brought = false;
         let mut places: Vec<Option<Places>> = self.layers.iter().map(|_| None).collect();
         for layer in renewed {
             places[layer] = after[layer].take().map(|(places, _)| places);
