@@ -175,6 +175,7 @@ impl Checkpoint {
                 / (routing::dtypes(args).bytes(self.config().heads.head_dim()) * self.config().heads.kv_heads()),
             tile: self.attention.preferred_tile(self.config().heads.group_size()),
             token_dense_len: self.attention.preferred_token_dense_len(),
+            token_dense_prompt: self.attention.preferred_token_dense_prompt(self.config().heads),
             fingerprint: &|| self.weights.fingerprint(),
         };
         let mut routing = routing::resolve(args, &known)?;

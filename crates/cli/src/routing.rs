@@ -107,6 +107,8 @@ pub(crate) struct Known<'a> {
     pub(crate) tile: usize,
     /// The length from which hiding tokens from queries saves time, where no flag says otherwise.
     pub(crate) token_dense_len: usize,
+    /// The length of a prompt up to which it saves none.
+    pub(crate) token_dense_prompt: usize,
     /// Names the weights, so that a router trained on others is refused.
     pub(crate) fingerprint: &'a dyn Fn() -> candle_core::Result<String>,
 }
@@ -158,8 +160,9 @@ pub(crate) fn resolve(args: &AttentionArgs, known: &Known<'_>) -> Result<Routing
     let limits = Limits { window, sinks, block_size, budget, dense_len, tile: args.tile.map_or(known.tile, |tile| tile as usize) };
     let dense_layers = args.dense_layers.map_or(defaults.dense_layers, |n| n as usize);
     let layer_budgets = args.layer_budgets.clone().unwrap_or_else(|| defaults.layer_budgets.clone());
-    let token_dense_len = args.token_min_ctx.map_or(known.token_dense_len, |tokens| tokens as usize);
-    Ok(Routing { token_router, block_router, limits, token_window, token_dense_len, dense_layers, layer_budgets })
+    let (token_dense_len, token_dense_prompt) =
+        args.token_min_ctx.map_or((known.token_dense_len, known.token_dense_prompt), |tokens| (tokens as usize, 0));
+    Ok(Routing { token_router, block_router, limits, token_window, token_dense_len, token_dense_prompt, dense_layers, layer_budgets })
 }
 
 /// The newest tokens that no router drops; `trained`: as far as the router that is used learnt to leave them alone.
@@ -287,6 +290,7 @@ pub(crate) fn document(attention: &RoutedAttention) -> Value {
         document["window"] = limits.window.into();
         document["token_window"] = routing.token_window().into();
         document["token_min_ctx"] = routing.token_dense_len().into();
+        document["token_min_prompt"] = routing.token_dense_prompt.into();
         document["sinks"] = limits.sinks.into();
         document["kept_fraction"] = token_router.kept_fraction().into();
     }

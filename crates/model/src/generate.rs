@@ -7,7 +7,7 @@ use crate::sampler::{Sampler, logprobs};
 use crate::weights::MANY_TOKENS;
 use candle_core::{Device, Result, bail};
 use sparse_attn::cache::ReadCount;
-use sparse_attn::{KvCache, KvDtypes, RoutedAttention};
+use sparse_attn::{KvCache, KvDtypes, RoutedAttention, Step};
 use std::ops::ControlFlow;
 use std::sync::Arc;
 
@@ -163,15 +163,30 @@ impl Session {
         if waiting.len() == 1 {
             self.trim()?;
         }
-        let chunk = chunk.max(1);
+        self.cache.begin_prompt(waiting.len());
+        let is_done = self.read(&waiting, chunk.max(1), &mut progress);
+        self.cache.end_prompt();
+        if !is_done? {
+            return Ok(false);
+        }
+        self.is_roomy = true;
+        if self.cache.device().is_cpu() {
+            self.trim()?;
+        }
+        let _ = progress(waiting.len(), waiting.len());
+        Ok(true)
+    }
+
+    /// Computes `prompt` in chunks. Returns whether `progress` let all of it be done.
+    fn read(&mut self, prompt: &[u32], chunk: usize, progress: &mut impl FnMut(usize, usize) -> ControlFlow<()>) -> Result<bool> {
         let mut done = 0;
-        while done < waiting.len() {
-            if progress(done, waiting.len()).is_break() {
+        while done < prompt.len() {
+            if progress(done, prompt.len()).is_break() {
                 return Ok(false);
             }
-            let part = &waiting[done..done + next_chunk(waiting.len() - done, chunk)];
+            let part = &prompt[done..done + next_chunk(prompt.len() - done, chunk)];
             self.next_logits = None;
-            let is_last = done + part.len() == waiting.len();
+            let is_last = done + part.len() == prompt.len();
             if is_last {
                 self.next_logits = Some(self.model.forward_last(part, &self.attention, &mut self.cache)?);
             } else {
@@ -180,11 +195,6 @@ impl Session {
             self.tokens.extend_from_slice(part);
             done += part.len();
         }
-        self.is_roomy = true;
-        if self.cache.device().is_cpu() {
-            self.trim()?;
-        }
-        let _ = progress(done, waiting.len());
         Ok(true)
     }
 
@@ -195,6 +205,10 @@ impl Session {
     /// If memory for a copy of a few layers runs out.
     pub fn trim(&mut self) -> Result<()> {
         if std::mem::take(&mut self.is_roomy) {
+            // What is to be dropped has its memory until that is decided; the next token asks for it.
+            if self.cache.needs_verdicts(Step { start: self.cache.len(), len: 1 }) {
+                layers::settle(&self.attention, &mut self.cache)?;
+            }
             self.cache.trim()?;
         }
         Ok(())

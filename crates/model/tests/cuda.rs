@@ -361,6 +361,57 @@ fn a_prompt_that_fits_the_window_is_decided_on_as_one_that_leaves_it() -> Result
 }
 
 #[test]
+fn a_prompt_that_misses_nothing_is_a_dense_one_and_what_follows_misses_what_is_dropped() -> Result<()> {
+    let Some(device) = gpu() else { return Ok(()) };
+    let dir = tempfile::tempdir()?;
+    write_checkpoint(dir.path(), "qwen2")?;
+    for is_deep in [false, true] {
+        let plain = routing(usize::MAX);
+        let weights = Weights::open(dir.path(), &device, Some(GgmlDType::Q8_0))?;
+        let gate = Arc::new(alike(weights.config().hidden_size, is_deep, &device)?);
+        let limits = Limits { window: 64, ..plain.limits };
+        let of = |token_dense_prompt: usize| Routing { token_router: gate.clone(), limits, token_dense_prompt, ..plain.clone() };
+        let prompt = |routing: Routing, chunk: usize| -> Result<(Session, Vec<f32>)> {
+            let mut session = session(dir.path(), &device, Some(GgmlDType::Q8_0), routing)?;
+            session.prefill(&ids(300), chunk, |_, _| ControlFlow::Continue(()))?;
+            let logits = session.logits()?.to_vec();
+            Ok((session, logits))
+        };
+        let far = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0f32, f32::max);
+        let (_, want) = prompt(plain.clone(), 1024)?;
+        let (_, of_longer) = prompt(of(299), 1024)?;
+        let apart = far(&want, &of_longer);
+        for chunk in [1024, 130] {
+            let (mut session, got) = prompt(of(300), chunk)?;
+            assert!(far(&want, &got) < 0.02 * apart, "{is_deep}, in {chunk}: off by {}, what is dropped makes {apart}", far(&want, &got));
+            let mut fork = session.fork()?;
+            let (whole, mut sampler) = (session.read_count()?, Sampler::new(SamplerOptions::greedy())?);
+            assert_eq!(whole.read, whole.visible);
+            let mut go_on = |session: &mut Session| -> Result<Vec<u32>> {
+                let options = GenerateOptions { max_tokens: Some(40), end_tokens: Vec::new(), context: 1024, logprobs: 0 };
+                session.generate(&mut sampler, options).map(|token| Ok(token?.id)).collect()
+            };
+            let tokens = go_on(&mut session)?;
+            assert_eq!(go_on(&mut fork)?, tokens);
+            let count = session.read_count()?;
+            assert!(count.read < count.visible, "{count:?}: nothing was dropped");
+            // As if the first of them had not waited for verdicts on the prompt.
+            let (mut looked_at, _) = prompt(of(300), chunk)?;
+            looked_at.cache()?;
+            assert_eq!(go_on(&mut looked_at)?, tokens);
+        }
+        // What it took and the next token does not need is given back.
+        let attention = RoutedAttention::new(of(300), for_device(&device)?)?;
+        let mut small = Session::new(model::load(&weights)?, attention, KvDtype::F16.into(), &device, 64)?;
+        small.prefill(&ids(300), 1024, |_, _| ControlFlow::Continue(()))?;
+        let taken = small.kv_bytes();
+        small.prefill(&[7], 1, |_, _| ControlFlow::Continue(()))?;
+        assert!(small.kv_bytes() < taken, "{} of {taken}", small.kv_bytes());
+    }
+    Ok(())
+}
+
+#[test]
 fn verdicts_on_generated_tokens_are_those_of_the_same_prompt() -> Result<()> {
     let Some(device) = gpu() else { return Ok(()) };
     for model_type in ["llama", "gemma3_text"] {

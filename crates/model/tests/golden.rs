@@ -6,6 +6,7 @@ use model::{CausalLm, GenerateOptions, Sampler, SamplerOptions, Session, Weights
 use sparse_attn::backend::{AttentionBackend, Cpu, Reference};
 use sparse_attn::block_router::Spread;
 use sparse_attn::select::{Budget, Limits};
+use sparse_attn::token_router::{All, Random, TokenRouter};
 use sparse_attn::{KvCache, KvDtype, RoutedAttention, Routing};
 use std::ops::ControlFlow;
 use std::path::PathBuf;
@@ -172,5 +173,54 @@ fn in_a_fixed_order_queries_that_select_for_themselves_are_the_same_in_chunks_of
             assert_eq!(logits(chunk)?, whole, "{name} in chunks of {chunk}");
         }
     }
+    Ok(())
+}
+
+#[test]
+fn queries_of_a_short_prompt_miss_nothing_however_it_is_cut_and_what_follows_does() -> Result<()> {
+    let model = load("llama")?;
+    let ids: Vec<u32> = (0..150).map(|i| (i * 37 + 11) % model.config().vocab_size as u32).collect();
+    let session = |token_router: Arc<dyn TokenRouter>, token_dense_len: usize, token_dense_prompt: usize| -> Result<Session> {
+        let limits = Limits { window: 16, sinks: 2, ..Routing::dense().limits };
+        let routing = Routing { token_router, limits, token_dense_len, token_dense_prompt, ..Routing::dense() };
+        Session::new(model.clone(), RoutedAttention::new(routing, Arc::new(Cpu))?, KvDtype::F32.into(), &Device::Cpu, 0)
+    };
+    let hiding = |token_dense_prompt: usize| session(Arc::new(Random { keep: 0.3 }), 0, token_dense_prompt);
+    let read = |mut session: Session, ids: &[u32], chunk: usize| -> Result<(Session, Vec<f32>)> {
+        session.prefill(ids, chunk, |_, _| ControlFlow::Continue(()))?;
+        let logits = session.logits()?.to_vec();
+        Ok((session, logits))
+    };
+    let are_near = |a: &[f32], b: &[f32]| a.iter().zip(b).all(|(a, b)| (a - b).abs() < 1e-3);
+    let (dense, of_dense) = read(session(Arc::new(All), 0, 0)?, &ids, 150)?;
+    let (routed, of_routed) = read(hiding(0)?, &ids, 150)?;
+    assert!(!are_near(&of_dense, &of_routed), "nothing is hidden");
+    let (_, after_dense) = read(dense, &[7], 1)?;
+    let mut after = None;
+    for chunk in [150, 64, 7, 1] {
+        let (mut short, of_short) = read(hiding(150)?, &ids, chunk)?;
+        assert!(are_near(&of_dense, &of_short), "in {chunk}");
+        let count = short.read_count()?;
+        assert_eq!(count.read, count.visible, "in {chunk}: something is hidden");
+        assert_eq!(short.kv_bytes(), routed.kv_bytes(), "in {chunk}: what is hidden stays in memory");
+        let (mut short, of_next) = read(short, &[7], 1)?;
+        assert!(!are_near(&after_dense, &of_next), "in {chunk}: nothing is hidden from what follows");
+        assert!(are_near(after.get_or_insert(of_next.clone()), &of_next), "in {chunk}: the token that follows");
+        let count = short.read_count()?;
+        assert!(count.read < count.visible, "in {chunk}: all is read");
+        // It is longer, or follows on where tokens may be hidden already, or not yet.
+        assert!(are_near(&of_routed, &read(hiding(149)?, &ids, chunk)?.1), "in {chunk}: of a longer one");
+        for (dense_len, hides) in [(0, true), (32, false)] {
+            let (first, _) = read(session(Arc::new(Random { keep: 0.3 }), dense_len, 150)?, &ids[..20], chunk)?;
+            let (_, of_second) = read(first, &ids[20..], chunk)?;
+            assert_eq!(!are_near(&of_dense, &of_second), hides, "in {chunk}: of a second one, dense up to {dense_len}");
+        }
+    }
+    // One that is stopped is over.
+    let mut stopped = hiding(150)?;
+    let at = |done: usize| if done < 100 { ControlFlow::Continue(()) } else { ControlFlow::Break(()) };
+    assert!(!stopped.prefill(&ids, 50, |done, _| at(done))?);
+    let (_, of_rest) = read(stopped, &ids[100..], 50)?;
+    assert!(!are_near(&of_dense, &of_rest), "nothing is hidden after a prompt that was stopped");
     Ok(())
 }

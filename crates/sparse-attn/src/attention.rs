@@ -76,6 +76,9 @@ pub struct Routing {
     /// Queries before this position see every token, whatever the token router says of it: short contexts are dense. Tiles of queries
     /// ([`Limits::tile`]) are not cut: those that are before it as a whole.
     pub token_dense_len: usize,
+    /// And all queries of a prompt (see [`KvCache::begin_prompt`]) that begins before that, or with the first token, and has none at this position or
+    /// beyond. Tokens that follow it miss what is dropped.
+    pub token_dense_prompt: usize,
     /// The first layers stay dense: their attention is diffuse (Quest, arXiv:2406.10774).
     pub dense_layers: usize,
     /// What the budget is multiplied by in each layer; 1 where the list is over. Layers that attend diffusely want more.
@@ -109,6 +112,7 @@ impl Routing {
             limits: Limits { window: 256, sinks: 4, block_size: 32, budget: Budget::ALL, dense_len: usize::MAX, tile: TILE },
             token_window: None,
             token_dense_len: 0,
+            token_dense_prompt: 0,
             dense_layers: 0,
             layer_budgets: Vec::new(),
         }
@@ -206,7 +210,8 @@ impl RoutedAttention {
     /// What a cache must store for this attention, where the model's layers are `specs`.
     pub fn layer_specs(&self, specs: &[LayerSpec]) -> Vec<LayerSpec> {
         let kept_fraction = self.routing.token_router.kept_fraction();
-        let local = Local { window: self.routing.token_window(), dense_len: self.routing.token_dense_len(), kept_fraction };
+        let (dense_len, dense_prompt) = (self.routing.token_dense_len(), self.routing.token_dense_prompt);
+        let local = Local { window: self.routing.token_window(), dense_len, dense_prompt, kept_fraction };
         let local = (kept_fraction < 1.0).then_some(local);
         specs.iter().map(|spec| LayerSpec { local, ..*spec }).collect()
     }
@@ -232,6 +237,11 @@ impl RoutedAttention {
     /// See [`Routing::token_dense_len`]: from where on hiding tokens saves the backend time.
     pub fn preferred_token_dense_len(&self) -> usize {
         self.backend.preferred_token_dense_len()
+    }
+
+    /// See [`Routing::token_dense_prompt`]: of how many tokens a prompt is no faster with some of them hidden, where layers have heads of this shape.
+    pub fn preferred_token_dense_prompt(&self, shape: HeadShape) -> usize {
+        self.backend.preferred_token_dense_prompt(shape)
     }
 
     /// Queries that best share a selection in steps of several, where `group_size` query heads share keys.

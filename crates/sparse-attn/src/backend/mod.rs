@@ -102,6 +102,12 @@ pub trait AttentionBackend: std::fmt::Debug + Send + Sync {
         0
     }
 
+    /// Up to which length a prompt is no faster if tokens are hidden from its queries, heads of this shape: see
+    /// [`Routing::token_dense_prompt`](crate::Routing).
+    fn preferred_token_dense_prompt(&self, _shape: HeadShape) -> usize {
+        0
+    }
+
     /// Bytes of keys and values that one query could read in the time that scoring and selecting takes at the least: shorter sequences
     /// are faster read whole.
     fn selection_bytes(&self) -> usize {

@@ -31,6 +31,8 @@ pub struct Local {
     pub window: usize,
     /// Queries before this position see every token.
     pub dense_len: usize,
+    /// And all queries of a prompt whose first one does, or is the first of all, and that has no token at this position or beyond.
+    pub dense_prompt: usize,
     /// The part of the tokens that will be admitted, 0 to 1: memory is planned by it, nothing else.
     pub kept_fraction: f32,
 }
@@ -123,6 +125,7 @@ pub struct LayerStore {
     v: Pool,
     table: PageTable,
     admitted: Option<Vec<Admitted>>, // per head, where the token router decides
+    dense_prompt: usize,             // the end of the prompt of which all queries see every token
     frontier: usize,
     moves: Vec<Vec<Move>>, // of each step that reserved and has not written, on the host
     written: usize,
@@ -156,6 +159,7 @@ impl LayerStore {
             v: Pool::new(dtypes.v, Order::Rows, width, pages, device)?,
             table: PageTable::new(kv_heads, spec.window(), spec.routed().map_or(0, |local| local.dense_len)),
             admitted: spec.routed().map(|_| vec![Admitted::default(); kv_heads]),
+            dense_prompt: 0,
             frontier: 0,
             moves: Vec::new(),
             written: 0,
@@ -180,9 +184,33 @@ impl LayerStore {
         self.spec.sliding_window
     }
 
-    /// The window of tokens that are not admitted, where a token router decides.
+    /// The window of tokens that are not admitted, where a token router decides; as it is for the prompt that is read.
     pub fn local(&self) -> Option<Local> {
-        self.spec.routed()
+        self.spec.routed().map(|local| Local { dense_len: local.dense_len.max(self.dense_prompt), ..local })
+    }
+
+    /// Has all queries of `prompt` see every token, if it is one that ends early enough, until [`LayerStore::end_prompt`].
+    pub(super) fn begin_prompt(&mut self, prompt: Step) {
+        let sees_all = |local: &Local| {
+            let (begins, ends) = (0..local.dense_len.max(1), local.hides_from() + 1..=local.dense_prompt);
+            begins.contains(&prompt.start) && ends.contains(&prompt.end())
+        };
+        self.set_dense_prompt(self.spec.routed().filter(sees_all).map_or(0, |_| prompt.end()));
+    }
+
+    /// Whether they do.
+    pub(super) fn is_in_dense_prompt(&self) -> bool {
+        self.dense_prompt > 0
+    }
+
+    /// What queries see depends on their positions again.
+    pub(super) fn end_prompt(&mut self) {
+        self.set_dense_prompt(0);
+    }
+
+    fn set_dense_prompt(&mut self, end: usize) {
+        self.dense_prompt = end;
+        self.table.see_all_before(self.local().map_or(0, |local| local.dense_len));
     }
 
     /// First position that a query at `position` sees.
@@ -783,6 +811,7 @@ impl LayerStore {
             v,
             table: self.table.clone(),
             admitted: self.admitted.clone(),
+            dense_prompt: self.dense_prompt,
             frontier: self.frontier,
             moves: self.moves.clone(),
             written: self.written,

@@ -99,6 +99,8 @@ pub struct KvCache {
     told: Option<Mark>,
     /// The newest tokens, where verdicts on them are still to be made.
     waiting: Option<Waiting>,
+    /// Whether more of a prompt may come.
+    is_in_prompt: bool,
 }
 
 /// Tokens that wait for their verdicts, and what those are made of.
@@ -158,6 +160,7 @@ impl KvCache {
             noted: None,
             told: None,
             waiting: None,
+            is_in_prompt: false,
         }
     }
 
@@ -194,6 +197,31 @@ impl KvCache {
     /// One layer's store, to write to.
     pub fn layer_mut(&mut self, layer: usize) -> &mut LayerStore {
         &mut self.layers[layer]
+    }
+
+    /// Begins a prompt of `len` tokens, in however many steps: what its queries see may depend on its length, see [`Local::dense_prompt`].
+    pub fn begin_prompt(&mut self, len: usize) {
+        let prompt = Step { start: self.len, len };
+        self.is_in_prompt = true;
+        self.layers.iter_mut().for_each(|layer| layer.begin_prompt(prompt));
+    }
+
+    /// Ends it, or what there is of it.
+    pub fn end_prompt(&mut self) {
+        self.is_in_prompt = false;
+        // A step that failed may have left some.
+        self.waiting = self.waiting.take().and_then(|waiting| waiting.until(self.len));
+        self.see_by_position();
+    }
+
+    /// Has what queries see depend on their positions again, once all of a prompt is there and the verdicts on it are made: till then none of its tokens
+    /// may lose its place.
+    fn see_by_position(&mut self) {
+        if self.is_in_prompt || self.waiting.is_some() || !self.layers.iter().any(LayerStore::is_in_dense_prompt) {
+            return;
+        }
+        (self.read, self.uncounted) = (self.read_count(), None);
+        self.layers.iter_mut().for_each(LayerStore::end_prompt);
     }
 
     /// Makes room for `len` more tokens in every layer. Where a device has the pools, steps of several tokens begin without the tables of their places:
@@ -400,6 +428,7 @@ impl KvCache {
     pub(crate) fn is_given_verdicts(&mut self) {
         self.waiting = None;
         self.layers.iter_mut().for_each(LayerStore::is_given_verdict);
+        self.see_by_position();
     }
 
     /// Summarises the blocks that layers left to be summarised together, as far as verdicts on their tokens are made. [`KvCache::reserve`] does
@@ -526,6 +555,7 @@ impl KvCache {
             layer.truncate(len);
         }
         self.len = len;
+        self.see_by_position();
         Ok(())
     }
 

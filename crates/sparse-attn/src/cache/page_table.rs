@@ -30,6 +30,11 @@ impl PageTable {
         Self { recent: none.clone(), kept: none, free: Vec::new(), pages: 0, window, dense_len, version: 0 }
     }
 
+    /// Has queries before position `dense_len` see every token, of which none has lost its place.
+    pub fn see_all_before(&mut self, dense_len: usize) {
+        self.dense_len = dense_len;
+    }
+
     /// A number that is another one whenever a place of a recent token changed.
     pub fn version(&self) -> u64 {
         self.version

@@ -267,6 +267,15 @@ impl AttentionBackend for Cuda {
         TOKEN_DENSE_LEN
     }
 
+    fn preferred_token_dense_prompt(&self, shape: HeadShape) -> usize {
+        if !self.goes_by_warpgroups(shape) {
+            return 0;
+        }
+        // Up to two thread blocks for each multiprocessor the longest one decides when all are done, which spares little: most layers have a head that keeps
+        // nearly everything.
+        2 * self.kernels.multiprocessors() / shape.kv_heads() * (ROWS / shape.group_size())
+    }
+
     fn selection_bytes(&self) -> usize {
         // Two kernels of about 5 us each, at 2.4 TB/s (H100).
         24 << 20
