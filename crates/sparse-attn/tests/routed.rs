@@ -533,6 +533,51 @@ fn a_short_context_is_dense_and_a_long_one_is_as_it_would_be_without_that() -> R
 }
 
 #[test]
+fn a_prompt_that_misses_nothing_keeps_what_waits_for_verdicts_until_the_next_query_asks() -> Result<()> {
+    let data = Data::new(300, 4, 2, 32)?;
+    let limits = Limits { window: 64, dense_len: usize::MAX, ..LIMITS };
+    let token_router = Arc::new(token_router::Random { keep: 0.3 });
+    let routed = RoutedAttention::new(Routing { token_router, limits, token_dense_prompt: 300, ..Routing::dense() }, Arc::new(Cpu))?;
+    // The last `wait` tokens of a prompt of `len`, of which `read` are read, wait; the others are decided on.
+    let prompt = |len: usize, read: usize, wait: usize| -> Result<KvCache> {
+        let mut cache = data.cache(&routed, KvDtype::F16)?;
+        cache.begin_prompt(len);
+        for part in [read - wait, wait].into_iter().filter(|part| *part > 0) {
+            let step = cache.reserve(part)?;
+            let of = |x: &Tensor| x.narrow(0, step.start, part);
+            let (q, k, v) = (of(&data.q)?, of(&data.k)?, of(&data.v)?);
+            let input = AttentionInput { hidden: &q, projected: None, q: &q, k: &k, k_before_rope: &k, v: &v, scale: 0.2 };
+            routed.forward(0, input, step, &mut cache)?;
+            if step.end() == read && wait > 0 {
+                cache.wait_for_verdicts(step, &[], 0)?;
+            }
+            cache.commit_untold(step)?;
+        }
+        cache.end_prompt();
+        Ok(cache)
+    };
+    let dense_len = |cache: &KvCache| cache.layer(0).local().expect("it is routed").dense_len;
+    let asks = |cache: &KvCache| cache.needs_verdicts(Step { start: cache.len(), len: 1 });
+    let all_read = |cache: &KvCache| cache.read_count().read == cache.read_count().visible;
+    // All of it waits, or what is hidden from the next query does not.
+    let mut whole = prompt(300, 300, 300)?;
+    assert!(dense_len(&whole) == 300 && asks(&whole) && all_read(&whole) && whole.layer(0).frontier() == 0);
+    whole.truncate(280)?;
+    assert!(dense_len(&whole) == 280 && asks(&whole), "gone back");
+    whole.truncate(50)?;
+    assert!(dense_len(&whole) == 0 && !asks(&whole), "to where nothing is hidden");
+    for (len, wait) in [(300, 0), (300, 40), (200, 0)] {
+        let cache = prompt(len, len, wait)?;
+        assert!(dense_len(&cache) == 0 && !asks(&cache) && all_read(&cache), "{len}, of which {wait} wait");
+    }
+    // One that is stopped is as one that ends there, and a longer one is routed.
+    let stopped = prompt(300, 200, 200)?;
+    assert!(dense_len(&stopped) == 200 && asks(&stopped) && all_read(&stopped));
+    assert!(!all_read(&prompt(301, 300, 0)?));
+    Ok(())
+}
+
+#[test]
 fn a_fork_goes_its_own_way() -> Result<()> {
     let data = Data::new(400, 4, 2, 32)?;
     let routing = Routing { token_router: Arc::new(token_router::Random::default()), limits: LIMITS, ..Routing::dense() };

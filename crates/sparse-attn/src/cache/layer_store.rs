@@ -203,9 +203,11 @@ impl LayerStore {
         self.dense_prompt > 0
     }
 
-    /// What queries see depends on their positions again.
-    pub(super) fn end_prompt(&mut self) {
-        self.set_dense_prompt(0);
+    /// What queries see depends on their positions again, now that there are `len` tokens; but where those that still wait for verdicts, from `first` on,
+    /// would lose their places by that, only from the next query on, which asks for these.
+    pub(super) fn end_prompt(&mut self, len: usize, first: Option<usize>) {
+        let leave = self.spec.routed().zip(first).is_some_and(|(local, first)| first < local.edge(len));
+        self.set_dense_prompt(if leave { self.dense_prompt.min(len) } else { 0 });
     }
 
     fn set_dense_prompt(&mut self, end: usize) {

@@ -214,14 +214,14 @@ impl KvCache {
         self.see_by_position();
     }
 
-    /// Has what queries see depend on their positions again, once all of a prompt is there and the verdicts on it are made: till then none of its tokens
-    /// may lose its place.
+    /// Has what queries see depend on their positions again, once no more of a prompt comes, and verdicts on what is hidden then are made.
     fn see_by_position(&mut self) {
-        if self.is_in_prompt || self.waiting.is_some() || !self.layers.iter().any(LayerStore::is_in_dense_prompt) {
+        if self.is_in_prompt || !self.layers.iter().any(LayerStore::is_in_dense_prompt) {
             return;
         }
         (self.read, self.uncounted) = (self.read_count(), None);
-        self.layers.iter_mut().for_each(LayerStore::end_prompt);
+        let (len, first) = (self.len, self.waiting.as_ref().map(|waiting| waiting.step.start));
+        self.layers.iter_mut().for_each(|layer| layer.end_prompt(len, first));
     }
 
     /// Makes room for `len` more tokens in every layer. Where a device has the pools, steps of several tokens begin without the tables of their places:
