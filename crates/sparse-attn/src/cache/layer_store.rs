@@ -125,7 +125,6 @@ pub struct LayerStore {
     v: Pool,
     table: PageTable,
     admitted: Option<Vec<Admitted>>, // per head, where the token router decides
-    dense_prompt: usize,             // the end of the prompt of which all queries see every token
     frontier: usize,
     moves: Vec<Vec<Move>>, // of each step that reserved and has not written, on the host
     written: usize,
@@ -159,7 +158,6 @@ impl LayerStore {
             v: Pool::new(dtypes.v, Order::Rows, width, pages, device)?,
             table: PageTable::new(kv_heads, spec.window(), spec.routed().map_or(0, |local| local.dense_len)),
             admitted: spec.routed().map(|_| vec![Admitted::default(); kv_heads]),
-            dense_prompt: 0,
             frontier: 0,
             moves: Vec::new(),
             written: 0,
@@ -186,33 +184,28 @@ impl LayerStore {
 
     /// The window of tokens that are not admitted, where a token router decides; as it is for the prompt that is read.
     pub fn local(&self) -> Option<Local> {
-        self.spec.routed().map(|local| Local { dense_len: local.dense_len.max(self.dense_prompt), ..local })
+        self.spec.routed().map(|local| Local { dense_len: self.table.dense_len(), ..local })
     }
 
     /// Has all queries of `prompt` see every token, if it is one that ends early enough, until [`LayerStore::end_prompt`].
     pub(super) fn begin_prompt(&mut self, prompt: Step) {
-        let sees_all = |local: &Local| {
-            let (begins, ends) = (0..local.dense_len.max(1), local.hides_from() + 1..=local.dense_prompt);
-            begins.contains(&prompt.start) && ends.contains(&prompt.end())
-        };
-        self.set_dense_prompt(self.spec.routed().filter(sees_all).map_or(0, |_| prompt.end()));
+        let Some(local) = self.spec.routed() else { return };
+        let (begins, ends) = (0..local.dense_len.max(1), local.hides_from() + 1..=local.dense_prompt);
+        let sees_all = begins.contains(&prompt.start) && ends.contains(&prompt.end());
+        self.table.see_all_before(if sees_all { prompt.end() } else { local.dense_len });
     }
 
     /// Whether they do.
     pub(super) fn is_in_dense_prompt(&self) -> bool {
-        self.dense_prompt > 0
+        self.spec.routed().is_some_and(|local| self.table.dense_len() > local.dense_len)
     }
 
     /// What queries see depends on their positions again, now that there are `len` tokens; but where those that still wait for verdicts, from `first` on,
     /// would lose their places by that, only from the next query on, which asks for these.
     pub(super) fn end_prompt(&mut self, len: usize, first: Option<usize>) {
-        let leave = self.spec.routed().zip(first).is_some_and(|(local, first)| first < local.edge(len));
-        self.set_dense_prompt(if leave { self.dense_prompt.min(len) } else { 0 });
-    }
-
-    fn set_dense_prompt(&mut self, end: usize) {
-        self.dense_prompt = end;
-        self.table.see_all_before(self.local().map_or(0, |local| local.dense_len));
+        let Some(local) = self.spec.routed() else { return };
+        let some_leave = first.is_some_and(|first| first < local.edge(len));
+        self.table.see_all_before(if some_leave { self.table.dense_len().min(len).max(local.dense_len) } else { local.dense_len });
     }
 
     /// First position that a query at `position` sees.
@@ -813,7 +806,6 @@ impl LayerStore {
             v,
             table: self.table.clone(),
             admitted: self.admitted.clone(),
-            dense_prompt: self.dense_prompt,
             frontier: self.frontier,
             moves: self.moves.clone(),
             written: self.written,

@@ -210,7 +210,7 @@ impl KvCache {
     pub fn end_prompt(&mut self) {
         self.is_in_prompt = false;
         // A step that failed may have left some.
-        self.waiting = self.waiting.take().and_then(|waiting| waiting.until(self.len));
+        self.have_none_wait_from(self.len);
         self.see_by_position();
     }
 
@@ -279,7 +279,7 @@ impl KvCache {
         }
         self.changes += 1;
         // A step that failed may have left some.
-        self.waiting = self.waiting.take().and_then(|waiting| waiting.until(self.len));
+        self.have_none_wait_from(self.len);
         (self.read, self.uncounted) = (ReadCount::default(), None);
         Ok(())
     }
@@ -344,11 +344,9 @@ impl KvCache {
     /// # Errors
     /// If the device has no memory for them.
     pub fn bring_tables(&mut self) -> Result<()> {
-        if self.device.is_cpu() || self.are_tables_brought {
-            return Ok(());
-        }
-        if self.mirrors.are_of(self.layers.iter().map(LayerStore::table)) {
-            self.are_tables_brought = true;
+        self.are_tables_brought =
+            self.are_tables_brought || self.device.is_cpu() || self.mirrors.are_of(self.layers.iter().map(LayerStore::table));
+        if self.are_tables_brought {
             return Ok(());
         }
         let tables: Vec<_> = self.layers.iter().map(LayerStore::tables).collect();
@@ -418,6 +416,11 @@ impl KvCache {
     /// The tokens that wait for verdicts; `None`: all are made, or on their way.
     pub fn waiting(&self) -> Option<Step> {
         self.waiting.as_ref().map(|waiting| waiting.step)
+    }
+
+    /// Forgets that tokens from position `len` on wait for verdicts.
+    fn have_none_wait_from(&mut self, len: usize) {
+        self.waiting = self.waiting.take().and_then(|waiting| waiting.until(len));
     }
 
     pub(crate) fn waiting_by(&self) -> Option<&Waiting> {
@@ -549,7 +552,7 @@ impl KvCache {
             bail!("kv cache: cannot go back to {len} tokens, sliding layers keep what {oldest} and more need");
         }
         self.changes += 1;
-        self.waiting = self.waiting.take().and_then(|waiting| waiting.until(len));
+        self.have_none_wait_from(len);
         (self.read, self.uncounted, self.are_tables_brought) = (self.read_count(), None, false);
         for layer in &mut self.layers {
             layer.truncate(len);

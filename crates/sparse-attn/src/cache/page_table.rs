@@ -30,6 +30,11 @@ impl PageTable {
         Self { recent: none.clone(), kept: none, free: Vec::new(), pages: 0, window, dense_len, version: 0 }
     }
 
+    /// The position before which queries see every token.
+    pub fn dense_len(&self) -> usize {
+        self.dense_len
+    }
+
     /// Has queries before position `dense_len` see every token, of which none has lost its place.
     pub fn see_all_before(&mut self, dense_len: usize) {
         self.dense_len = dense_len;

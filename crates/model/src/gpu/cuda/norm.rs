@@ -34,12 +34,12 @@ pub(crate) fn add_norm(
     }
     let is_rounded = dtype == DType::BF16;
     let part = along.kept.filter(|_| is_rounded).map(|parts| parts.take([tokens, columns], x.device())).transpose()?.flatten();
-    let (copy, outcome) = match part {
-        Some(Part::Outcome(part)) => (0, Some(part)),
-        Some(Part::Copy(to)) => (to, None),
-        None => (0, None),
+    let mut take = || place.take((tokens, columns), dtype, x.device());
+    let (out, copy) = match part {
+        Some(Part::Outcome(part)) => (part, 0),
+        Some(Part::Copy(to)) => (take()?, to),
+        None => (take()?, 0),
     };
-    let out = outcome.map_or_else(|| place.take((tokens, columns), dtype, x.device()), Ok)?;
     let params = NormParams {
         x: address(x)?,
         y: y.as_ref().map_or(Ok(0), |(y, _)| address(y))?,
