@@ -399,6 +399,21 @@ fn a_prompt_that_misses_nothing_is_a_dense_one_and_what_follows_misses_what_is_d
             let (mut looked_at, _) = prompt(of(300), chunk)?;
             looked_at.cache()?;
             assert_eq!(go_on(&mut looked_at)?, tokens);
+            // Gone back in to where tokens are out of the next one's window, and to where none is.
+            for back in [290, 60] {
+                let gone_on = |is_looked_at: bool, go_on: &mut dyn FnMut(&mut Session) -> Result<Vec<u32>>| -> Result<_> {
+                    let (mut session, _) = prompt(of(300), chunk)?;
+                    if is_looked_at {
+                        session.cache()?;
+                    }
+                    assert_eq!(session.rewind(back)?, back);
+                    session.prefill(&ids(300)[back..=back], 1024, |_, _| ControlFlow::Continue(()))?;
+                    Ok((go_on(&mut session)?, session.read_count()?))
+                };
+                let (tokens, count) = gone_on(false, &mut go_on)?;
+                assert!(count.read < count.visible, "back to {back}: {count:?}: nothing was dropped");
+                assert_eq!(gone_on(true, &mut go_on)?, (tokens, count), "back to {back}");
+            }
         }
         // What it took and the next token does not need is given back.
         let attention = RoutedAttention::new(of(300), for_device(&device)?)?;
