@@ -32,15 +32,22 @@ fn gpu() -> Option<Device> {
 
 /// A random checkpoint of two layers in `dir`: heads of 64, four of them to a key/value head.
 fn write_checkpoint(dir: &Path, model_type: &str) -> Result<()> {
+    write_checkpoint_of(dir, model_type, 2)
+}
+
+/// [`write_checkpoint`] of as many layers; where there are some with a sliding window, layers 1, 4, 7 and so on are without.
+fn write_checkpoint_of(dir: &Path, model_type: &str, layers: usize) -> Result<()> {
     // SmolLM2's width for one of them: activations of its tokens do not lie a multiple of 16 bytes apart by themselves.
     let hidden = if model_type == "llama" { 576usize } else { 512 };
     let (inner, vocab, heads, kv_heads) = (768usize, 1000usize, 8usize, 2usize);
     let mut config = format!(
-        r#"{{"model_type":"{model_type}","hidden_size":{hidden},"intermediate_size":{inner},"num_hidden_layers":2,"vocab_size":{vocab},
+        r#"{{"model_type":"{model_type}","hidden_size":{hidden},"intermediate_size":{inner},"num_hidden_layers":{layers},"vocab_size":{vocab},
         "num_attention_heads":{heads},"num_key_value_heads":{kv_heads},"head_dim":64,"max_position_embeddings":8192,"rms_norm_eps":1e-6"#
     );
     if model_type == "gemma3_text" {
-        config += r#","sliding_window":64,"layer_types":["sliding_attention","full_attention"],"query_pre_attn_scalar":64,
+        let types: Vec<_> = (0..layers).map(|layer| if layer % 3 == 1 { "full_attention" } else { "sliding_attention" }).collect();
+        config += &format!(r#","sliding_window":64,"layer_types":{types:?}"#);
+        config += r#","query_pre_attn_scalar":64,
             "rope_local_base_freq":10000.0,"rope_theta":1000000.0,"hidden_activation":"gelu_pytorch_tanh""#;
     }
     std::fs::write(dir.join("config.json"), config + "}")?;
@@ -60,7 +67,7 @@ fn write_checkpoint(dir: &Path, model_type: &str) -> Result<()> {
     tensors.insert("model.embed_tokens.weight".to_string(), random(&[vocab, hidden], 0.0, 1.0)?);
     tensors.insert("model.norm.weight".to_string(), random(&[hidden], 1.0, 0.1)?);
     tensors.insert("lm_head.weight".to_string(), random(&[vocab, hidden], 0.0, 0.1)?);
-    for layer in 0..2 {
+    for layer in 0..layers {
         let mut put = |name: &str, shape: &[usize], mean: f64, deviation: f64| -> Result<()> {
             tensors.insert(format!("model.layers.{layer}.{name}"), random(shape, mean, deviation)?);
             Ok(())
@@ -144,6 +151,41 @@ fn logits_are_those_of_the_host_for_every_type() -> Result<()> {
                 let cosine = cosine(host.logits()?, own.logits()?);
                 assert!(cosine > 0.995, "{model_type} {quantize:?} after {}: {cosine}", own.tokens().len());
             }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn layers_that_a_gpu_gets_together_make_what_the_host_makes() -> Result<()> {
+    let Some(device) = gpu() else { return Ok(()) };
+    for (model_type, layers) in [("llama", 9), ("qwen2", 8), ("gemma3_text", 13)] {
+        let dir = tempfile::tempdir()?;
+        write_checkpoint_of(dir.path(), model_type, layers)?;
+        // Both share what the model's layers use; one of them drops tokens, by verdicts that wait for all layers or are made in each.
+        let sessions = |device: &Device| -> Result<Vec<Session>> {
+            let model = model::load(&Weights::open(dir.path(), device, Some(GgmlDType::Q8_0))?)?;
+            let gates = vec![gate(model.config().hidden_size, &Device::Cpu)?.layers()[1].clone(); layers];
+            let token_router = Arc::new(Gate::new(gates, 0.0, 0.5)?.to_device(device)?);
+            let plain = routing(usize::MAX);
+            let routed = Routing { token_router, limits: Limits { window: 128, ..plain.limits }, ..plain.clone() };
+            let session = |routing: Routing| {
+                let attention = RoutedAttention::new(routing, for_device(device)?)?;
+                Session::new(model.clone(), attention, KvDtype::F16.into(), device, 1024)
+            };
+            [plain, routed].into_iter().map(session).collect()
+        };
+        let (mut host, mut own) = (sessions(&Device::Cpu)?, sessions(&device)?);
+        // Lengths that come again, so that products are known, and others, so that they are not.
+        let (ids, mut done) = (ids(700), 0);
+        for part in [100, 60, 100, 100, 7, 200, 60] {
+            for (host, own) in host.iter_mut().zip(&mut own) {
+                host.prefill(&ids[done..done + part], 1024, |_, _| ControlFlow::Continue(()))?;
+                own.prefill(&ids[done..done + part], 1024, |_, _| ControlFlow::Continue(()))?;
+                let cosine = cosine(host.logits()?, own.logits()?);
+                assert!(cosine > 0.995, "{model_type}, {part} after {done}: {cosine}");
+            }
+            done += part;
         }
     }
     Ok(())

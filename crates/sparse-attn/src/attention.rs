@@ -5,7 +5,7 @@ use crate::block_router::{self, BlockRouter, Queries};
 use crate::cache::{KvCache, KvDtypes, LayerSpec, LayerStore, Local, Pool, ReadCount, Step, Waiting};
 use crate::place::{Destination, Place};
 use crate::select::{Budget, Limits, Selection, TILE, select};
-use crate::token_router::{self, RouterInput, TokenRouter};
+use crate::token_router::{self, GateLayer, RouterInput, TokenRouter};
 use crate::{HeadShape, parallel};
 use candle_core::{DType, Result, Tensor, bail};
 use std::sync::Arc;
@@ -337,6 +337,19 @@ impl RoutedAttention {
         let is_stacked = self.routing.token_router.as_gate().is_some_and(|gate| gate.stacked(layer).is_some());
         let sees_all = store.local().is_some_and(|local| step.len <= local.window_at(step.end() - 1));
         is_stacked && sees_all && !selects && !self.is_observed() && self.backend.takes_products() && store.may_wait_for_verdict()
+    }
+
+    /// Whether all that [`RoutedAttention::forward_products`] does with several tokens in this layer is to launch kernels that read and write what is there:
+    /// with the places that it is given once they have room, and the page tables where they are to be. It can be recorded then.
+    pub fn only_launches(&self, layer: usize, step: Step, store: &LayerStore) -> bool {
+        let selects = self.is_routed(layer, store) && self.reads_by_score(layer, step);
+        let hides = store.local().is_some();
+        let is_decided_there = match self.routing.token_router.as_gate() {
+            Some(gate) if gate.stacked(layer).is_some() => !hides || store.may_wait_for_verdict(),
+            Some(gate) => !hides && matches!(gate.layers().get(layer), Some(GateLayer::Open)),
+            None => !hides,
+        };
+        step.len > 1 && is_decided_there && !selects && !self.is_observed() && store.has_no_moves() && self.backend.only_launches(store)
     }
 
     /// Makes the verdicts that tokens wait for, and has the host told. `multiply`: products of weights `[layers, rows, hidden_size]`, bf16

@@ -3,7 +3,7 @@
 
 use super::{CausalLm, TokenStep};
 use crate::gpu::{self, Along, DecoderParts};
-use crate::layers::{AttentionParts, DecoderLayer, Embedding, OutputHead, Residual, RmsNorm, Rope, Workspaces, name};
+use crate::layers::{AttentionParts, DecoderLayer, Embedding, OutputHead, Residual, RmsNorm, Rope, Workspaces, name, stack};
 use crate::weights::{Scope, Weights};
 use crate::{Config, config::RopeConfig};
 use candle_core::{DType, Device, Result, Tensor};
@@ -57,10 +57,8 @@ impl CausalLm for Gemma3Text {
         let factor = (self.config.hidden_size as f64).sqrt();
         let mut stream = Residual::new(self.embedding.forward(tokens, factor, &mut workspace.stream)?);
         let (global, local) = (self.rope.tables(step, tokens.device())?, self.local_rope.tables(step, tokens.device())?);
-        for (layer, window) in self.layers.iter().zip(&self.config.sliding_window) {
-            let rope = if window.is_some() { &local } else { &global };
-            layer.forward(&mut stream, &mut workspace, rope, attention, step, cache)?;
-        }
+        let rope = |layer: usize| if self.config.sliding_window[layer].is_some() { &local } else { &global };
+        stack::forward(&self.layers, rope, &mut stream, &mut workspace, attention, step, cache)?;
         let hidden = stream.norm(&self.norm, DType::F32, &mut Place::default(), Along::default())?;
         workspace.end(&self.workspaces, step, cache)?;
         Ok(hidden)

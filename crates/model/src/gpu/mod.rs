@@ -5,14 +5,18 @@ mod cuda;
 #[cfg(feature = "cuda")]
 pub use cuda::DeviceMatrix;
 #[cfg(feature = "cuda")]
-pub(crate) use cuda::{Parts, Unpacked, add_norm, add_product, angles, fetch, gated, multiply_parts, multiply_unpacked, record, rotated};
+pub(crate) use cuda::{
+    Bundles, Parts, Unpacked, add_norm, add_product, angles, fetch, gated, multiply_parts, multiply_unpacked, record, rotated,
+};
 
 #[cfg(not(feature = "cuda"))]
 mod absent;
 #[cfg(not(feature = "cuda"))]
 pub use absent::DeviceMatrix;
 #[cfg(not(feature = "cuda"))]
-pub(crate) use absent::{Parts, Unpacked, add_norm, add_product, angles, fetch, gated, multiply_parts, multiply_unpacked, record, rotated};
+pub(crate) use absent::{
+    Bundles, Parts, Unpacked, add_norm, add_product, angles, fetch, gated, multiply_parts, multiply_unpacked, record, rotated,
+};
 
 use crate::config::Activation;
 use crate::layers::{Linear, RmsNorm, Rope};

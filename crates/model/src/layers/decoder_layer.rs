@@ -67,6 +67,15 @@ impl DecoderLayer {
         stream.add_product(self.mlp.down(), workspace.down(), &x, self.post_mlp_norm.as_ref())
     }
 
+    /// Whether all that a GPU does beside attention with so many tokens, in a workspace that keeps its places, is to launch kernels.
+    pub(crate) fn only_launches(&self, tokens: usize) -> bool {
+        let (AttentionParts { q_proj, k_proj, v_proj, o_proj, .. }, [gate, up, down]) = (self.attention.parts(), self.mlp.projections());
+        let are_unpacked =
+            [q_proj, k_proj, v_proj, o_proj, gate, up, down].iter().all(|projection| projection.weight().is_unpacked(tokens));
+        // Biases of queries, keys and values are added by who stores them.
+        are_unpacked && [o_proj, gate, up, down].iter().all(|projection| projection.bias().is_none())
+    }
+
     /// Its parts, for a device that runs steps as a whole.
     pub(crate) fn parts<'a>(&'a self, config: &Config, rope: &'a Rope) -> LayerParts<'a> {
         let (parts, [gate, up, down]) = (self.attention.parts(), self.mlp.projections());

@@ -56,13 +56,13 @@ impl Linear {
         self.add_bias(self.weight.multiply(x)?)
     }
 
-    /// [`Linear::forward`] by weights that were unpacked, where they were.
+    /// [`Linear::forward`] by weights that were unpacked, where they were, before a bias in `place`.
     ///
     /// # Errors
     /// If the widths differ.
-    pub(crate) fn forward_by(&self, unpacked: Option<&Tensor>, x: &Tensor) -> Result<Tensor> {
+    pub(crate) fn forward_by(&self, unpacked: Option<&Tensor>, x: &Tensor, place: &mut Place) -> Result<Tensor> {
         match unpacked {
-            Some(weights) => self.add_bias(gpu::multiply_unpacked(weights, weights.dim(0)?, x, &mut Place::default())?),
+            Some(weights) => self.add_bias(gpu::multiply_unpacked(weights, weights.dim(0)?, x, place)?),
             None => self.forward(x),
         }
     }

@@ -10,6 +10,7 @@ mod norm;
 mod pre_norm;
 mod residual;
 mod rope;
+pub(crate) mod stack;
 mod workspace;
 
 pub use attention::{AttentionParts, SelfAttention};

@@ -1,4 +1,4 @@
-use super::{AttentionParts, DecoderLayer, Embedding, OutputHead, Residual, RmsNorm, Rope, Workspaces, name};
+use super::{AttentionParts, DecoderLayer, Embedding, OutputHead, Residual, RmsNorm, Rope, Workspaces, name, stack};
 use crate::arch::{CausalLm, TokenStep};
 use crate::config::Config;
 use crate::gpu::{self, Along, DecoderParts};
@@ -59,9 +59,7 @@ impl CausalLm for PreNormDecoder {
         let mut workspace = self.workspaces.take(&self.config);
         let mut stream = Residual::new(self.embedding.forward(tokens, 1.0, &mut workspace.stream)?);
         let rope = self.rope.tables(step, tokens.device())?;
-        for layer in &self.layers {
-            layer.forward(&mut stream, &mut workspace, &rope, attention, step, cache)?;
-        }
+        stack::forward(&self.layers, |_| &rope, &mut stream, &mut workspace, attention, step, cache)?;
         let hidden = stream.norm(&self.norm, DType::F32, &mut Place::default(), Along::default())?;
         workspace.end(&self.workspaces, step, cache)?;
         Ok(hidden)

@@ -29,17 +29,24 @@ impl<'a> Residual<'a> {
         Ok(())
     }
 
-    /// Adds `linear` of `x`, or the norm of it; by weights that were unpacked, where they were.
+    /// Adds `linear` of `x`, or the norm of it, by weights that were unpacked, where they were. What cannot be added at once is put in `place` until the
+    /// stream is read.
     ///
     /// # Errors
     /// If the widths differ.
-    pub(crate) fn add_product(&mut self, linear: &Linear, unpacked: Option<&Tensor>, x: &Tensor, norm: Option<&'a RmsNorm>) -> Result<()> {
+    pub(crate) fn add_product(
+        &mut self,
+        linear: &Linear,
+        (unpacked, place): (Option<&Tensor>, &mut Place),
+        x: &Tensor,
+        norm: Option<&'a RmsNorm>,
+    ) -> Result<()> {
         match (unpacked, linear.bias(), norm) {
             (Some(weights), None, None) => {
                 self.settle()?;
                 gpu::add_product(weights, x, &self.x)
             }
-            _ => self.add(linear.forward_by(unpacked, x)?, norm),
+            _ => self.add(linear.forward_by(unpacked, x, place)?, norm),
         }
     }
 

@@ -1,6 +1,6 @@
 use super::{GatedMlp, SelfAttention};
 use crate::config::Config;
-use crate::gpu::{self, Along, Group, Parts, Unpacked};
+use crate::gpu::{self, Along, Bundles, Group, Parts, Unpacked};
 use crate::weights::Matrix;
 use candle_core::{DType, Result, Tensor};
 use sparse_attn::{KvCache, Place, RoutedAttention, Step};
@@ -21,14 +21,17 @@ pub(crate) struct Workspace {
     /// Attention inputs of layers on which verdicts are made later, of each of a gate's stacks, and which of them has the layer.
     inputs: Vec<Parts>,
     waits_in: Option<usize>,
+    /// What launches layers together.
+    bundles: Bundles,
     /// Where the residual stream is.
     pub(crate) stream: Place,
-    /// Where the input of a part goes, what its first product gives, what is made of that on the way, and what its last one reads.
+    /// Where the input of a part goes, what its first product gives, what is made of that on the way, what its last one reads and, before a norm, gives.
     pub(crate) normed: Place,
     pub(crate) product: Place,
     pub(crate) queries: Place,
     pub(crate) attended: Place,
     pub(crate) gated: Place,
+    added: Place,
 }
 
 /// What a model's steps use, one after the other; of those at the same time the later one has its own.
@@ -73,9 +76,9 @@ impl Workspace {
             self.unpacked = Matrix::unpack_groups(&groups, step.len, unpacked)?.unwrap_or_default();
         }
         // Of large models each part gives its memory back: another one may need it.
-        let keeps = !self.unpacked.groups().is_empty();
-        let Self { stream, normed, product, queries, attended, gated, .. } = self;
-        for place in [stream, normed, product, queries, attended, gated] {
+        let keeps = self.keeps();
+        let Self { stream, normed, product, queries, attended, gated, added, .. } = self;
+        for place in [stream, normed, product, queries, attended, gated, added] {
             place.keep(keeps);
         }
         self.waits_in = None;
@@ -87,6 +90,21 @@ impl Workspace {
             self.waits_in = Some(stack);
         }
         Ok(())
+    }
+
+    /// Whether what layers use stays from one to the next.
+    pub(crate) fn keeps(&self) -> bool {
+        !self.unpacked.groups().is_empty()
+    }
+
+    /// What launches layers together: they use all else meanwhile.
+    pub(crate) fn take_bundles(&mut self) -> Bundles {
+        std::mem::take(&mut self.bundles)
+    }
+
+    /// Puts it back.
+    pub(crate) fn put_bundles(&mut self, bundles: Bundles) {
+        self.bundles = bundles;
     }
 
     /// Where attention's input goes, where it is kept if the token router decides later, and weights that are to be there with it.
@@ -121,9 +139,9 @@ impl Workspace {
         self.group_or(0, group, x)
     }
 
-    /// Those that attention's output is multiplied with.
-    pub(crate) fn output(&self) -> Option<&Tensor> {
-        self.unpacked.groups().get(1)
+    /// Those that attention's output is multiplied with, and where that goes.
+    pub(crate) fn output(&mut self) -> (Option<&Tensor>, &mut Place) {
+        (self.unpacked.groups().get(1), &mut self.added)
     }
 
     /// The same of the gate and of what it gates.
@@ -134,9 +152,9 @@ impl Workspace {
         self.group_or(2, group, x)
     }
 
-    /// Those that are multiplied last.
-    pub(crate) fn down(&self) -> Option<&Tensor> {
-        self.unpacked.groups().get(3)
+    /// Those that are multiplied last, and where that goes.
+    pub(crate) fn down(&mut self) -> (Option<&Tensor>, &mut Place) {
+        (self.unpacked.groups().get(3), &mut self.added)
     }
 
     fn group_or<'a>(&self, index: usize, group: impl FnOnce() -> Group<'a, Matrix>, x: &Tensor) -> Result<Option<Tensor>> {

@@ -112,6 +112,11 @@ impl Matrix {
         DeviceMatrix::unpack_groups(&on_device, tokens, last)
     }
 
+    /// Whether a GPU unpacks it to multiply it with so many tokens.
+    pub(crate) fn is_unpacked(&self, tokens: usize) -> bool {
+        matches!(self, Self::Device(weight) if weight.is_unpacked(tokens))
+    }
+
     /// The matrices, where all are on a GPU.
     fn on_device<'a>(matrices: &[&'a Self]) -> Option<Vec<&'a DeviceMatrix>> {
         matrices.iter().map(|matrix| if let Self::Device(weight) = matrix { Some(weight.as_ref()) } else { None }).collect()

@@ -47,6 +47,12 @@ pub trait AttentionBackend: std::fmt::Debug + Send + Sync {
         bail!("{}: it takes queries, keys and values, not what they are made of", self.name())
     }
 
+    /// Whether [`AttentionBackend::write_products`] and attention of several queries to all of this layer take no memory but what they are given, and only
+    /// launch kernels.
+    fn only_launches(&self, _store: &LayerStore) -> bool {
+        false
+    }
+
     /// Attention of the queries of `step`, `[step.len, q_heads, head_dim]`, over what `selection` lets
     /// them read. Returns the same shape, f32.
     ///

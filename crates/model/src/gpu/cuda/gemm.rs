@@ -159,6 +159,8 @@ impl Gemm {
         match seen.get(&product) {
             Some(Seen::Recorded(kernel)) => return Some(kernel.clone()),
             Some(Seen::Other) => return None,
+            // Within a recording there is no other one.
+            Some(Seen::Once) if self.kernels.is_recording() => return None,
             Some(Seen::Once) => {}
             None => {
                 if seen.len() >= MOST_RECORDED {

@@ -2,13 +2,39 @@
 
 use candle_core::cuda_backend::WrapErr;
 use candle_core::cuda_backend::cudarc::driver::{CudaStream, result, sys};
-use candle_core::{Result, bail};
+use candle_core::{Device, Result, bail};
+use sparse_attn::backend::cuda::Kernels;
+use std::collections::HashMap;
 use std::sync::Arc;
 
 /// A recording that is ready to run in its stream.
+#[derive(Debug)]
 pub(super) struct Graph {
     executable: sys::CUgraphExec,
     stream: Arc<CudaStream>,
+}
+
+/// What steps put into a stream again and again, with other arguments each time, at once: that takes the host a fraction of what single launches do. By how
+/// many layers it is of.
+#[derive(Debug, Default)]
+pub(crate) struct Bundles(HashMap<usize, Graph>);
+
+impl Bundles {
+    /// Puts what `work` launches into the stream of `device`, which runs nothing of it before all is there.
+    ///
+    /// # Errors
+    /// If `work` fails, does nothing, or does what cannot be recorded.
+    pub(crate) fn launch(&mut self, layers: usize, device: &Device, work: impl FnOnce() -> Result<()>) -> Result<()> {
+        let kernels = Kernels::of(device)?;
+        if kernels.stream().cu_stream().is_null() {
+            return work(); // nothing can be recorded in the default stream
+        }
+        // One that runs still does what it was launched with.
+        let graph = Graph::record(kernels.stream(), self.0.remove(&layers), work)?;
+        graph.launch()?;
+        self.0.insert(layers, graph);
+        Ok(())
+    }
 }
 
 /// What was recorded.
@@ -22,6 +48,9 @@ pub(super) struct RecordedKernel {
     stream: Arc<CudaStream>,
     _recording: Recording, // what `params` leads to
 }
+
+// SAFETY: it is its own, and the driver may be called from any thread, by one at a time.
+unsafe impl Send for Graph {}
 
 // SAFETY: what it leads to is its own, and is only read; the driver may be called from any thread.
 unsafe impl Send for RecordedKernel {}

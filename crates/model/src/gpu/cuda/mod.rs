@@ -13,6 +13,7 @@ mod step;
 mod unpack;
 
 pub(crate) use gated::gated;
+pub(crate) use graph::Bundles;
 pub use matrix::DeviceMatrix;
 pub(crate) use matrix::{add_product, multiply_parts};
 pub(crate) use norm::add_norm;

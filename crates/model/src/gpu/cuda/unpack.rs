@@ -66,14 +66,18 @@ impl DeviceMatrix {
     /// # Errors
     /// If widths of a group differ, or the device is out of memory.
     pub(crate) fn unpack_groups(groups: &[Group<'_, Self>], tokens: usize, last: Unpacked) -> Result<Option<Unpacked>> {
-        let is_unpacked = |matrix: &&Self| matrix.rounds(tokens) && matrix.format() != Format::Bf16;
         let count: usize = groups.iter().map(|group| group.matrices.len() + usize::from(group.beside.is_some())).sum();
         let numbers: usize = groups.iter().map(|group| group.rows() * group.columns()).sum();
         let is_little = count <= UNPACKED && numbers * size_of::<u16>() <= UNPACKED_BYTES;
-        if numbers == 0 || !is_little || !groups.iter().all(|group| group.matrices.iter().all(is_unpacked)) {
+        if numbers == 0 || !is_little || !groups.iter().all(|group| group.matrices.iter().all(|matrix| matrix.is_unpacked(tokens))) {
             return Ok(None);
         }
         made_ready(groups, last).map(Some)
+    }
+
+    /// Whether it is unpacked to be multiplied with so many tokens.
+    pub(crate) fn is_unpacked(&self, tokens: usize) -> bool {
+        self.rounds(tokens) && self.format() != Format::Bf16
     }
 
     /// It alone.

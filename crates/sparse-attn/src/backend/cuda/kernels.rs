@@ -109,6 +109,11 @@ impl Kernels {
         Ok(landing.numbers()[..count].to_vec())
     }
 
+    /// Whether what is put into the stream is recorded, and does not run yet.
+    pub fn is_recording(&self) -> bool {
+        self.stream.capture_status().is_ok_and(|status| status != sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE)
+    }
+
     /// Whether the code for this device has a kernel of that name: some are for certain devices only.
     pub fn has(&self, name: &str) -> bool {
         self.function(name, 0).is_ok()

@@ -215,6 +215,11 @@ impl AttentionBackend for Cuda {
         with_verdict(step, store, |store, verdict| rows::store_products(products, step, store, verdict, place))
     }
 
+    fn only_launches(&self, store: &LayerStore) -> bool {
+        // What is stored in bytes is widened to memory of its own.
+        [store.k(), store.v()].iter().all(|pool| pool.scales().is_none() && !pool.is_transformed())
+    }
+
     fn attend(&self, q: &Tensor, scale: f32, store: &LayerStore, step: Step, selection: &Selection) -> Result<Tensor> {
         self.attend_to(q, scale, store, step, selection, Destination { dtype: DType::F32, place: &mut Place::default() })
     }
