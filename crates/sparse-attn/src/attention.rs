@@ -333,23 +333,27 @@ impl RoutedAttention {
     /// Whether the verdicts on `step` may be made when all its layers are done: each query of it has all of its tokens in the window, they follow from
     /// attention inputs alone, and a device makes them.
     pub fn decides_later(&self, layer: usize, step: Step, store: &LayerStore) -> bool {
-        let selects = self.is_routed(layer, store) && self.reads_by_score(layer, step);
         let is_stacked = self.routing.token_router.as_gate().is_some_and(|gate| gate.stacked(layer).is_some());
         let sees_all = store.local().is_some_and(|local| step.len <= local.window_at(step.end() - 1));
-        is_stacked && sees_all && !selects && !self.is_observed() && self.backend.takes_products() && store.may_wait_for_verdict()
+        is_stacked
+            && sees_all
+            && !self.selects(layer, step, store)
+            && !self.is_observed()
+            && self.backend.takes_products()
+            && store.may_wait_for_verdict()
     }
 
     /// Whether all that [`RoutedAttention::forward_products`] does with several tokens in this layer is to launch kernels that read and write what is there:
     /// with the places that it is given once they have room, and the page tables where they are to be. It can be recorded then.
     pub fn only_launches(&self, layer: usize, step: Step, store: &LayerStore) -> bool {
-        let selects = self.is_routed(layer, store) && self.reads_by_score(layer, step);
         let hides = store.local().is_some();
         let is_decided_there = match self.routing.token_router.as_gate() {
             Some(gate) if gate.stacked(layer).is_some() => !hides || store.may_wait_for_verdict(),
             Some(gate) => !hides && matches!(gate.layers().get(layer), Some(GateLayer::Open)),
             None => !hides,
         };
-        step.len > 1 && is_decided_there && !selects && !self.is_observed() && store.has_no_moves() && self.backend.only_launches(store)
+        let selects = self.selects(layer, step, store);
+        step.len > 1 && is_decided_there && !selects && !self.is_observed() && self.backend.only_launches(store)
     }
 
     /// Makes the verdicts that tokens wait for, and has the host told. `multiply`: products of weights `[layers, rows, hidden_size]`, bf16
@@ -394,13 +398,12 @@ impl RoutedAttention {
         let store = cache.layer_mut(layer);
         store.ask(step)?;
         // Layers with a sliding window read no more than that anyway.
-        let routed = self.is_routed(layer, store);
-        if self.observer.is_some() || routed && self.reads_by_score(layer, step) {
+        let (routed, selects) = (self.is_routed(layer, store), self.selects(layer, step, store));
+        if self.observer.is_some() || selects {
             // How many tokens fit a budget is counted by the host.
             store.decide()?;
         }
         let selection = if routed {
-            let selects = self.reads_by_score(layer, step);
             if !selects && !self.is_observed() && self.backend.takes_products() {
                 store.finish_write_later(step, block_router.summary(), limits.block_size);
             } else {
@@ -441,9 +444,9 @@ impl RoutedAttention {
         layer >= self.routing.dense_layers && store.sliding_window().is_none()
     }
 
-    /// Whether queries of `step` read some blocks only in `layer`, if its keys are summarised.
-    pub fn reads_by_score(&self, layer: usize, step: Step) -> bool {
-        step.end() > self.routing.limits_of(layer).dense_len
+    /// Whether queries of `step` read only some blocks in a layer.
+    pub fn selects(&self, layer: usize, step: Step, store: &LayerStore) -> bool {
+        self.is_routed(layer, store) && step.end() > self.routing.limits_of(layer).dense_len
     }
 
     fn show(&self, layer: usize, input: &Written<'_>, step: Step, store: &LayerStore, selection: &Selection) -> Result<()> {

@@ -48,10 +48,11 @@ pub(crate) fn forward<'a, 'r>(
             next += 1;
             continue;
         }
-        let mut bundles = workspace.take_bundles();
+        // Layers have all else of the workspace meanwhile.
+        let mut bundles = std::mem::take(&mut workspace.bundles);
         let forward = |layer: usize| layers[layer].forward(stream, workspace, rope(layer), attention, step, cache);
         bundles.launch(together, &device, || (next..next + together).try_for_each(forward))?;
-        workspace.put_bundles(bundles);
+        workspace.bundles = bundles;
         next += together;
     }
     Ok(())

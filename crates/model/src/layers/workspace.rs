@@ -22,7 +22,7 @@ pub(crate) struct Workspace {
     inputs: Vec<Parts>,
     waits_in: Option<usize>,
     /// What launches layers together.
-    bundles: Bundles,
+    pub(crate) bundles: Bundles,
     /// Where the residual stream is.
     pub(crate) stream: Place,
     /// Where the input of a part goes, what its first product gives, what is made of that on the way, what its last one reads and, before a norm, gives.
@@ -95,16 +95,6 @@ impl Workspace {
     /// Whether what layers use stays from one to the next.
     pub(crate) fn keeps(&self) -> bool {
         !self.unpacked.groups().is_empty()
-    }
-
-    /// What launches layers together: they use all else meanwhile.
-    pub(crate) fn take_bundles(&mut self) -> Bundles {
-        std::mem::take(&mut self.bundles)
-    }
-
-    /// Puts it back.
-    pub(crate) fn put_bundles(&mut self, bundles: Bundles) {
-        self.bundles = bundles;
     }
 
     /// Where attention's input goes, where it is kept if the token router decides later, and weights that are to be there with it.

@@ -425,11 +425,6 @@ impl LayerStore {
         }
     }
 
-    /// Whether no token has still to move before a step is written.
-    pub(crate) fn has_no_moves(&self) -> bool {
-        self.moves.is_empty()
-    }
-
     /// Whether a device is to decide on steps, which can be done with other layers.
     pub fn may_wait_for_verdict(&self) -> bool {
         self.admitted.is_some() && self.noted.is_some()

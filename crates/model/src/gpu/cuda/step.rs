@@ -299,7 +299,7 @@ impl TokenStep for CudaStep {
         let attention = self.attention.clone();
         let routing = attention.routing();
         let next = Step { start: cache.len(), len: 1 };
-        let selects = |layer| attention.is_routed(layer, cache.layer(layer)) && attention.reads_by_score(layer, next);
+        let selects = |layer| attention.selects(layer, next, cache.layer(layer));
         let selects: Vec<bool> = (0..self.layers.len()).map(selects).collect();
         // Somebody else was here, and may have left something to be done: after this step, unless it is asked for in it.
         let is_behind = self.newest.seen.take() != Some(cache.changes());

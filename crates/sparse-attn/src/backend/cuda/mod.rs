@@ -217,7 +217,7 @@ impl AttentionBackend for Cuda {
 
     fn only_launches(&self, store: &LayerStore) -> bool {
         // What is stored in bytes is widened to memory of its own.
-        [store.k(), store.v()].iter().all(|pool| pool.scales().is_none() && !pool.is_transformed())
+        [store.k(), store.v()].iter().all(|pool| pool.scales().is_none())
     }
 
     fn attend(&self, q: &Tensor, scale: f32, store: &LayerStore, step: Step, selection: &Selection) -> Result<Tensor> {
